@@ -1,0 +1,19 @@
+"""megalr: low-rank and projected optimizers that pretrain language models at scale under DeepSpeed.
+
+Importing is cheap: nothing is compiled, and DeepSpeed is imported when an engine is made.
+"""
+
+from megalr.config import MegalrConfig
+from megalr.engine import build_optimizer, consolidated_state_dict, initialize, parametrize
+from megalr.errors import UserError
+from megalr.optim import MegalrOptimizer
+
+__all__ = [
+    "MegalrConfig",
+    "MegalrOptimizer",
+    "UserError",
+    "build_optimizer",
+    "consolidated_state_dict",
+    "initialize",
+    "parametrize",
+]

@@ -1,0 +1,317 @@
+"""The typed view of the DeepSpeed JSON: its "optimizer" and "megalr" sections.
+
+Everything else in the file is DeepSpeed's and is passed on untouched. A section is a frozen dataclass; a key that is
+not a field, a value of another type or out of range is a :class:`~megalr.errors.UserError` that says what to write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from megalr.errors import UserError
+
+T = TypeVar("T")
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullConfig:
+    """The model as it is: every weight a dense matrix."""
+
+    type: Literal["full"] = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig:
+    """W = (alpha / rank) * B @ A in place of every linear layer that ``target_modules`` names.
+
+    Attributes:
+        rank: r, the inner dimension; at most min(m, n) of every targeted m x n layer.
+        alpha: numerator of the fixed scale; None stands for ``rank``, that is, a scale of one.
+        target_modules: substrings of the layers' qualified names; one of them must occur. A single string is a
+            regular expression that has to match the whole name, as in transformers.
+        init: "variance_matched" gives the product the dense layer's variance, "kaiming_uniform" is the published
+            code's start (see :mod:`megalr.layers.low_rank`).
+    """
+
+    type: Literal["low_rank"] = "low_rank"
+    rank: int = 128
+    alpha: float | None = None
+    target_modules: tuple[str, ...] | str = ("attn", "mlp")
+    init: Literal["variance_matched", "kaiming_uniform"] = "variance_matched"
+
+    def __post_init__(self) -> None:
+        where = "megalr.parametrization"
+        _require(self.rank >= 1, f"{where}.rank is {self.rank}; write a whole number of at least 1")
+        _require(self.alpha is None or self.alpha > 0, f"{where}.alpha is {self.alpha}; write a positive number")
+        _require(len(self.target_modules) > 0, f'{where}.target_modules is empty; write e.g. ["attn", "mlp"]')
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, the constant in front of B @ A."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+ParametrizationConfig = FullConfig | LowRankConfig
+PARAMETRIZATIONS: dict[str, type[FullConfig] | type[LowRankConfig]] = {"full": FullConfig, "low_rank": LowRankConfig}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefactorizationConfig:
+    """Every ``interval`` updates B, A become the balanced pair with the same product.
+
+    Attributes:
+        interval: updates between two refactorizations.
+        moments: what the factors' moments become: "reset" zeroes them and their step count, "transport" carries
+            them into the new factors, "keep" leaves them as they are.
+    """
+
+    interval: int
+    moments: Literal["reset", "transport", "keep"] = "reset"
+
+    def __post_init__(self) -> None:
+        _require(self.interval >= 1, f"megalr.refactorization.interval is {self.interval}; write at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentumResetConfig:
+    """Every ``interval`` updates the moments and their step count become zero, then the learning rate ramps up.
+
+    Attributes:
+        interval: updates between two resets.
+        scope: "factors" resets the low-rank factors alone, "all" every parameter.
+        warmup_steps: length of the linear ramp, from 0.001 of the scheduled learning rate to all of it; it applies
+            to the parameters that were reset. 0 means no ramp.
+    """
+
+    interval: int
+    scope: Literal["factors", "all"] = "factors"
+    warmup_steps: int = 10
+
+    def __post_init__(self) -> None:
+        where = "megalr.momentum_reset"
+        _require(self.interval >= 1, f"{where}.interval is {self.interval}; write at least 1")
+        _require(self.warmup_steps >= 0, f"{where}.warmup_steps is {self.warmup_steps}; write at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupConfig:
+    """Settings of one group of parameters; None stands for the optimizer's own value."""
+
+    lr: float | None = None
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_adam(self.lr, self.betas, self.eps, self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWConfig:
+    """AdamW (arXiv 1711.05101) on every parameter.
+
+    Attributes:
+        lr: learning rate of the trunk, that is, of everything but the groups below.
+        embedding: overrides for embeddings and the output head.
+        norm: overrides for norms and biases; their weight decay is 0 unless it is set here.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    embedding: GroupConfig = field(default_factory=GroupConfig)
+    norm: GroupConfig = field(default_factory=GroupConfig)
+
+    def __post_init__(self) -> None:
+        _check_adam(self.lr, self.betas, self.eps, self.weight_decay)
+
+
+OPTIMIZERS: dict[str, type[AdamWConfig]] = {"AdamW": AdamWConfig}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegalrConfig:
+    """All that megalr reads from the JSON."""
+
+    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    parametrization: ParametrizationConfig = field(default_factory=FullConfig)
+    refactorization: RefactorizationConfig | None = None
+    momentum_reset: MomentumResetConfig | None = None
+    exchange_bucket_bytes: int = 256 * 1024 * 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        low_rank = isinstance(self.parametrization, LowRankConfig)
+        _require(
+            self.refactorization is None or low_rank,
+            'megalr.refactorization needs low-rank factors: add "parametrization": {"type": "low_rank", "rank": ...} '
+            "or remove the section",
+        )
+        _require(
+            self.momentum_reset is None or low_rank or self.momentum_reset.scope == "all",
+            'megalr.momentum_reset.scope is "factors", but there are no low-rank factors: write "scope": "all"',
+        )
+        _require(self.exchange_bucket_bytes >= 1, "megalr.exchange_bucket_bytes must be at least 1")
+
+    @classmethod
+    def from_json(cls, config: Json | str | Path) -> MegalrConfig:
+        """Read the "optimizer" and "megalr" sections of a DeepSpeed configuration.
+
+        Args:
+            config: the file's path, or its content.
+
+        Raises:
+            UserError: for anything that is not valid, before anything is built.
+        """
+        content = read_json(config)
+        section = content.get("megalr", {})
+        if not isinstance(section, Mapping):
+            raise UserError(f'"megalr" must be an object like {{"parametrization": {{...}}}}, not {section!r}')
+        known = {f.name: None for f in dataclasses.fields(cls) if f.name != "optimizer"}
+        _check_keys(section, known, "megalr")
+        values: dict[str, Any] = {k: v for k, v in section.items() if k in ("seed", "exchange_bucket_bytes")}
+        _check_types(cls, values, "megalr")
+        if "parametrization" in section:
+            values["parametrization"] = _parametrization(section["parametrization"])
+        if section.get("refactorization") is not None:
+            values["refactorization"] = _build(
+                RefactorizationConfig, section["refactorization"], "megalr.refactorization"
+            )
+        if section.get("momentum_reset") is not None:
+            values["momentum_reset"] = _build(MomentumResetConfig, section["momentum_reset"], "megalr.momentum_reset")
+        return cls(optimizer=_optimizer(content.get("optimizer", {"type": "AdamW"})), **values)
+
+
+def read_json(config: Json | str | Path) -> dict[str, Any]:
+    """The DeepSpeed configuration as a dictionary, from a path or as it is; a UserError when it cannot be read."""
+    if isinstance(config, Mapping):
+        return dict(config)
+    path = Path(config)
+    if not path.is_file():
+        raise UserError(f"no DeepSpeed configuration at {path}; see ds_configs/ for ready ones")
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _parametrization(section: Any) -> ParametrizationConfig:
+    where = "megalr.parametrization"
+    if not isinstance(section, Mapping) or "type" not in section:
+        raise UserError(f'{where} must be an object with a "type", one of: {", ".join(PARAMETRIZATIONS)}')
+    kind = section["type"]
+    if kind not in PARAMETRIZATIONS:
+        raise UserError(f"{where}.type is {kind!r}{_nearest(str(kind), PARAMETRIZATIONS)}")
+    return _build(PARAMETRIZATIONS[kind], section, where)
+
+
+def _optimizer(section: Any) -> AdamWConfig:
+    if not isinstance(section, Mapping) or "type" not in section:
+        raise UserError(f'"optimizer" must be an object with a "type", one of: {", ".join(OPTIMIZERS)}')
+    _check_keys(section, {"type": None, "params": None}, "optimizer")
+    by_lower_case = {name.lower(): name for name in OPTIMIZERS}
+    name = by_lower_case.get(str(section["type"]).lower())
+    if name is None:
+        raise UserError(f"optimizer.type is {section['type']!r}{_nearest(str(section['type']), OPTIMIZERS)}")
+    params = dict(section.get("params", {}))
+    for group in ("embedding", "norm"):
+        if group in params:
+            params[group] = _build(GroupConfig, params[group], f"optimizer.params.{group}")
+    return _build(OPTIMIZERS[name], params, "optimizer.params")
+
+
+def _build(cls: type[T], section: Any, where: str) -> T:
+    """An instance of a section's dataclass from the JSON object at ``where``."""
+    if not isinstance(section, Mapping):
+        raise UserError(f"{where} must be an object, not {section!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    _check_keys(section, fields, where)
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in section and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f'{where} needs "{missing[0]}"')
+    values = _check_types(cls, section, where)
+    return cls(**values)
+
+
+def _check_keys(section: Json, known: Mapping[str, Any], where: str) -> None:
+    for key in section:
+        if key not in known:
+            raise UserError(f'{where} has no key "{key}"{_nearest(str(key), known)}')
+
+
+def _nearest(word: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f'; did you mean "{close[0]}"?' if close else ";"
+    return f"{hint} valid: {', '.join(known)}"
+
+
+def _check_types(cls: type, section: Json, where: str) -> dict[str, Any]:
+    """The section's values, lists made tuples and whole numbers made floats where a float is declared."""
+    hints = typing.get_type_hints(cls)
+    return {key: _convert(value, hints[key], f"{where}.{key}") for key, value in section.items()}
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        for option in options:
+            try:
+                return _convert(value, option, where)
+            except UserError:
+                continue
+        raise UserError(f"{where} is {json.dumps(value)}; expected {' or '.join(map(_describe, options))}")
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise UserError(f"{where} is {json.dumps(value)}; expected {_describe(hint)}")
+        return value
+    if typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        if isinstance(value, list | tuple) and (items[-1] is Ellipsis or len(items) == len(value)):
+            return tuple(_convert(item, items[0], where) for item in value)
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    # Numbers like 1e-3 are strings in some YAML-to-JSON tools; "auto" is resolved by the launcher before this.
+    raise UserError(f"{where} is {json.dumps(value, default=str)}; expected {_describe(hint)}")
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(json.dumps(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return "a list of " + _describe(typing.get_args(hint)[0]).removeprefix("a ") + "s"
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _check_adam(
+    lr: float | None, betas: tuple[float, float] | None, eps: float | None, weight_decay: float | None
+) -> None:
+    where = "optimizer.params"
+    _require(lr is None or lr >= 0, f"{where}: lr is {lr}; write a number of at least 0")
+    _require(betas is None or all(0 <= b < 1 for b in betas), f"{where}: betas are {betas}; both must lie in [0, 1)")
+    _require(eps is None or eps > 0, f"{where}: eps is {eps}; write a positive number")
+    _require(weight_decay is None or weight_decay >= 0, f"{where}: weight_decay is {weight_decay}; write at least 0")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,122 @@
+"""The two ways in: :func:`initialize` from the JSON, :func:`build_optimizer` for a job that calls DeepSpeed itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megalr.config import FullConfig, Json, MegalrConfig, read_json
+from megalr.errors import UserError
+from megalr.layers import parametrize as _parametrize
+from megalr.layers.parametrize import factor_pairs
+from megalr.optim.groups import parameter_groups
+from megalr.optim.optimizer import MegalrOptimizer
+
+
+def parametrize(model: nn.Module, config: Json | str | Path) -> nn.Module:
+    """Give the model's linear layers the parametrization that the JSON's "megalr" section asks for, in place.
+
+    Args:
+        model: a dense model, not yet partitioned by DeepSpeed.
+        config: the DeepSpeed JSON, as a path or a dictionary.
+    """
+    parsed = MegalrConfig.from_json(config)
+    return _parametrize(model, parsed.parametrization, seed=parsed.seed)
+
+
+def build_optimizer(model: nn.Module, config: Json | str | Path) -> MegalrOptimizer:
+    """The optimizer that the JSON asks for, to be passed to ``deepspeed.initialize(optimizer=...)``.
+
+    The JSON then needs ``"zero_allow_untested_optimizer": true``, and with CPU offload
+    ``"zero_force_ds_cpu_optimizer": false``.
+
+    Args:
+        model: the model after :func:`parametrize`.
+        config: the DeepSpeed JSON, as a path or a dictionary.
+    """
+    parsed = MegalrConfig.from_json(config)
+    pairs = list(factor_pairs(model))
+    if not pairs and not isinstance(parsed.parametrization, FullConfig):
+        raise UserError(
+            f'the configuration asks for parametrization "{parsed.parametrization.type}", but the model has no such '
+            "layer: call megalr.parametrize(model, config) before megalr.build_optimizer"
+        )
+    return MegalrOptimizer(parameter_groups(model, parsed.optimizer), pairs, parsed)
+
+
+def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize`` for a dense model and a JSON with a "megalr" section.
+
+    The model is parametrized in place, the optimizer built, and both handed to DeepSpeed.
+
+    Args:
+        model: a dense model, the same on every rank.
+        config: the DeepSpeed JSON, as a path or a dictionary; not modified.
+        **kwargs: passed on to ``deepspeed.initialize``, e.g. ``lr_scheduler`` or ``training_data``.
+
+    Returns:
+        ``(engine, optimizer, dataloader, scheduler)``, as ``deepspeed.initialize``; the
+        :class:`~megalr.optim.MegalrOptimizer` itself is ``engine.basic_optimizer``.
+
+    Raises:
+        UserError: for a configuration that cannot work, before anything is built.
+    """
+    import deepspeed  # noqa: PLC0415  (slow to import, and `import megalr` is cheap)
+
+    for taken in ("optimizer", "model_parameters"):
+        if kwargs.get(taken) is not None:
+            raise UserError(
+                f"megalr.initialize builds the optimizer itself and takes no {taken}=; to pass your own, use "
+                "megalr.parametrize, megalr.build_optimizer and deepspeed.initialize"
+            )
+    content = read_json(config)
+    _refuse_unsupported(content)
+    parametrize(model, content)
+    optimizer = build_optimizer(model, content)
+    results = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_section(content), **kwargs)
+    optimizer.prepare()
+    return results
+
+
+def deepspeed_section(content: Json) -> dict[str, Any]:
+    """What DeepSpeed is to see of the JSON: all but our two sections, and its consent to a client optimizer."""
+    rest = {key: value for key, value in content.items() if key not in ("megalr", "optimizer")}
+    rest.setdefault("zero_allow_untested_optimizer", True)
+    rest.setdefault("zero_force_ds_cpu_optimizer", False)
+    return rest
+
+
+def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
+    """The model's weights as whole tensors on rank 0's CPU, by qualified name; None on other ranks. Collective.
+
+    Trained parameters come from the fp32 masters, at any ZeRO stage; frozen ones and persistent buffers as they are.
+    """
+    import deepspeed  # noqa: PLC0415
+
+    optimizer: MegalrOptimizer = engine.basic_optimizer
+    state = optimizer.consolidate()
+    module: nn.Module = engine.module
+    trained = optimizer.prepare().layout.shapes
+    for name, parameter in module.named_parameters():
+        if name not in trained:
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                if state is not None:
+                    state[name] = parameter.detach().cpu().clone()
+    if state is not None:
+        persistent = {name for name in module.state_dict() if name not in state}
+        state.update({n: b.detach().cpu().clone() for n, b in module.named_buffers() if n in persistent})
+    return state
+
+
+def _refuse_unsupported(content: Json) -> None:
+    zero = content.get("zero_optimization", {})
+    for section in ("offload_optimizer", "offload_param"):
+        if isinstance(zero, dict) and (zero.get(section) or {}).get("device") == "nvme":
+            raise UserError(
+                f'zero_optimization.{section}.device is "nvme", which megalr cannot update: write "cpu" or leave it out'
+            )
+    if torch.cuda.is_available() is False and (content.get("fp16") or {}).get("enabled") is True:
+        raise UserError('fp16 needs a GPU: write "fp16": {"enabled": false} and "bf16": {"enabled": "auto"}')

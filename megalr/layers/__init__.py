@@ -1,0 +1,7 @@
+"""Parametrizations of a linear layer's weight."""
+
+from megalr.layers.export import densify
+from megalr.layers.low_rank import LowRankLinear
+from megalr.layers.parametrize import factor_pairs, parametrize
+
+__all__ = ["LowRankLinear", "densify", "factor_pairs", "parametrize"]

@@ -1,0 +1,94 @@
+"""The low-rank linear layer, W = s * B @ A, and how its factors start."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megalr.seeding import generator
+
+
+class LowRankLinear(nn.Module):
+    """y = s * (x @ A.T) @ B.T + bias, in place of ``nn.Linear``; only the factors exist and only they are trained.
+
+    Attributes:
+        B: (out_features, rank), model dtype.
+        A: (rank, in_features), model dtype.
+        bias: (out_features,) or None.
+        scale: s = alpha / rank, a constant. It is applied to the r-wide activation.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        scale: float = 1.0,
+        bias: nn.Parameter | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.scale = scale
+        self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x of shape (..., in_features)."""
+        latent = functional.linear(x, self.A) * self.scale  # (..., r)
+        return functional.linear(latent, self.B, self.bias)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows of this layer."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"scale={self.scale:g}, bias={self.bias is not None}"
+        )
+
+
+@torch.no_grad()
+def variance_matched_(layer: LowRankLinear, dense_std: float, seed: int, name: str) -> None:
+    """Start the factors so that s * B @ A has the variance of the dense layer it replaces, and so that they balance.
+
+    An element of B @ A is a sum of r independent products, so its variance is r * var(B) * var(A). With s the
+    layer's scale, var(B) * var(A) = dense_std² / (s² r) gives s * B @ A the dense layer's variance: activations and
+    gradients start at the size that the architecture was tuned for, whatever the rank and alpha are. The published
+    code starts both factors as ``nn.Linear`` does, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which makes the product too
+    small by a factor that grows with the width and costs most of the method's quality. The one freedom left, how the
+    size is split between the factors, is used to make E[B.T @ B] = E[A @ A.T], that is m var(B) = n var(A): the
+    balance that refactorization restores later.
+
+    Args:
+        layer: its ``B`` and ``A`` are modified in place.
+        dense_std: standard deviation of the dense layer's weight.
+        seed, name: key of the random numbers; the same at every rank and world size.
+    """
+    m, n = layer.out_features, layer.in_features
+    product = dense_std / (layer.scale * math.sqrt(layer.rank))  # std(B) * std(A)
+    balance = (n / m) ** 0.25
+    _normal_(layer.B, math.sqrt(product) * balance, seed, f"{name}.B")
+    _normal_(layer.A, math.sqrt(product) / balance, seed, f"{name}.A")
+
+
+@torch.no_grad()
+def kaiming_uniform_(layer: LowRankLinear, seed: int, name: str) -> None:
+    """The published code's start: both factors U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as ``nn.Linear``'s own."""
+    for key, factor in (("B", layer.B), ("A", layer.A)):
+        bound = 1 / math.sqrt(factor.shape[1])
+        draw = torch.rand(factor.shape, generator=generator(seed, f"{name}.{key}"))
+        factor.copy_((2 * draw - 1) * bound)
+
+
+def _normal_(factor: Tensor, std: float, seed: int, key: str) -> None:
+    # Drawn in fp32 on the CPU: the same numbers whatever the model's dtype and device are.
+    factor.copy_(torch.randn(factor.shape, generator=generator(seed, key)) * std)

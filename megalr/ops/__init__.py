@@ -1,0 +1,5 @@
+"""Operations on whole factors."""
+
+from megalr.ops.refactorize import Refactorized, refactorize, transport_moments
+
+__all__ = ["Refactorized", "refactorize", "transport_moments"]

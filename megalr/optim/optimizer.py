@@ -1,0 +1,208 @@
+"""The optimizer that DeepSpeed steps: element-wise updates on the flat partition, then the events that are due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megalr.config import MegalrConfig
+from megalr.layers import factor_pairs
+from megalr.optim.clock import Clock
+from megalr.optim.groups import ParameterGroup, parameter_groups
+from megalr.optim.refactorization import OwnedPairs, refactorize_pairs, zero_
+from megalr.partition import Exchange, Shard, read_shard
+from megalr.rules.adamw import adamw_
+
+
+class MegalrOptimizer(torch.optim.Optimizer):
+    """AdamW on every parameter, with weight refactorization and momentum reset of the low-rank factors.
+
+    It takes the place of a DeepSpeed job's base optimizer at any ZeRO stage: DeepSpeed swaps the parameters for flat
+    fp32 buffers and calls :meth:`step` once for each, or once for all. What lies where is read on first use. The
+    events come after the last buffer of an update, on the fp32 masters; gradients were clipped before, by DeepSpeed.
+    Without DeepSpeed it is an ordinary ``torch.optim.Optimizer``.
+
+    A parameter without a gradient counts as having a zero gradient, as ZeRO has it, so that every stage agrees.
+
+    Attributes:
+        updates: updates made so far.
+        last_events: what the last update ended with, in order: "refactorization", "momentum_reset".
+    """
+
+    def __init__(
+        self, groups: Sequence[ParameterGroup], pairs: Sequence[tuple[str, str]], config: MegalrConfig
+    ) -> None:
+        """
+        Args:
+            groups: trainable parameters and their settings; see :func:`megalr.optim.groups.parameter_groups`.
+            pairs: qualified names of the low-rank factors, as (B, A).
+            config: the events, and the exchange's bound.
+        """
+        self.config = config
+        self.updates = 0
+        self.last_events: list[str] = []
+        self._clocks = {"factors": Clock(), "dense": Clock()}
+        self._named_groups = [dict(group.parameters) for group in groups]
+        self._pairs = list(pairs)
+        self._shard: Shard | None = None
+        self._stepped: set[int] = set()
+        self._began = False
+        param_groups: list[dict[str, Any]] = [
+            {"params": list(group.parameters.values()), "name": group.name, **vars(group.settings)} for group in groups
+        ]
+        super().__init__(param_groups, defaults={})
+        # ZeRO shows step() one group at a time; the layout needs them all.
+        self._all_groups = self.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update the parameters of the current groups; after the last buffer of this update, run the events due."""
+        if closure is not None:
+            raise NotImplementedError("MegalrOptimizer.step takes no closure")
+        shard = self.prepare()
+        if shard.dry_run and not self._began and self._has_only_zero_gradients():
+            return  # the call that DeepSpeed makes to have states created must not count, decay weights or run events
+        self._began = True
+        index = {key: buffer for buffer, key in enumerate(shard.keys)}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                buffer = index.get(id(parameter))
+                if buffer is not None:  # None: frozen
+                    self._update(parameter, group)
+                    self._stepped.add(buffer)
+        if len(self._stepped) == len(shard.keys):
+            self._stepped.clear()
+            self.updates += 1
+            for clock in self._clocks.values():
+                clock.advance()
+            self.last_events = self._run_events()
+
+    def prepare(self) -> Shard:
+        """Read what lies where, choose owners; done once, on first use after ``deepspeed.initialize``."""
+        if self._shard is None:
+            shard = read_shard(self._named_groups, self._all_groups)
+            cuda = shard.buffers[0].device.type == "cpu" and torch.cuda.is_available()
+            device = torch.device("cuda", torch.cuda.current_device()) if cuda else None
+            self._exchange = Exchange(shard.layout, shard.rank, shard.group, device=device)
+            self._owned_pairs = OwnedPairs.of(self._pairs, shard.layout)
+            factors = {name for pair in self._pairs for name in pair}
+            self._factor_buffers = sorted({f.buffer for f in shard.layout.fragments if f.name in factors})
+            self._shard = shard
+        return self._shard
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict with a "megalr" entry: plain numbers for the update count and the clocks."""
+        state = super().state_dict()
+        clocks = {name: vars(clock).copy() for name, clock in self._clocks.items()}
+        state["megalr"] = {"updates": self.updates, "clocks": clocks}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, at the same stage and world size."""
+        if "megalr" not in state_dict:
+            raise ValueError("this optimizer state was not written by megalr: it has no update counts")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "megalr"})
+        self._all_groups = self.param_groups
+        self.updates = state_dict["megalr"]["updates"]
+        self._clocks = {name: Clock(**values) for name, values in state_dict["megalr"]["clocks"].items()}
+
+    def routing_table(self) -> str:
+        """One line a parameter: shape, group, rule, learning rate, and for a factor who refactorizes it."""
+        shard = self.prepare()
+        owner = {
+            name: rank
+            for unit, rank in zip(self._owned_pairs.units, self._owned_pairs.owners, strict=True)
+            for name in unit.names
+        }
+        rows = [("parameter", "shape", "group", "rule", "lr", "owner")]
+        for group, named in zip(self._all_groups, self._named_groups, strict=True):
+            lr = f"{group.get('initial_lr', group['lr']):g}"
+            for name in named:
+                if name in shard.layout.shapes:
+                    shape = " x ".join(map(str, shard.layout.shapes[name]))
+                    rows.append((name, shape, group["name"], "adamw", lr, str(owner.get(name, "-"))))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    def consolidate(self, owner: int = 0) -> dict[str, Tensor] | None:
+        """All masters as whole tensors on the CPU of one rank, by qualified name; None on the others. Collective."""
+        from megalr.partition import Item, Unit, buckets  # noqa: PLC0415
+
+        shard = self.prepare()
+        units = [Unit((name,), 0.0) for name in shard.layout.shapes]
+        owners = [owner] * len(units)
+        limit = max(1, self.config.exchange_bucket_bytes // shard.buffers[0].element_size())
+        whole: dict[str, Tensor] = {}
+        for bucket in buckets(units, owners, shard.layout, limit):
+            items = [Item(units[i].names[0], owner) for i in bucket]
+            gathered = self._exchange.gather(items, [shard.buffers])
+            whole.update({name: tensors[0].cpu() for name, tensors in gathered.items()})
+        return whole if shard.rank == owner else None
+
+    def _has_only_zero_gradients(self) -> bool:
+        grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
+        return not any(grad.any() for grad in grads)
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        clock = self._clocks["factors" if group["name"] == "factors" else "dense"]
+        state = self.state[parameter]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        reset = self.config.momentum_reset
+        adamw_(
+            parameter.data.view(-1),
+            grad.reshape(-1),
+            state["exp_avg"].view(-1),
+            state["exp_avg_sq"].view(-1),
+            step=clock.count + 1,
+            lr=group["lr"] * (clock.ramp(reset.warmup_steps) if reset else 1.0),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+    def _run_events(self) -> list[str]:
+        """Refactorization and momentum reset, where due after this update."""
+        events = []
+        refactorization, reset = self.config.refactorization, self.config.momentum_reset
+        if refactorization and self._pairs and self.updates % refactorization.interval == 0:
+            self._refactorize(refactorization.moments)
+            events.append("refactorization")
+        if reset and self.updates % reset.interval == 0:
+            for name in ("factors", "dense") if reset.scope == "all" else ("factors",):
+                self._reset(name)
+                self._clocks[name].since_reset = 0
+            events.append("momentum_reset")
+        return events
+
+    def _refactorize(self, mode: str) -> None:
+        shard = self.prepare()
+        moments = (self._moments("exp_avg"), self._moments("exp_avg_sq")) if mode == "transport" else None
+        bucket_bytes = self.config.exchange_bucket_bytes
+        refactorize_pairs(self._owned_pairs, self._exchange, shard.buffers, moments, bucket_bytes)
+        for buffer in self._factor_buffers:
+            shard.publish(buffer)
+        if mode == "reset":
+            self._reset("factors")
+
+    def _reset(self, clock: str) -> None:
+        """Zero the moments and the step count of the factors, or of everything else."""
+        shard = self.prepare()
+        which = [i for i in range(len(shard.keys)) if (i in self._factor_buffers) == (clock == "factors")]
+        for key in ("exp_avg", "exp_avg_sq"):
+            zero_(self._moments(key), which)
+        self._clocks[clock].count = 0
+
+    def _moments(self, key: str) -> list[Tensor]:
+        by_id = {id(parameter): state[key] for parameter, state in self.state.items()}
+        return [by_id[buffer_id].view(-1) for buffer_id in self.prepare().keys]
+
+
+def build_optimizer(model: nn.Module, config: MegalrConfig) -> MegalrOptimizer:
+    """An optimizer over the model's trainable parameters; see :func:`megalr.build_optimizer`."""
+    return MegalrOptimizer(parameter_groups(model, config.optimizer), list(factor_pairs(model)), config)

@@ -1,0 +1,189 @@
+"""Reading DeepSpeed's layout: which part of which parameter lies where in the ranks' flat fp32 buffers.
+
+This is the one file of the optimizer that knows how DeepSpeed (0.19) cuts parameters:
+
+- **Stages 1 and 2, and BF16_Optimizer**: the parameters of a group are views into one flat low-precision tensor, which
+  is cut into equal parts; the fp32 master of part k is the group's only "parameter" on rank k. A parameter's place is
+  read from its view's storage offset. The `_hp_mapping` records are not used: with ``round_robin_gradients`` they name
+  the place that the parameter would have without reordering.
+- **Stage 3**: each parameter is cut into world-size equal chunks, padded at the end; chunks of a sub-group are
+  concatenated into one flat fp32 tensor. ``param._z3_optimizer`` holds the sub-groups.
+- **Stage 0**: whole tensors on every rank, either the model's own (fp32) or one fp32 master each (bf16).
+
+Only the layout of this rank's group is needed to know every rank's, so nothing is communicated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalr.partition.layout import Fragment, Layout
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's side of a layout.
+
+    Attributes:
+        layout: what lies where on every rank.
+        buffers: this rank's flat master tensors (1-D views), in the layout's order.
+        keys: for each buffer, the ``id`` of the tensor that DeepSpeed hands to ``step()``.
+        rank: this process's rank in ``group``.
+        group: the data-parallel group, None for a single process.
+        publish: copies one buffer's masters into the low-precision weights that the model computes with, as
+            DeepSpeed does after ``step()``; needed for a buffer that was changed after its own ``step()``.
+        dry_run: DeepSpeed's wrapper calls ``step()`` once, with zero gradients, while it is being built.
+    """
+
+    layout: Layout
+    buffers: list[Tensor]
+    keys: list[int]
+    rank: int
+    group: dist.ProcessGroup | None
+    publish: Callable[[int], None]
+    dry_run: bool = False
+
+
+# A group as it was given to the optimizer: the model's own parameters by name, in order.
+NamedGroup = Mapping[str, nn.Parameter]
+
+
+def read_shard(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]]) -> Shard:
+    """Find out how DeepSpeed has cut the parameters.
+
+    Args:
+        named_groups: the parameters of each group by qualified name, as they were when the optimizer was built.
+        param_groups: the optimizer's groups now, with DeepSpeed's flat tensors (or the parameters) in "params".
+
+    Raises:
+        RuntimeError: the buffers do not hold what this reading says; DeepSpeed's layout has changed.
+    """
+    first = next(p for group in named_groups for p in group.values())
+    if hasattr(first, "ds_id"):
+        return _read_stage_3(named_groups, first)
+    if hasattr(first, "_hp_mapping"):
+        return _read_flat_groups(named_groups, param_groups, first)
+    return _read_whole(named_groups, param_groups)
+
+
+def _read_stage_3(named_groups: Sequence[NamedGroup], first: Any) -> Shard:
+    zero = first._z3_optimizer
+    names = {id(p): name for group in named_groups for name, p in group.items()}
+    group = getattr(first, "ds_process_group", None) or zero.dp_process_group
+    world_size = dist.get_world_size(group)
+    rank = dist.get_rank(group)
+    shapes: dict[str, tuple[int, ...]] = {}
+    fragments: list[Fragment] = []
+    for buffer, parameters in enumerate(zero.fp16_groups):
+        offset = 0
+        for parameter in parameters:
+            name = names[id(parameter)]
+            shapes[name] = tuple(parameter.ds_shape)
+            chunk = parameter.partition_numel()
+            for holder in range(world_size):
+                length = min(chunk, parameter.ds_numel - holder * chunk)
+                if length > 0:
+                    fragments.append(Fragment(name, holder * chunk, length, holder, buffer, offset))
+            offset += chunk
+    buffers = list(zero.fp32_partitioned_groups_flat)
+
+    def low_precision(buffer: int) -> Tensor:
+        flat = zero.fp16_partitioned_groups_flat[buffer]
+        if flat is None:
+            raise RuntimeError(
+                "parameters on NVMe cannot be updated by refactorization; offload them to the CPU instead"
+            )
+        return flat
+
+    def publish(buffer: int) -> None:
+        low_precision(buffer).data.copy_(buffers[buffer].data)
+
+    parameters = {name: p for named in named_groups for name, p in named.items()}
+    for fragment in fragments:
+        if fragment.rank == rank:
+            weights = parameters[fragment.name].ds_tensor.data.view(-1)[: fragment.length]
+            _verify(fragment, weights, _master(buffers, fragment))
+    layout = Layout(world_size, shapes, fragments)
+    return Shard(layout, [b.data for b in buffers], [id(b) for b in buffers], rank, group, publish)
+
+
+def _read_flat_groups(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]], first: Any) -> Shard:
+    group = first._dp_group
+    world_size = dist.get_world_size(group)
+    rank = dist.get_rank(group)
+    shapes: dict[str, tuple[int, ...]] = {}
+    fragments: list[Fragment] = []
+    masters = [param_group["params"][0] for param_group in param_groups]
+    for buffer, (named, master) in enumerate(zip(named_groups, masters, strict=True)):
+        part = master.numel()
+        for name, parameter in named.items():
+            if not parameter.requires_grad:
+                continue
+            shapes[name] = tuple(parameter.shape)
+            begin = parameter.data.storage_offset()
+            end = begin + parameter.numel()
+            for holder in range(begin // part, -(-end // part)):
+                lower, upper = max(begin, holder * part), min(end, (holder + 1) * part)
+                fragments.append(Fragment(name, lower - begin, upper - lower, holder, buffer, lower - holder * part))
+    layout = Layout(world_size, shapes, fragments)
+    parameters = {name: p for named in named_groups for name, p in named.items()}
+    here = [[f for f in fragments if f.rank == rank and f.buffer == buffer] for buffer in range(len(masters))]
+
+    def own_weights(fragment: Fragment) -> Tensor:
+        flat = parameters[fragment.name].data.view(-1)
+        return flat[fragment.start : fragment.start + fragment.length]
+
+    def publish(buffer: int) -> None:
+        for fragment in here[buffer]:
+            own_weights(fragment).copy_(_master(masters, fragment))
+
+    for part in here:
+        for fragment in part:
+            _verify(fragment, own_weights(fragment), _master(masters, fragment))
+    return Shard(layout, [m.data for m in masters], [id(m) for m in masters], rank, group, publish)
+
+
+def _read_whole(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]]) -> Shard:
+    group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    world_size = dist.get_world_size(group) if group is not None else 1
+    rank = dist.get_rank(group) if group is not None else 0
+    shapes: dict[str, tuple[int, ...]] = {}
+    fragments: list[Fragment] = []
+    buffers: list[Tensor] = []
+    separate = False
+    for named, param_group in zip(named_groups, param_groups, strict=True):
+        trainable = {name: p for name, p in named.items() if p.requires_grad}
+        # DDP_BFLOAT16 keeps one master for each trainable parameter, in order; fp32 keeps the parameters themselves.
+        tensors = [t for t in param_group["params"] if t.requires_grad]
+        for (name, parameter), tensor in zip(trainable.items(), tensors, strict=True):
+            if parameter.shape != tensor.shape:
+                raise RuntimeError(
+                    f"expected the master of {name} {tuple(parameter.shape)}, found {tuple(tensor.shape)}"
+                )
+            separate = separate or tensor is not parameter
+            shapes[name] = tuple(parameter.shape)
+            fragments += [Fragment(name, 0, parameter.numel(), r, len(buffers), 0) for r in range(world_size)]
+            buffers.append(tensor)
+    layout = Layout(world_size, shapes, fragments)
+    flat, keys = [b.data.view(-1) for b in buffers], [id(b) for b in buffers]
+    # Stage 0 has one step() for all groups and casts down after it: there is nothing to publish.
+    return Shard(layout, flat, keys, rank, group, publish=lambda buffer: None, dry_run=separate)
+
+
+def _master(masters: Sequence[Tensor], fragment: Fragment) -> Tensor:
+    return masters[fragment.buffer].data[fragment.offset : fragment.offset + fragment.length]
+
+
+def _verify(fragment: Fragment, weights: Tensor, master: Tensor) -> None:
+    """The model's weights are the masters cast down: if not, training on would silently mix parameters up."""
+    if not torch.equal(weights, master.to(weights)):
+        raise RuntimeError(
+            f"the flat fp32 buffer does not hold {fragment.name} where it was expected; this DeepSpeed release lays "
+            "parameters out in another way than megalr.partition.fragments reads them"
+        )
