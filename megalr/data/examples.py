@@ -1,0 +1,136 @@
+"""Examples of one length, cut out of memory-mapped tokens when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_COUNTED_AT_ONCE = 4096
+_ENDS_AT_ONCE = 1 << 20
+
+
+class Examples(ABC):
+    """A table of ``len()`` examples of ``sequence_length`` tokens.
+
+    Attributes:
+        sequence_length: L, tokens of an example, pads included.
+        fingerprint: hash of everything that decides the examples' content.
+        tokens: tokens in all examples, pads not counted.
+        dropped: tokens of the text that are in no example.
+    """
+
+    def __init__(
+        self, sequence_length: int, pad_id: int, fingerprint: str, tokens: int, dropped: int
+    ) -> None:
+        self.sequence_length = sequence_length
+        self.pad_id = pad_id
+        self.fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()
+        self.tokens = tokens
+        self.dropped = dropped
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def _content(self, index: int) -> NDArray[Any]:
+        """The example's tokens without pads, (1 .. L,)."""
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.int32], int]:
+        """The example's tokens, (L,) int32, and how many of them, from the start, are not pads."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        content = self._content(index)
+        row = np.full(self.sequence_length, self.pad_id, dtype=np.int32)
+        row[: len(content)] = content
+        return row, len(content)
+
+    def __iter__(self) -> Iterator[tuple[NDArray[np.int32], int]]:
+        return (self[index] for index in range(len(self)))
+
+    def token_counts(self, vocabulary: int) -> NDArray[np.int64]:
+        """How often each token id is to be predicted: all but each example's first. (vocabulary,) int64.
+
+        The sum is the number of tokens that an evaluation of these examples scores.
+
+        Raises:
+            ValueError: a token id outside the vocabulary.
+        """
+        counts = np.zeros(vocabulary, dtype=np.int64)
+        for start in range(0, len(self), _COUNTED_AT_ONCE):
+            stop = min(start + _COUNTED_AT_ONCE, len(self))
+            targets = np.concatenate([self._content(index)[1:] for index in range(start, stop)])
+            found = np.bincount(targets, minlength=vocabulary)
+            if len(found) > vocabulary:
+                raise ValueError(
+                    f"the text holds token {len(found) - 1}, the vocabulary has {vocabulary} entries"
+                )
+            counts += found
+        return counts
+
+
+class PackedExamples(Examples):
+    """Documents joined by their end-of-text tokens and cut into full sequences, whatever lies across a cut.
+
+    The tail that fills no sequence is dropped, or with ``keep_tail`` becomes a last, padded example.
+    """
+
+    def __init__(
+        self, tokens: NDArray[Any], sequence_length: int, *, pad_id: int, fingerprint: str, keep_tail: bool
+    ) -> None:
+        full, tail = divmod(len(tokens), sequence_length)
+        self._count = full + (keep_tail and tail >= 2)  # one token alone has nothing to predict
+        kept = min(len(tokens), self._count * sequence_length)
+        name = f"packed {sequence_length} {keep_tail} {fingerprint}"
+        super().__init__(sequence_length, pad_id, name, tokens=kept, dropped=len(tokens) - kept)
+        self._text = tokens
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _content(self, index: int) -> NDArray[Any]:
+        return self._text[index * self.sequence_length : (index + 1) * self.sequence_length]
+
+
+class TruncatedExamples(Examples):
+    """One example a document: its first tokens, then end-of-text, then pads.
+
+    A document that is too long loses its end but not its end-of-text token, as in the paper's setting, where
+    the tokenizer truncates to make room for it.
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray[Any],
+        ends: NDArray[np.int64],
+        sequence_length: int,
+        *,
+        pad_id: int,
+        end_id: int,
+        fingerprint: str,
+    ) -> None:
+        kept = 0
+        for start in range(0, len(ends), _ENDS_AT_ONCE):
+            lengths = np.diff(ends[start : start + _ENDS_AT_ONCE], prepend=ends[start - 1] if start else 0)
+            kept += int(np.minimum(lengths, sequence_length).sum())
+        name = f"truncated {sequence_length} {fingerprint}"
+        super().__init__(sequence_length, pad_id, name, tokens=kept, dropped=len(tokens) - kept)
+        self._text = tokens
+        self._ends = ends
+        self._end_id = end_id
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def _content(self, index: int) -> NDArray[Any]:
+        start = int(self._ends[index - 1]) if index else 0
+        stop = int(self._ends[index])
+        if stop - start <= self.sequence_length:
+            return self._text[start:stop]
+        content = np.array(self._text[start : start + self.sequence_length])
+        content[-1] = self._end_id
+        return content

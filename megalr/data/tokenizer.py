@@ -1,0 +1,101 @@
+"""Loading a tokenizer: the embedded one, a file, a folder, or one of the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megalr.data.hub import LOCAL_OPTIONS, connection_problem
+from megalr.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+EMBEDDED_TOKENIZER = Path(__file__).parent / "austen" / "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+
+_END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
+_PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
+
+
+def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
+    """A fast tokenizer with an end-of-text and a padding token.
+
+    Args:
+        name: None for the embedded 4,096-entry byte-level BPE; the path of a ``tokenizer.json``; a folder
+            that ``save_pretrained`` wrote or that holds a ``tokenizer.json``; or a hub name such as
+            "t5-base".
+
+    A tokenizer without a padding token pads with its end-of-text token (labels know the pads by position, not
+    by id).
+
+    Raises:
+        UserError: not found, not readable, not a fast tokenizer, or without an end-of-text token.
+    """
+    tokenizer = _load(name)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer {name} has no end-of-text token, which separates documents; add one of "
+            f"{', '.join(_END_NAMES)} to its special tokens"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load(name: str | None) -> PreTrainedTokenizerFast:
+    if name is None:
+        return _from_file(EMBEDDED_TOKENIZER)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _from_file(path)
+    if path.is_dir():
+        if (path / "tokenizer_config.json").exists():
+            return _from_pretrained(str(path), local=True)
+        if (path / "tokenizer.json").exists():
+            return _from_file(path / "tokenizer.json")
+        raise UserError(f"the folder {name} holds no tokenizer.json")
+    if name.startswith((".", "/", "~")) or path.suffix == ".json":
+        raise UserError(
+            f"there is no tokenizer file or folder called {name}; write the path of a tokenizer.json, a hub "
+            "name, or nothing for the embedded tokenizer"
+        )
+    return _from_pretrained(name, local=False)
+
+
+def _from_file(path: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer.json does not say which special token is which, so they are known by their usual names."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
+        present = {token["content"] for token in added}
+        end = next((token for token in _END_NAMES if token in present), None)
+        pad = next((token for token in _PAD_NAMES if token in present), None)
+        build: Any = PreTrainedTokenizerFast  # its constructor has no annotations
+        tokenizer: PreTrainedTokenizerFast = build(
+            tokenizer_file=str(path), bos_token=end, eos_token=end, pad_token=pad
+        )
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise UserError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
+    return tokenizer
+
+
+def _from_pretrained(name: str, *, local: bool) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    problem = None if local else connection_problem()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local or problem is not None)
+    except Exception as error:  # missing, gated, broken, offline: one message for all
+        reason = problem or str(error).strip()
+        where = "in the folder" if local else "on the hub (nor is there a file or folder of that name)"
+        raise UserError(f"cannot load the tokenizer {name} {where}: {reason}. {LOCAL_OPTIONS}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"the tokenizer {name} has no fast version, which tokenising a whole text needs; convert it to a "
+            "tokenizer.json first"
+        )
+    return tokenizer

@@ -1,0 +1,211 @@
+"""Text is tokenised once, into a memory-mapped cache that exists whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalr.data.documents import Piece
+from megalr.data.sources import Source
+from megalr.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+_FORMAT = 1  # raise it when the files or the way of tokenising change
+_BATCH_PIECES, _BATCH_CHARACTERS = 4096, 1 << 21
+_ABANDONED_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """The tokens of a text, memory-mapped.
+
+    Attributes:
+        tokens: (tokens,) uint16 or uint32; each document is followed by the end-of-text token.
+        ends: (documents,) int64; where each document, its end-of-text token included, ends in ``tokens``.
+        digest: hash of both, the text's identity as far as training is concerned.
+        seconds: how long tokenising took.
+        folder: where they lie.
+    """
+
+    tokens: NDArray[Any]
+    ends: NDArray[np.int64]
+    digest: str
+    seconds: float
+    folder: Path
+
+
+class TokenCache:
+    """The place of one text's tokens, by one tokenizer, up to one number of tokens.
+
+    The place follows from what is read and how, so that a changed file, tokenizer or limit is another place.
+    Files are written into a folder of another name, which is renamed when all are complete: whoever finds the
+    folder finds all of it, also when processes race or are killed.
+    """
+
+    def __init__(
+        self, source: Source, tokenizer: PreTrainedTokenizerFast, root: Path, limit: int | None
+    ) -> None:
+        self._source = source
+        self._tokenizer = tokenizer
+        self._limit = limit
+        key = [
+            _FORMAT,
+            source.identity(),
+            tokenizer.backend_tokenizer.to_str(),
+            tokenizer.eos_token_id,
+            limit,
+        ]
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        words = re.sub(r"[^\w.-]+", "-", Path(source.label).name)[-40:].strip("-.")
+        self.folder = root / f"{words}-{digest[:20]}"
+
+    def load(self) -> TokenStore | None:
+        """The tokens if they are there and whole, else None."""
+        try:
+            meta = json.loads((self.folder / "meta.json").read_text())
+            tokens = _map(self.folder / "tokens.bin", meta["dtype"], meta["tokens"])
+            ends = _map(self.folder / "ends.bin", "int64", meta["documents"])
+        except (OSError, ValueError, KeyError):
+            return None
+        return TokenStore(tokens, ends, meta["digest"], meta["seconds"], self.folder)
+
+    def write(self) -> None:
+        """Tokenises the text and puts the result in place; harmless where another process does the same.
+
+        Raises:
+            UserError: the text cannot be read, or the folder cannot be written.
+        """
+        root = self.folder.parent
+        partial = root / f".partial-{self.folder.name}-{uuid.uuid4().hex[:8]}"
+        pieces = self._source.pieces()
+        try:
+            partial.mkdir(parents=True)
+            _remove_abandoned(root)
+            self._write_files(partial, pieces)
+            if self.folder.exists() and self.load() is None:
+                shutil.rmtree(self.folder)  # damaged
+            if not self.folder.exists():
+                partial.rename(self.folder)
+        except OSError as error:
+            if self.load() is None:  # else another process was faster
+                raise UserError(
+                    f"cannot write tokens to {root}: {error}; name another folder with the environment "
+                    "variable MEGALR_CACHE"
+                ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _write_files(self, folder: Path, pieces: Iterator[Piece]) -> None:
+        from tqdm import tqdm
+
+        started = time.perf_counter()
+        dtype = np.dtype(np.uint16 if len(self._tokenizer) <= 1 << 16 else np.uint32)
+        hashes = (hashlib.sha256(), hashlib.sha256())
+        tokens = documents = 0
+        with (
+            (folder / "tokens.bin").open("wb") as token_file,
+            (folder / "ends.bin").open("wb") as end_file,
+            tqdm(
+                desc=f"tokenising {self._source.label}",
+                unit=" tokens",
+                unit_scale=True,
+                delay=3,
+                disable=None,
+            ) as bar,
+        ):
+            for ids, ends in self._chunks(pieces):
+                for array, file, content in zip(
+                    (ids.astype(dtype), ends + tokens), (token_file, end_file), hashes, strict=True
+                ):
+                    file.write(array.tobytes())
+                    content.update(array.tobytes())
+                tokens, documents = tokens + len(ids), documents + len(ends)
+                bar.update(len(ids))
+            for file in (token_file, end_file):
+                file.flush()
+                os.fsync(file.fileno())
+        meta = {
+            "text": self._source.label,
+            "dtype": dtype.name,
+            "tokens": tokens,
+            "documents": documents,
+            "digest": hashlib.sha256(b"".join(content.digest() for content in hashes)).hexdigest(),
+            "seconds": time.perf_counter() - started,
+        }
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+    def _chunks(self, pieces: Iterator[Piece]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Runs of tokens, with the document ends inside each counted from the run's start."""
+        encoder = self._encoder()
+        left = self._limit
+        while batch := _take(pieces):
+            ids: list[int] = []
+            ends: list[int] = []
+            encoded = encoder.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
+            for piece, encoding in zip(batch, encoded, strict=True):
+                ids.extend(encoding.ids)
+                if piece.ends_document:
+                    ids.append(self._tokenizer.eos_token_id)
+                    ends.append(len(ids))
+            if left is not None and len(ids) >= left:
+                ids = ids[:left]
+                ends = [end for end in ends if end < left] + [left]
+            yield np.array(ids, dtype=np.int64), np.array(ends, dtype=np.int64)
+            if left is not None:
+                left -= len(ids)
+                if left == 0:
+                    return
+
+    def _encoder(self) -> Tokenizer:
+        """A copy without truncation and padding, to which a special token's name in a text is just text."""
+        from tokenizers import Tokenizer
+
+        encoder = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
+        encoder.no_truncation()
+        encoder.no_padding()
+        encoder.encode_special_tokens = True
+        return encoder
+
+
+def _take(pieces: Iterator[Piece]) -> list[Piece]:
+    """As many pieces as are worth encoding at once in bounded memory; none at the end."""
+    batch: list[Piece] = []
+    characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_PIECES:
+            break
+    return batch
+
+
+def _map(path: Path, dtype: str, count: int) -> NDArray[Any]:
+    size = np.dtype(dtype).itemsize * count
+    if path.stat().st_size != size:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, expected {size}")
+    return np.memmap(path, dtype=dtype, mode="r") if count else np.zeros(0, dtype=dtype)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Deletes what killed processes left, once nobody can still be writing it."""
+    for partial in root.glob(".partial-*"):
+        with contextlib.suppress(OSError):  # another process may be deleting it too
+            newest = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
+            if time.time() - newest > _ABANDONED_SECONDS:
+                shutil.rmtree(partial, ignore_errors=True)
