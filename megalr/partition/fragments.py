@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalr.errors import UserError
 from megalr.partition.layout import Fragment, Layout
 
 
@@ -80,6 +81,7 @@ def _read_stage_3(named_groups: Sequence[NamedGroup], first: Any) -> Shard:
     rank = dist.get_rank(group)
     shapes: dict[str, tuple[int, ...]] = {}
     fragments: list[Fragment] = []
+    buffers = list(zero.fp32_partitioned_groups_flat)
     for buffer, parameters in enumerate(zero.fp16_groups):
         offset = 0
         for parameter in parameters:
@@ -87,28 +89,28 @@ def _read_stage_3(named_groups: Sequence[NamedGroup], first: Any) -> Shard:
             shapes[name] = tuple(parameter.ds_shape)
             chunk = parameter.partition_numel()
             for holder in range(world_size):
-                length = min(chunk, parameter.ds_numel - holder * chunk)
+                length = max(0, min(chunk, parameter.ds_numel - holder * chunk))
                 if length > 0:
                     fragments.append(Fragment(name, holder * chunk, length, holder, buffer, offset))
+                if holder == rank:
+                    # The padding is uninitialised memory, perhaps NaN: nothing reads it today, and nothing ever should.
+                    buffers[buffer].data[offset + length : offset + chunk].zero_()
             offset += chunk
-    buffers = list(zero.fp32_partitioned_groups_flat)
 
-    def low_precision(buffer: int) -> Tensor:
-        flat = zero.fp16_partitioned_groups_flat[buffer]
-        if flat is None:
-            raise RuntimeError(
-                "parameters on NVMe cannot be updated by refactorization; offload them to the CPU instead"
-            )
-        return flat
+    weights = zero.fp16_partitioned_groups_flat
+    if zero.swap_optimizer or any(flat is None for flat in weights):
+        raise UserError(
+            'parameters or optimizer state on NVMe cannot be updated: write "device": "cpu" for the offload'
+        )
 
     def publish(buffer: int) -> None:
-        low_precision(buffer).data.copy_(buffers[buffer].data)
+        weights[buffer].data.copy_(buffers[buffer].data)
 
     parameters = {name: p for named in named_groups for name, p in named.items()}
     for fragment in fragments:
         if fragment.rank == rank:
-            weights = parameters[fragment.name].ds_tensor.data.view(-1)[: fragment.length]
-            _verify(fragment, weights, _master(buffers, fragment))
+            own = parameters[fragment.name].ds_tensor.data.view(-1)[: fragment.length]
+            _verify(fragment, own, _master(buffers, fragment))
     layout = Layout(world_size, shapes, fragments)
     return Shard(layout, [b.data for b in buffers], [id(b) for b in buffers], rank, group, publish)
 

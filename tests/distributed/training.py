@@ -100,6 +100,16 @@ def finish(engine: Any, config: dict[str, Any]) -> dict[str, Tensor] | None:
     return None if state is None else densify(state, MegalrConfig.from_json(config).parametrization)
 
 
+def count_updates(stage: int, steps: int, **changes: Any) -> list[int]:
+    """Updates that the optimizer and its two clocks have counted after ``steps`` steps without events."""
+    engine = engine_of(configuration(stage, megalr={"refactorization": None, "momentum_reset": None}, **changes))
+    run_steps(engine, batches(steps))
+    optimizer = engine.basic_optimizer
+    counts = [optimizer.updates, *(clock.count for clock in optimizer._clocks.values())]
+    engine.destroy()
+    return counts
+
+
 def refactorize_once(stage: int, **changes: Any) -> dict[str, float | int] | None:
     """One update with learning rate 0 and a refactorization at its end; what changed, seen on rank 0.
 

@@ -1,0 +1,297 @@
+"""What a run prints and draws when it is over: a table, the loss curve, sizes in human units, peak memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Floats = NDArray[np.float64]
+
+LOSS_COLOR, EVALUATION_COLOR, TEXT_COLOR = "#2f6f9f", "#c8502d", "#444444"
+EVENT_COLORS = {"refactorization": "#7a5aa6", "momentum_reset": "#4f9a67"}
+# The dashes of one kind fill the gaps of the other's where both fall on one step.
+EVENT_STYLES = {"refactorization": (0, (5, 5)), "momentum_reset": (5, (5, 5))}
+OTHER_EVENT_COLOR = "#999999"
+MAX_FULL_HEIGHT_MARKS = 40  # more of one kind would hide the curves: they become ticks at the bottom
+TICK_HEIGHT = 0.04  # of the axes' height
+MIN_POINTS_TO_SMOOTH = 10
+MIN_TICKS, MAX_TICKS = 4, 18
+BYTE_UNITS = ("kB", "MB", "GB", "TB", "PB", "EB")
+ROUNDS_TO_A_THOUSAND, A_MILLION = 999.5, 1e6
+MAX_EXPONENT = 700.0  # the largest loss whose perplexity is a float
+
+
+def human_bytes(number: float) -> str:
+    """Bytes in decimal units (1 GB is 1e9 bytes, as papers count) with three digits, e.g. ``"7.41 MB"``."""
+    if abs(number) < ROUNDS_TO_A_THOUSAND:
+        return f"{number:.0f} B"
+    value, unit = number / 1000, 0
+    while abs(value) >= ROUNDS_TO_A_THOUSAND and unit < len(BYTE_UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{value:#.3g}".rstrip(".") + f" {BYTE_UNITS[unit]}"
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: allocated on the GPU if it uses one, else resident.
+
+    On a GPU this is what torch allocated, without its cache, the CUDA context and the communication library.
+    """
+    if torch.cuda.is_available() and (allocated := torch.cuda.max_memory_allocated()):
+        return allocated
+    # ru_maxrss is inherited: the child of a large process starts from its parent's peak. VmHWM is its own.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # KiB on Linux, bytes on macOS
+
+
+def summary_table(rows: Iterable[tuple[str, object] | None]) -> str:
+    """Two aligned columns between two rules, without a final newline.
+
+    Args:
+        rows: (label, value) pairs; None in place of a pair draws a thin rule. Integers and large floats get
+            thousands separators, other floats four significant digits; any other value is shown as its
+            ``str``, e.g. what :func:`human_bytes` made.
+    """
+    cells = [None if row is None else (row[0], _cell(row[1])) for row in rows]
+    filled = [cell for cell in cells if cell is not None]
+    left = max((len(label) for label, _ in filled), default=0)
+    right = max((len(value) for _, value in filled), default=0)
+    width = left + 3 + right
+    lines = ["-" * width if cell is None else f"{cell[0]:<{left}}   {cell[1]:>{right}}" for cell in cells]
+    return "\n".join(["=" * width, *lines, "=" * width])
+
+
+def plot_losses(metrics_jsonl_path: str | Path, png_path: str | Path, title: str = "") -> None:
+    """Draw a run's ``metrics.jsonl`` as a PNG: loss against tokens, and the same heights as perplexity.
+
+    The training loss is drawn raw (light) and smoothed, the held-out loss as points, refactorizations and
+    momentum resets as light vertical marks. A file without rows gives a picture that says so.
+
+    Args:
+        metrics_jsonl_path: see :func:`read_history`.
+        png_path: where to write.
+        title: shown above the curves.
+    """
+    # Not pyplot: it keeps global state and picks a backend by the display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    history = read_history(metrics_jsonl_path)
+    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, color=TEXT_COLOR, fontsize=12, loc="left", pad=10)
+    if len(history.tokens) or len(history.eval_tokens):
+        _set_limits(axes, history)
+        _draw_losses(axes, history)
+        _draw_events(axes, history)
+        _label_axes(axes)
+    else:
+        axes.set_axis_off()
+        figure.text(0.5, 0.5, "no measurements yet", ha="center", va="center", color=TEXT_COLOR)
+    figure.savefig(png_path)
+
+
+@dataclass(frozen=True)
+class History:
+    """The curves of one run, in the order of its steps; losses that are not finite are left out.
+
+    Attributes:
+        tokens, losses: training, (updates,) float64.
+        eval_tokens, eval_losses: the held-out text, (evaluations,) float64.
+        events: for each kind of event, the tokens at which it happened.
+    """
+
+    tokens: Floats
+    losses: Floats
+    eval_tokens: Floats
+    eval_losses: Floats
+    events: dict[str, list[int]]
+
+
+def read_history(metrics_jsonl_path: str | Path) -> History:
+    """Read ``metrics.jsonl``, in the order in which it was written.
+
+    Rows with "loss" are training ("step", "tokens", "loss", perhaps "events", a list of names), rows with
+    "eval_loss" are evaluations ("step", "tokens", "eval_loss"). Where the steps go back, a resumed run did
+    them again: what the earlier one wrote of that step and later ones is dropped. A line cut off by a kill
+    is ignored.
+    """
+    training: dict[int, dict[str, Any]] = {}
+    evaluation: dict[int, dict[str, Any]] = {}
+    last = -1
+    for row in _rows(Path(metrics_jsonl_path)):
+        step = row["step"]
+        if "loss" in row:
+            if step <= last:
+                training = {s: r for s, r in training.items() if s < step}
+                evaluation = {s: r for s, r in evaluation.items() if s < step}
+            training[step] = row
+            last = step
+        if "eval_loss" in row:
+            evaluation[step] = row
+    events: dict[str, list[int]] = {}
+    for row in training.values():
+        for name in row.get("events") or ():
+            events.setdefault(name, []).append(row["tokens"])
+    return History(*_curve(training, "loss"), *_curve(evaluation, "eval_loss"), events)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict) and "step" in row and "tokens" in row:
+                yield row
+
+
+def _curve(rows: dict[int, dict[str, Any]], key: str) -> tuple[Floats, Floats]:
+    points = [(rows[step]["tokens"], rows[step][key]) for step in sorted(rows) if rows[step][key] is not None]
+    tokens, losses = np.array(points, dtype=np.float64).reshape(-1, 2).T
+    finite = np.isfinite(losses)
+    return tokens[finite], losses[finite]
+
+
+def _set_limits(axes: Axes, history: History) -> None:
+    losses = np.concatenate([history.losses, history.eval_losses])
+    span = max(losses.max() - losses.min(), 0.1)
+    axes.set_ylim(losses.min() - 0.08 * span, losses.max() + 0.05 * span)
+    most = max(np.concatenate([history.tokens, history.eval_tokens]).max(), 1.0)
+    axes.set_xlim(-0.02 * most, 1.02 * most)
+
+
+def _draw_events(axes: Axes, history: History) -> None:
+    for name, tokens in history.events.items():
+        count = len(tokens)
+        axes.vlines(
+            tokens,
+            0,
+            1 if count <= MAX_FULL_HEIGHT_MARKS else TICK_HEIGHT,
+            transform=axes.get_xaxis_transform(),
+            colors=EVENT_COLORS.get(name, OTHER_EVENT_COLOR),
+            linewidth=1,
+            alpha=0.6,
+            zorder=1,
+            linestyles=EVENT_STYLES.get(name, "-"),
+            label=f"{name.replace('_', ' ')} ({count})",
+        )
+
+
+def _draw_losses(axes: Axes, history: History) -> None:
+    if len(history.losses):
+        few = len(history.losses) < MIN_POINTS_TO_SMOOTH
+        axes.plot(
+            history.tokens,
+            history.losses,
+            color=LOSS_COLOR,
+            alpha=1 if few else 0.25,
+            linewidth=1,
+            marker="." if few else "",
+            label="training loss" if few else "training loss, each step",
+        )
+        if not few:
+            label = "training loss, smoothed"
+            axes.plot(history.tokens, _smooth(history.losses), color=LOSS_COLOR, linewidth=1.8, label=label)
+    if len(history.eval_losses):
+        axes.plot(
+            history.eval_tokens,
+            history.eval_losses,
+            color=EVALUATION_COLOR,
+            marker="o",
+            markersize=5,
+            linewidth=1,
+            label="held-out loss",
+        )
+        axes.annotate(
+            f"perplexity {_perplexity(history.eval_losses[-1])}",
+            (history.eval_tokens[-1], history.eval_losses[-1]),
+            xytext=(0, 12),
+            textcoords="offset points",
+            ha="right",
+            color=EVALUATION_COLOR,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
+        )
+
+
+def _label_axes(axes: Axes) -> None:
+    axes.set_xlabel("training tokens", color=TEXT_COLOR)
+    axes.set_ylabel("loss (nats per token)", color=TEXT_COLOR)
+    axes.xaxis.set_major_formatter(lambda tokens, _: _short(tokens))
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    right = axes.twinx()
+    right.set_ylim(axes.get_ylim())
+    perplexities = _perplexity_ticks(*axes.get_ylim())
+    right.set_yticks([math.log(p) for p in perplexities], [_perplexity(math.log(p)) for p in perplexities])
+    right.set_ylabel("perplexity", color=TEXT_COLOR)
+    for side in (axes, right):
+        side.tick_params(colors=TEXT_COLOR)
+        side.spines[["top"]].set_visible(False)
+        side.spines[["left", "right", "bottom"]].set_color("#bbbbbb")
+    axes.legend(loc="upper right", framealpha=0.9, edgecolor="none", labelcolor=TEXT_COLOR, fontsize=9)
+
+
+def _smooth(losses: Floats) -> Floats:
+    """A moving average over about a thirtieth of the run, centred also at the steep start."""
+    half = max(3, len(losses) // 60)
+    index = np.arange(len(losses))
+    first = np.maximum(index - half, 0)
+    last = np.minimum(index + np.minimum(half, index), len(losses) - 1)
+    sums = np.concatenate([[0.0], np.cumsum(losses)])
+    return np.asarray((sums[last + 1] - sums[first]) / (last + 1 - first))
+
+
+def _perplexity_ticks(low: float, high: float) -> list[float]:
+    """Perplexities with logarithms in [low, high]: 1, 2, 5, 10, ..., or even steps where those are few."""
+    from matplotlib.ticker import MaxNLocator
+
+    high = min(high, MAX_EXPONENT)
+    decades = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
+    digits = (1, 2, 5) if 3 * len(decades) <= MAX_TICKS else (1,)
+    stride = math.ceil(len(decades) / MAX_TICKS)
+    ticks = [digit * 10.0**decade for decade in decades[::stride] for digit in digits]
+    inside = [tick for tick in ticks if low <= math.log(tick) <= high]
+    if len(inside) < MIN_TICKS:
+        even = MaxNLocator(MIN_TICKS + 2).tick_values(math.exp(low), math.exp(high))
+        inside = [float(tick) for tick in even if tick > 0 and low <= math.log(tick) <= high]
+    return inside
+
+
+def _perplexity(loss: float) -> str:
+    perplexity = math.exp(min(loss, MAX_EXPONENT))
+    return f"{perplexity:,.0f}" if ROUNDS_TO_A_THOUSAND <= perplexity < A_MILLION else f"{perplexity:.4g}"
+
+
+def _short(number: float) -> str:
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= unit:
+            return f"{number / unit:.4g}{name}"
+    return f"{number:g}"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if abs(value) >= ROUNDS_TO_A_THOUSAND else f"{value:.4g}"

@@ -1,0 +1,38 @@
+"""The memory formula equals what real DeepSpeed engines hold, byte for byte, on every rank."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.measuring import Setting
+
+pytestmark = pytest.mark.distributed
+STAGES = (0, 1, 2, 3)
+SETTINGS = [
+    *(Setting(stage, "fp32", "fp32") for stage in STAGES),
+    *(Setting(stage, "bf16", "bf16") for stage in STAGES),
+    *(Setting(stage, "bf16", "fp32") for stage in STAGES[1:]),  # DeepSpeed has no such stage 0
+]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_small_model(ranks, world):
+    for rank, cases in enumerate(ranks(world).run("tests.distributed.measuring:small_model", SETTINGS)):
+        assert list(cases) == SETTINGS
+        for setting, counts in cases.items():
+            assert counts.measured == counts.formula == counts.of_engine, f"rank {rank}, {setting}"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
+def test_megalr_keeps_what_adamw_keeps(ranks, world, stage):
+    for measured, computed in ranks(world).run("tests.distributed.measuring:with_megalr", stage):
+        assert measured == computed
+
+
+def test_60m_low_rank_at_stage_2(ranks):
+    for counts in ranks(2).run("tests.distributed.measuring:sixty_million"):
+        assert counts.measured == counts.formula == counts.of_engine
+        # The 17 norms of 512 are a group of their own, and nothing needs padding.
+        assert counts.measured.weights == 4 * 42_770_944
+        assert counts.measured.masters + counts.measured.optimizer_state == 12 * 42_770_944 // 2

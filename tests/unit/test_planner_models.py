@@ -1,0 +1,96 @@
+"""The shipped model shapes have the published sizes, dense and factorised."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megalr.config import LowRankConfig
+from megalr.layers import parametrize
+from megalr.planner import paper_bytes, records
+
+MODELS = Path(__file__).parents[2] / "launchers" / "models"
+
+# parameters of the dense model and, at the published rank, of the low-rank one
+SIZES = {
+    "tiny": (1_852_544, 32, 1_365_120),
+    "9m": (8_995_968, 32, 8_508_544),
+    "60m": (58_073_600, 128, 42_770_944),
+    "130m": (134_105_856, 256, 93_997_824),
+    "350m": (367_969_280, 256, 185_222_144),
+    "1b": (1_339_082_752, 512, 609_310_720),
+    "7b": (6_738_415_616, 1024, 2_820_935_680),
+}
+
+# published: millions of parameters, dense and low-rank; 1e9 bytes, dense, GaLore and low-rank
+PUBLISHED = {
+    "60m": (58.07, 42.77, 0.348, 0.280, 0.257),
+    "130m": (134.1, 94.0, 0.805, 0.611, 0.564),
+    "350m": (368.0, 185.2, 2.208, 1.389, 1.111),
+    "1b": (1339.1, 609.3, 8.034, 4.763, 3.656),
+    "7b": (6738, 2821, 40.43, 22.88, 16.93),
+}
+
+
+def build(size: str, rank: int | None = None) -> LlamaForCausalLM:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig.from_json_file(MODELS / f"{size}.json"))
+    if rank is not None:
+        parametrize(model, LowRankConfig(rank=rank))
+    return model
+
+
+def matches(published: float):
+    """Equal up to the last published digit."""
+    digits = len(str(published).partition(".")[2])
+    return pytest.approx(published, abs=0.501 * 10**-digits, rel=0)
+
+
+def test_every_shipped_shape_is_checked():
+    assert {path.stem for path in MODELS.glob("*.json")} == set(SIZES)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_shape_is_a_llama_with_untied_head_and_no_bias(size):
+    config = LlamaConfig.from_json_file(MODELS / f"{size}.json")
+    assert config.architectures == ["LlamaForCausalLM"]
+    assert config.num_key_value_heads == config.num_attention_heads
+    assert config.hidden_size % config.num_attention_heads == 0
+    model = build(size)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameter_counts(size):
+    dense, rank, low_rank = SIZES[size]
+    assert sum(record.numel for record in records(build(size))) == dense
+    factorised = records(build(size, rank))
+    assert sum(record.numel for record in factorised) == low_rank
+    assert {record.kind for record in factorised if ".self_attn." in record.name} == {"factor"}
+    assert {record.kind for record in factorised if "embed" in record.name or "norm" in record.name} == {
+        "dense"
+    }
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_parameter_counts_and_memory(size):
+    def galore(record):  # one projector (m, r) and two moments (r, n), where m <= n
+        if "attn" not in record.name and "mlp" not in record.name:
+            return None
+        m, n = sorted(record.shape)
+        return m * rank + 2 * n * rank
+
+    million_dense, million_low_rank, *gigabytes = PUBLISHED[size]
+    _, rank, _ = SIZES[size]
+    dense, low_rank = records(build(size)), records(build(size, rank))
+    assert sum(record.numel for record in dense) / 1e6 == matches(million_dense)
+    assert sum(record.numel for record in low_rank) / 1e6 == matches(million_low_rank)
+    counted = paper_bytes(dense), paper_bytes(dense, treated_state=galore), paper_bytes(low_rank)
+    assert [bytes_ / 1e9 for bytes_ in counted] == [matches(published) for published in gigabytes]
+
+
+def test_paper_bytes_takes_a_model_or_its_records():
+    model = build("tiny")
+    assert paper_bytes(model) == paper_bytes(records(model)) == 6 * SIZES["tiny"][0]
