@@ -50,7 +50,8 @@ def build_optimizer(model: nn.Module, config: Json | str | Path) -> MegalrOptimi
 def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize`` for a dense model and a JSON with a "megalr" section.
 
-    The model is parametrized in place, the optimizer built, and both handed to DeepSpeed.
+    The model is parametrized in place, the optimizer built, and both handed to DeepSpeed. A schedule of DeepSpeed's
+    is put at its first iteration; left alone it would spend the first update on a learning rate of zero.
 
     Args:
         model: a dense model, the same on every rank.
@@ -77,6 +78,9 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     parametrize(model, content)
     optimizer = build_optimizer(model, content)
     results = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_section(content), **kwargs)
+    scheduler = results[3]
+    if getattr(scheduler, "last_batch_iteration", None) == -1:
+        scheduler.step()
     optimizer.prepare()
     return results
 

@@ -83,9 +83,7 @@ class Batches:
     def order(self, start: int, stop: int) -> list[int]:
         """The example ids at positions start .. stop - 1 of the global stream."""
         count = len(self.examples)
-        return [
-            int(self._permutation(position // count)[position % count]) for position in range(start, stop)
-        ]
+        return [int(self._permutation(position // count)[position % count]) for position in range(start, stop)]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, in plain numbers and strings; the same on all ranks.
@@ -120,14 +118,10 @@ class Batches:
 
     def _permutation(self, epoch: int) -> NDArray[np.uint32]:
         if epoch not in self._permutations:
-            while (
-                len(self._permutations) > 1
-            ):  # a step may span two epochs, and 50M examples take 200 MB each
+            while len(self._permutations) > 1:  # a step may span two epochs, and 50M examples take 200 MB each
                 del self._permutations[min(self._permutations)]
             order = np.arange(len(self.examples), dtype=np.uint32)
-            np.random.Generator(np.random.Philox(seed_for(self._seed, "order of examples", epoch))).shuffle(
-                order
-            )
+            np.random.Generator(np.random.Philox(seed_for(self._seed, "order of examples", epoch))).shuffle(order)
             self._permutations[epoch] = order
         return self._permutations[epoch]
 

@@ -54,13 +54,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
             raise UserError(
-                f"sequence_length is {self.sequence_length}; it needs at least 2 tokens, one to read "
-                "and one to predict"
+                f"sequence_length is {self.sequence_length}; it needs at least 2 tokens, one to read and one to predict"
             )
         if not 0 < self.eval_fraction < 1:
             raise UserError(
-                f"eval_fraction is {self.eval_fraction}; write a part of the text between 0 and 1, "
-                "such as 0.05"
+                f"eval_fraction is {self.eval_fraction}; write a part of the text between 0 and 1, such as 0.05"
             )
         for name in ("max_train_tokens", "max_eval_tokens"):
             value = getattr(self, name)

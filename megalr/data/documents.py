@@ -59,9 +59,7 @@ def row_text(row: Mapping[str, Any], column: str, where: str) -> str:
 def missing_column(where: str, column: str, columns: list[str]) -> str:
     """The message for a text column that is not there."""
     names = ", ".join(columns)
-    return (
-        f'{where} has no column "{column}"; name the one that holds the text (text_column), out of: {names}'
-    )
+    return f'{where} has no column "{column}"; name the one that holds the text (text_column), out of: {names}'
 
 
 def _cut(text: str) -> int:

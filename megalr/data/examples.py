@@ -24,9 +24,7 @@ class Examples(ABC):
         dropped: tokens of the text that are in no example.
     """
 
-    def __init__(
-        self, sequence_length: int, pad_id: int, fingerprint: str, tokens: int, dropped: int
-    ) -> None:
+    def __init__(self, sequence_length: int, pad_id: int, fingerprint: str, tokens: int, dropped: int) -> None:
         self.sequence_length = sequence_length
         self.pad_id = pad_id
         self.fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()
@@ -66,9 +64,7 @@ class Examples(ABC):
             targets = np.concatenate([self._content(index)[1:] for index in range(start, stop)])
             found = np.bincount(targets, minlength=vocabulary)
             if len(found) > vocabulary:
-                raise ValueError(
-                    f"the text holds token {len(found) - 1}, the vocabulary has {vocabulary} entries"
-                )
+                raise ValueError(f"the text holds token {len(found) - 1}, the vocabulary has {vocabulary} entries")
             counts += found
         return counts
 

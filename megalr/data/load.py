@@ -64,9 +64,7 @@ def load_data(
         )
         cache = TokenCache(train_text, tokenizer, config.cache_folder, limit)
         held_cache = (
-            TokenCache(held_text, tokenizer, config.cache_folder, held_limit)
-            if held_text is not None
-            else None
+            TokenCache(held_text, tokenizer, config.cache_folder, held_limit) if held_text is not None else None
         )
         origins = [_prepare(each, rank) for each in (cache, held_cache) if each is not None]
     except Exception:
@@ -83,9 +81,7 @@ def load_data(
     elif config.eval_dataset is None:
         train, held = _split(store, train_text.label, config.eval_fraction, held_limit)
     else:
-        raise UserError(
-            "the held-out text is empty; name another, or none to hold back the end of the training text"
-        )
+        raise UserError("the held-out text is empty; name another, or none to hold back the end of the training text")
     return _data(config, tokenizer, train, held, origins)
 
 
@@ -166,9 +162,7 @@ def _data(
     return Data(train_examples, held_examples, "\n".join(lines))
 
 
-def _examples(
-    part: _Part, config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, keep_tail: bool
-) -> Examples:
+def _examples(part: _Part, config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, keep_tail: bool) -> Examples:
     length, pad = config.sequence_length, tokenizer.pad_token_id
     identity = f"{part.identity} pad {pad}"
     if config.pack:

@@ -43,9 +43,7 @@ _NOT_A_HUB_NAME = (
     ".md",
     ".html",
 )
-_HASHED_BYTES = (
-    1 << 28
-)  # below this much text the cache is keyed by its content, above by path, size and time
+_HASHED_BYTES = 1 << 28  # below this much text the cache is keyed by its content, above by path, size and time
 
 
 class Source(Protocol):
@@ -76,10 +74,7 @@ class LocalText:
         if sum(stat.st_size for stat in stats) <= _HASHED_BYTES:
             marks: list[Any] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self.files]
         else:
-            marks = [
-                [str(file), stat.st_size, stat.st_mtime_ns]
-                for file, stat in zip(self.files, stats, strict=True)
-            ]
+            marks = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(self.files, stats, strict=True)]
         kinds = [_suffix(file) for file in self.files]
         return {"local": marks, "kinds": kinds, "text_column": self.text_column}
 
@@ -145,9 +140,7 @@ def local_files(names: Sequence[str]) -> list[Path]:
     Raises:
         UserError: a name that stands for no readable file.
     """
-    found: dict[
-        Path, Path
-    ] = {}  # a file named twice is read once: otherwise it could be trained on and held out
+    found: dict[Path, Path] = {}  # a file named twice is read once: otherwise it could be trained on and held out
     for name in names:
         for file in _expand(name):
             found.setdefault(file.resolve(), file)
@@ -190,15 +183,11 @@ def _expand(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_file():
         if _suffix(path) not in SUFFIXES:
-            raise UserError(
-                f"{name} ends in none of {', '.join(SUFFIXES)}; rename plain text to .txt, or convert it"
-            )
+            raise UserError(f"{name} ends in none of {', '.join(SUFFIXES)}; rename plain text to .txt, or convert it")
         return [path]
     if path.is_dir():
         candidates = [
-            file
-            for file in path.rglob("*")
-            if not any(part.startswith(".") for part in file.relative_to(path).parts)
+            file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts)
         ]
     else:
         candidates = [Path(match) for match in glob.glob(str(path), recursive=True)]
@@ -228,9 +217,7 @@ def _read_jsonl(file: Path, column: str) -> Iterator[Piece]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{file}, line {number} is not JSON ({error}); expected one object a line"
-                ) from error
+                raise UserError(f"{file}, line {number} is not JSON ({error}); expected one object a line") from error
             if not isinstance(row, dict):
                 raise UserError(
                     f"{file}, line {number} holds a {type(row).__name__}; expected one object a line, "

@@ -58,9 +58,7 @@ class TokenCache:
     folder finds all of it, also when processes race or are killed.
     """
 
-    def __init__(
-        self, source: Source, tokenizer: PreTrainedTokenizerFast, root: Path, limit: int | None
-    ) -> None:
+    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerFast, root: Path, limit: int | None) -> None:
         self._source = source
         self._tokenizer = tokenizer
         self._limit = limit

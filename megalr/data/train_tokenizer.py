@@ -41,12 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megalr.data.train_tokenizer", description=__doc__)
     parser.add_argument("texts", nargs="+", help="files, folders or globs: .txt, .jsonl, .parquet")
     parser.add_argument("--output", required=True, type=Path, help="the tokenizer.json to write")
-    parser.add_argument(
-        "--vocabulary", type=int, default=4096, help="entries, special tokens included (default 4096)"
-    )
-    parser.add_argument(
-        "--text-column", default="text", help="where JSONL and Parquet hold the text (default text)"
-    )
+    parser.add_argument("--vocabulary", type=int, default=4096, help="entries, special tokens included (default 4096)")
+    parser.add_argument("--text-column", default="text", help="where JSONL and Parquet hold the text (default text)")
     chosen = parser.parse_args(arguments)
     try:
         source = LocalText(tuple(local_files(chosen.texts)), "", chosen.text_column)

@@ -39,9 +39,7 @@ def small_model(settings: list[Setting]) -> dict[Setting, Counts]:
     """Every setting on a model of odd shapes: one of its groups is smaller than the world."""
     counts = {}
     for setting in settings:
-        model = nn.Sequential(
-            nn.Linear(7, 13), nn.Linear(13, 11, bias=False), nn.LayerNorm(11), nn.Linear(11, 1)
-        )
+        model = nn.Sequential(nn.Linear(7, 13), nn.Linear(13, 11, bias=False), nn.LayerNorm(11), nn.Linear(11, 1))
         counts[setting] = _count(model, {"input": torch.ones(2, 7, dtype=DTYPES[setting.dtype])}, setting)
     return counts
 

@@ -153,9 +153,7 @@ def test_ranks_end_with_the_process_that_started_them(fifo):
         f"pool = RankPool(1); pool.run('{HERE}:hold_open', {str(fifo)!r})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == -signal.SIGKILL
-    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == -signal.SIGKILL
     assert read_to_end(reader) == b"alive\n"
 
 

@@ -172,7 +172,7 @@ def _relative(got: Tensor, expected: Tensor) -> float:
 
 
 def resume(stage: int, folder: str, **changes: Any) -> list[str]:
-    """Ten updates, a checkpoint, ten more; and the last ten again from the checkpoint. Names of what differs in any bit."""
+    """Ten updates, a checkpoint, ten more; the last ten again from the checkpoint. Names of what differs in a bit."""
     config = configuration(stage, scheduler=WARMUP_COSINE, **changes)
     data = batches(20)
     engine = engine_of(config)

@@ -46,10 +46,7 @@ def read(streams: list[Batches], micro_steps: int) -> list[int]:
     """The ids of the examples that the ranks of a run read, micro-step by micro-step and rank by rank."""
     length = streams[0].examples.sequence_length
     return [
-        int(row[0]) // length
-        for _ in range(micro_steps)
-        for stream in streams
-        for row in next(stream)["input_ids"]
+        int(row[0]) // length for _ in range(micro_steps) for stream in streams for row in next(stream)["input_ids"]
     ]
 
 
@@ -64,9 +61,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("micro", "accumulation", "world"), SHAPES)
-def test_each_step_reads_the_same_examples_whatever_the_ranks(
-    micro: int, accumulation: int, world: int
-) -> None:
+def test_each_step_reads_the_same_examples_whatever_the_ranks(micro: int, accumulation: int, world: int) -> None:
     examples = packed(17)  # a step of 12 crosses the end of the epoch
     streams = [batches(examples, micro, accumulation, rank, world) for rank in range(world)]
     expected = batches(examples).order(0, 60)
@@ -91,13 +86,9 @@ def test_a_step_longer_than_the_text_reads_it_several_times() -> None:
     assert sorted(Counter(ids).values()) == [3, 3, 4]
 
 
-@pytest.mark.parametrize(
-    "done", [1, 2, 3]
-)  # steps of 12 examples before the interruption: the first epoch has 17
+@pytest.mark.parametrize("done", [1, 2, 3])  # steps of 12 examples before the interruption: the first epoch has 17
 @pytest.mark.parametrize(("micro", "accumulation", "world"), SHAPES)
-def test_resuming_goes_on_where_the_stream_was_left(
-    done: int, micro: int, accumulation: int, world: int
-) -> None:
+def test_resuming_goes_on_where_the_stream_was_left(done: int, micro: int, accumulation: int, world: int) -> None:
     first = batches(packed(17), micro=6, accumulation=2)
     read([first], 2 * done)
     state = first.state_dict()
@@ -181,8 +172,7 @@ def test_truncation_keeps_the_end_of_text_token_and_says_what_it_cuts() -> None:
 def test_evaluation_scores_every_token_once_in_as_many_batches_on_every_rank(world: int, micro: int) -> None:
     examples = packed(10, tail=3)
     shares = [
-        list(evaluation_batches(examples, micro_batch_size=micro, rank=rank, world_size=world))
-        for rank in range(world)
+        list(evaluation_batches(examples, micro_batch_size=micro, rank=rank, world_size=world)) for rank in range(world)
     ]
     assert len({len(share) for share in shares}) == 1
     every = [batch for share in shares for batch in share]
@@ -194,9 +184,7 @@ def test_evaluation_scores_every_token_once_in_as_many_batches_on_every_rank(wor
 
 def test_token_counts_are_the_targets() -> None:
     tokens = np.array([5, 1, 2, 1, 5, 5, 2], dtype=np.uint16)
-    examples = PackedExamples(
-        tokens, 4, pad_id=0, fingerprint="text", keep_tail=True
-    )  # [5 1 2 1] [5 5 2 pad]
+    examples = PackedExamples(tokens, 4, pad_id=0, fingerprint="text", keep_tail=True)  # [5 1 2 1] [5 5 2 pad]
     assert examples.token_counts(6).tolist() == [0, 2, 2, 0, 0, 1]
     with pytest.raises(ValueError, match="token 5, the vocabulary has 4"):
         examples.token_counts(4)

@@ -32,9 +32,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def read(file: Path, tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Data:
-    config = DataConfig(
-        dataset=str(file), cache_dir=str(file.parent / "my cache"), sequence_length=8, **settings
-    )
+    config = DataConfig(dataset=str(file), cache_dir=str(file.parent / "my cache"), sequence_length=8, **settings)
     return load_data(config, tokenizer, rank=0, barrier=lambda: None)
 
 
@@ -191,9 +189,7 @@ def test_of_two_processes_the_faster_wins_and_the_slower_agrees(
     assert len(names(file)) == 1
 
 
-def test_only_rank_zero_writes_and_all_ranks_read_the_same(
-    file: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_only_rank_zero_writes_and_all_ranks_read_the_same(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     config = DataConfig(dataset=str(file), cache_dir=str(file.parent), sequence_length=8)
     waits: list[int] = []
 

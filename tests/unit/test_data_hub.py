@@ -35,9 +35,7 @@ class Hub:
         self.asked: list[tuple[Any, ...]] = []
         self.read = 0
 
-    def __call__(
-        self, name: str, config: str | None, *, split: str, streaming: bool
-    ) -> Iterator[dict[str, Any]]:
+    def __call__(self, name: str, config: str | None, *, split: str, streaming: bool) -> Iterator[dict[str, Any]]:
         assert streaming
         self.asked.append((name, config, split))
         if split not in self.splits:
@@ -102,16 +100,12 @@ def test_a_connection_that_breaks_leaves_no_cache(
         raise ConnectionError("the line went dead")
 
     monkeypatch.setattr("datasets.load_dataset", rows)
-    with pytest.raises(
-        UserError, match="failed after 1 documents: the line went dead. Without the hub you can"
-    ):
+    with pytest.raises(UserError, match="failed after 1 documents: the line went dead. Without the hub you can"):
         read(tokenizer, tmp_path)
     assert not list((tmp_path / "tokens").iterdir())
 
 
-def test_without_a_hub_the_message_names_what_works(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_without_a_hub_the_message_names_what_works(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     started = time.perf_counter()
     with pytest.raises(UserError) as text:
         read(tokenizer, tmp_path)
@@ -139,9 +133,7 @@ def test_an_unreachable_hub_is_asked_once(
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_session", Session)
-    monkeypatch.setattr(
-        "datasets.load_dataset", lambda *_, **__: pytest.fail("the client would retry for long")
-    )
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("the client would retry for long"))
     with pytest.raises(UserError, match="the hub cannot be reached .* name or service not known"):
         read(tokenizer, tmp_path)
     with pytest.raises(UserError, match="name or service not known"):

@@ -70,9 +70,7 @@ def test_the_held_out_novel_is_in_neither_the_training_text_nor_the_tokenizer(
     held_out = tokenizer.decode(np.concatenate([tokens[:valid] for tokens, valid in austen.evaluation]))
     novel = (AUSTEN_FOLDER / "persuasion.txt").read_text()
     assert held_out == novel + "<|endoftext|>"
-    assert (
-        trained_on.count("<|endoftext|>") == 4
-    )  # between five novels; the last one's end is in the dropped tail
+    assert trained_on.count("<|endoftext|>") == 4  # between five novels; the last one's end is in the dropped tail
     assert "Mansfield Park" in trained_on
     for paragraph in novel.split("\n\n"):
         assert len(paragraph) < 80 or paragraph not in trained_on
@@ -153,9 +151,7 @@ def test_every_form_of_local_text_gives_the_same_documents(
     form: Callable[[Path], Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     source = str(form(tmp_path))
-    data = read(
-        tokenizer, tmp_path, dataset=source, eval_dataset=held_out(tmp_path), pack=False, sequence_length=32
-    )
+    data = read(tokenizer, tmp_path, dataset=source, eval_dataset=held_out(tmp_path), pack=False, sequence_length=32)
     plain = [tokenizer.encode(text, split_special_tokens=True) for text in WORDS[:2]]
     documents = content(data)
     assert documents[:2] == [ids + [tokenizer.eos_token_id] for ids in plain]
@@ -167,15 +163,11 @@ def test_every_form_of_local_text_gives_the_same_documents(
 def test_a_file_named_twice_is_read_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     file = as_jsonl(tmp_path)
     names = [str(file), str(tmp_path / "*.jsonl"), str(tmp_path / "." / file.name)]
-    data = read(
-        tokenizer, tmp_path, dataset=names, eval_dataset=held_out(tmp_path), pack=False, sequence_length=8
-    )
+    data = read(tokenizer, tmp_path, dataset=names, eval_dataset=held_out(tmp_path), pack=False, sequence_length=8)
     assert len(data.train) == 3
 
 
-def test_half_a_surrogate_pair_does_not_stop_the_reading(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_half_a_surrogate_pair_does_not_stop_the_reading(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", ["half a \ud83d face", "a whole 😀 face"])
     data = read(
         tokenizer,
@@ -213,9 +205,7 @@ def test_the_last_documents_are_held_out(tokenizer: PreTrainedTokenizerFast, tmp
     assert sum(content(packed, "evaluation"), []) == sum(content(data, "evaluation"), [])
 
 
-def test_the_last_tokens_of_a_single_document_are_held_out(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_the_last_tokens_of_a_single_document_are_held_out(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(text := " ".join(str(number) for number in range(300)))
     data = read(tokenizer, tmp_path, dataset=str(tmp_path / "a.txt"), eval_fraction=0.25, sequence_length=5)
     whole = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
@@ -295,14 +285,10 @@ def test_too_little_text(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> 
         assert "sequence_length is 256, but the training text" in message
         assert "choose a shorter sequence or a longer text" in message
     (tmp_path / "empty.txt").write_text("")
-    message = rejected(
-        tokenizer, tmp_path, dataset=file, eval_dataset=str(tmp_path / "empty.txt"), sequence_length=8
-    )
+    message = rejected(tokenizer, tmp_path, dataset=file, eval_dataset=str(tmp_path / "empty.txt"), sequence_length=8)
     assert "the held-out text is empty" in message
     (tmp_path / "short.txt").write_text("one two three four")
-    message = rejected(
-        tokenizer, tmp_path, dataset=str(tmp_path / "short.txt"), eval_fraction=0.1, sequence_length=2
-    )
+    message = rejected(tokenizer, tmp_path, dataset=str(tmp_path / "short.txt"), eval_fraction=0.1, sequence_length=2)
     assert "too few to predict one from another" in message
 
 
@@ -369,9 +355,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_of_text(tmp_path: Path) -
 
 def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "endless.json").write_text(
-        EMBEDDED_TOKENIZER.read_text().replace("<|endoftext|>", "<|other|>")
-    )
+    (tmp_path / "endless.json").write_text(EMBEDDED_TOKENIZER.read_text().replace("<|endoftext|>", "<|other|>"))
     expected = {
         "missing.json": "there is no tokenizer file or folder called",
         "broken.json": "is not a tokenizer.json",

@@ -23,9 +23,7 @@ GROUPS = [[(3, 5), (4,)], [(7,)]]
 
 def in_elements(weights, gradients, masters, state, size=4):
     """Numbers of elements; ``size`` is that of a weight and of a gradient."""
-    return RankBytes(
-        weights=size * weights, gradients=size * gradients, masters=4 * masters, optimizer_state=4 * state
-    )
+    return RankBytes(weights=size * weights, gradients=size * gradients, masters=4 * masters, optimizer_state=4 * state)
 
 
 @pytest.mark.parametrize(
@@ -127,16 +125,12 @@ def matrices_are_larger(groups):
 def test_paper_bytes_of_a_treated_matrix():
     """2 x 20 weights, 4 x 8 of Adam on the vector, 2 x 5 floats of state of the matrix."""
     listed = [ParameterRecord("attn", (3, 4), "dense"), ParameterRecord("norm", (8,))]
-    assert (
-        paper_bytes(listed, treated_state=lambda r: 5 if r.name == "attn" else None) == 2 * 20 + 4 * 8 + 2 * 5
-    )
+    assert paper_bytes(listed, treated_state=lambda r: 5 if r.name == "attn" else None) == 2 * 20 + 4 * 8 + 2 * 5
     assert paper_bytes(listed, treated_state=lambda r: 0 if r.name == "attn" else None) == 2 * 20 + 4 * 8
 
 
 def test_records_skip_frozen_parameters_and_know_what_zero_3_has_cut():
-    model = nn.ModuleDict(
-        {"attn": nn.Linear(6, 8, bias=False), "frozen": nn.Linear(2, 2), "cut": nn.Linear(3, 5)}
-    )
+    model = nn.ModuleDict({"attn": nn.Linear(6, 8, bias=False), "frozen": nn.Linear(2, 2), "cut": nn.Linear(3, 5)})
     parametrize(model, LowRankConfig(rank=2, target_modules=("attn",)))
     model["frozen"].requires_grad_(False)
     model["cut"].weight.ds_shape = torch.Size([5, 3])
@@ -173,7 +167,4 @@ def test_measuring_counts_a_shared_storage_once_and_no_scalar():
 def test_import_is_cheap():
     heavy = ["deepspeed", "transformers", "datasets", "matplotlib"]
     code = f"import sys, megalr.planner; print([name for name in {heavy} if name in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "[]\n"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

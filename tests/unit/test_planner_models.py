@@ -69,9 +69,7 @@ def test_parameter_counts(size):
     factorised = records(build(size, rank))
     assert sum(record.numel for record in factorised) == low_rank
     assert {record.kind for record in factorised if ".self_attn." in record.name} == {"factor"}
-    assert {record.kind for record in factorised if "embed" in record.name or "norm" in record.name} == {
-        "dense"
-    }
+    assert {record.kind for record in factorised if "embed" in record.name or "norm" in record.name} == {"dense"}
 
 
 @pytest.mark.parametrize("size", PUBLISHED)

@@ -89,9 +89,7 @@ def test_history_separates_training_from_evaluation(write):
 def test_a_resumed_run_replaces_what_it_did_again(write):
     before = [train(s, 8 - s, *(["momentum_reset"] if s == 4 else [])) for s in (1, 2, 3, 4, 5)]
     after = [evaluate(2, 6.5), train(3, 5.1), train(4, 4.1), evaluate(4, 4.2)]
-    history = read_history(
-        write(*before[:2], evaluate(2, 6.6), *before[2:4], evaluate(4, 4.6), before[4], *after)
-    )
+    history = read_history(write(*before[:2], evaluate(2, 6.6), *before[2:4], evaluate(4, 4.6), before[4], *after))
     assert history.tokens.tolist() == [10, 20, 30, 40]  # the old step 5 was never reached again
     assert history.losses.tolist() == [7, 6, 5.1, 4.1]
     assert history.eval_losses.tolist() == [6.5, 4.2]
@@ -99,9 +97,7 @@ def test_a_resumed_run_replaces_what_it_did_again(write):
 
 
 def test_broken_rows_and_values_are_left_out(write):
-    path = write(
-        train(1, 5.0), train(2, float("nan")), train(3, None), {"note": "x"}, [1], end='{"step": 4, "tok'
-    )
+    path = write(train(1, 5.0), train(2, float("nan")), train(3, None), {"note": "x"}, [1], end='{"step": 4, "tok')
     assert read_history(path).losses.tolist() == [5.0]
 
 

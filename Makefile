@@ -1,0 +1,73 @@
+# `make help` lists the targets. All paths are relative, so that a clone may live in a folder with spaces in its name.
+
+PYTHON ?= python3
+CONFIG ?= ds_configs/zero2_lowrank.json
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+# Compiling modules again in every process costs ten seconds and more at each start.
+export PYTHONDONTWRITEBYTECODE :=
+
+# A folder that was moved or copied is set up again: the installation holds absolute paths.
+ifneq "$(shell cat $(STAMP) 2>/dev/null)" "$(CURDIR)"
+.PHONY: $(STAMP)
+endif
+
+.PHONY: help setup pretrain test test-all lint format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+setup: $(STAMP) ## make .venv with the versions of requirements.txt
+
+pretrain: $(STAMP) ## pretrain the default model; ARGS="--max-steps 100 ..." adds flags, CONFIG=... takes another JSON
+	$(info deepspeed launchers/pretrain.py --deepspeed $(CONFIG) $(ARGS))
+	@$(ON_CPU) $(DEEPSPEED) launchers/pretrain.py --deepspeed "$(CONFIG)" $(ARGS)
+
+test test-all: export OMP_NUM_THREADS ?= 1
+
+test: lint ## lint, and the tests that take less than a minute each
+	$(PY) -m pytest -m "not slow"
+
+test-all: lint ## lint, and every test
+	$(PY) -m pytest
+
+lint: $(STAMP) ## ruff, and mypy on megalr/
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP) ## rewrite the code as ruff would have it
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## remove .venv and every cache; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The same as the `deepspeed` command, whose first line cannot name an interpreter in a folder with spaces.
+DEEPSPEED = PATH="$$PWD/$(VENV)/bin:$$PATH" $(PY) -m deepspeed.launcher.runner
+
+# Where there is no GPU: two processes, so that the shards are real, which share the cores. DeepSpeed reads LOCAL_SIZE
+# for its number of processes on a CPU only; with GPUs every GPU gets one.
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+CPU_RANKS := $(shell [ $(CORES) -gt 1 ] && echo 2 || echo 1)
+ON_CPU = LOCAL_SIZE=$${LOCAL_SIZE:-$(CPU_RANKS)} OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(shell echo $$(($(CORES) / $(CPU_RANKS))))}
+
+$(STAMP): requirements.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "megalr needs Python 3.11 or newer, and $(PYTHON) is not: $$($(PYTHON) --version 2>&1). Name another one, as in: make $(MAKECMDGOALS) PYTHON=python3.12"; \
+		exit 1; }
+	@echo "Setting up .venv: PyTorch, DeepSpeed and what goes with them are downloaded and installed, once."
+	@$(PY) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { \
+		echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-compile -r requirements.txt
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@DS_ACCELERATOR=cpu $(PY) -c "$(WARM_UP)"
+	@echo "$(CURDIR)" > $@
+
+# Compiles what a run imports, and nothing of the rest; a broken installation shows here.
+WARM_UP = import deepspeed, datasets, matplotlib.figure, torch.utils.tensorboard; from transformers import LlamaForCausalLM

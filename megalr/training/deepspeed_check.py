@@ -1,0 +1,54 @@
+"""What DeepSpeed would refuse in its JSON, said before anything is built and without its traceback."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megalr.engine import deepspeed_section
+from megalr.errors import UserError
+
+
+def check_deepspeed_config(config: Mapping[str, Any]) -> None:
+    """Let DeepSpeed read the configuration, and look at the scheduler, which it reads too late.
+
+    Args:
+        config: the JSON, without "auto".
+
+    Raises:
+        UserError: DeepSpeed's own words, shortened.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    if (config.get("fp16") or {}).get("enabled") and not torch.cuda.is_available():
+        raise UserError('fp16 needs a GPU: write "fp16": {"enabled": false} and "bf16": {"enabled": "auto"}')
+    try:
+        DeepSpeedConfig(deepspeed_section(config))
+    except Exception as error:  # pydantic's, assertions and ValueErrors
+        raise UserError(f"DeepSpeed refuses the configuration: {_in_short(error)}") from error
+    if config.get("scheduler"):
+        _check_scheduler(config["scheduler"])
+
+
+def _in_short(error: Exception) -> str:
+    if hasattr(error, "errors"):
+        found = [f'"{".".join(map(str, each["loc"]))}": {each["msg"]}' for each in error.errors()]
+        return f"{getattr(error, 'title', '')}: {'; '.join(found)}"
+    return str(error)
+
+
+def _check_scheduler(section: Mapping[str, Any]) -> None:
+    from deepspeed.runtime import lr_schedules
+
+    name = str(section.get("type"))
+    known = lr_schedules.VALID_LR_SCHEDULES
+    kind = getattr(lr_schedules if name in known else torch.optim.lr_scheduler, name, None)
+    if kind is None:
+        raise UserError(f"scheduler.type is {name!r}; DeepSpeed has {', '.join(known)}")
+    valid = [key for key in inspect.signature(kind).parameters if key != "optimizer"]
+    for key in section.get("params") or {}:
+        if key not in valid:
+            raise UserError(f'scheduler.params has no "{key}" for {name}; valid: {", ".join(valid)}')

@@ -1,0 +1,100 @@
+"""SIGTERM and Ctrl-C as a request to stop after the current step, and what launchers make of them.
+
+What happens around a rank, with DeepSpeed 0.19 and torch 2.13:
+
+- Ctrl-C reaches every process of ``deepspeed``: ranks get SIGINT from the terminal, and SIGTERM from their
+  launcher on top. Under ``torchrun`` they have sessions of their own and get one SIGINT from it. So a SIGTERM
+  after a SIGINT is the same request, and so is a SIGINT that follows another within moments.
+- Launchers kill ranks that are still there 30 seconds later.
+- ``kill`` of the ``deepspeed`` command itself is passed on to nobody: the ranks notice that it is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+
+_SAME_REQUEST = 1.0  # seconds
+
+
+class StopRequest:
+    """Notes a request to stop. A context manager: handlers are installed inside and put back afterwards.
+
+    A second Ctrl-C ends the process at once, with code 130. Once there was a request, later SIGTERMs are ignored to
+    the end: launchers repeat it rank by rank, and ranks that were asked to stop should end with code 0.
+    """
+
+    def __init__(self) -> None:
+        self._reason: str | None = None
+        self._first_interrupt: float | None = None
+        self._previous: dict[int, Any] = {}
+        self._launchers = _launchers()
+
+    @property
+    def reason(self) -> str | None:
+        """Why this process should stop, such as "SIGTERM", or None."""
+        if self._reason is None and any(not _is_child(child, parent) for child, parent in self._launchers):
+            self._reason = "the launcher is gone"
+        return self._reason
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self._reason is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._first_interrupt is None:
+                self._first_interrupt = now
+            elif now - self._first_interrupt > _SAME_REQUEST:
+                os._exit(130)
+        self._reason = self._reason or signal.Signals(number).name
+
+
+def _launchers() -> list[tuple[int, int]]:
+    """Pairs (child, parent) of process ids that stay so while the launcher lives; empty without a launcher.
+
+    A parent that is a shell doesn't count: it may end and leave the run behind on purpose (nohup).
+    """
+    me = os.getpid()
+    parent = os.getppid()
+    words = _command(parent)
+    if "deepspeed.launcher.launch" in words:
+        pairs = [(me, parent)]
+        runner = _parent(parent)
+        if any(os.path.basename(word) in ("deepspeed", "ds", "deepspeed.launcher.runner") for word in _command(runner)):
+            pairs.append((parent, runner))
+        return pairs
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return [(me, parent)]
+    return []
+
+
+def _is_child(child: int, parent: int) -> bool:
+    return (os.getppid() if child == os.getpid() else _parent(child)) == parent
+
+
+def _parent(process: int) -> int:
+    try:
+        return int(psutil.Process(process).ppid())
+    except psutil.Error:
+        return 0
+
+
+def _command(process: int) -> list[str]:
+    try:
+        return list(psutil.Process(process).cmdline()[:4])
+    except psutil.Error:
+        return []

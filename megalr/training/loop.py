@@ -1,0 +1,243 @@
+"""The training loop: updates, measurements, checkpoints, until the last step or a request to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megalr.data import Batches, Examples
+from megalr.training.checkpoints import Notes, load_checkpoint, save_checkpoint
+from megalr.training.ds_config import Batch
+from megalr.training.evaluation import IGNORED, Evaluation, evaluate, predicted_tokens, to_device
+from megalr.training.interruption import StopRequest
+from megalr.training.metrics import MetricsLog
+from megalr.training.ranks import AgreedError, Ranks
+from megalr.training.run_folder import RunFolder
+from megalr.training.screen import Screen
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """When the loop does what.
+
+    Attributes:
+        steps: updates of the whole run.
+        batch: sequences of one update.
+        eval_every, save_every, log_every: updates between two of these.
+        galore_compatible_eval: show that perplexity, too.
+    """
+
+    steps: int
+    batch: Batch
+    eval_every: int
+    save_every: int
+    log_every: int
+    galore_compatible_eval: bool
+
+
+class Loop:
+    """Trains an engine; every method is collective.
+
+    Attributes:
+        step: updates made.
+        tokens: training tokens read, pads not counted.
+        seconds: spent on updates by this process; evaluations and checkpoints are not counted.
+        last_evaluation: the latest.
+        metrics: what was noted on the way.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        batches: Batches,
+        held_out: Examples,
+        settings: LoopSettings,
+        *,
+        ranks: Ranks,
+        folder: RunFolder,
+        screen: Screen,
+        required: dict[str, Any],
+        noted: dict[str, Any],
+    ) -> None:
+        """
+        Args:
+            engine: what ``megalr.initialize`` gives.
+            batches: the training text.
+            held_out: the text to evaluate on.
+            settings: when to do what.
+            ranks, folder, screen: this process, where to write, where to print.
+            required, noted: see :class:`~megalr.training.checkpoints.Notes`.
+        """
+        self.engine = engine
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.last_evaluation: Evaluation | None = None
+        self._batches = batches
+        self._held_out = held_out
+        self._settings = settings
+        self._ranks = ranks
+        self._folder = folder
+        self._screen = screen
+        self._required, self._noted = required, noted
+        self.metrics = MetricsLog(folder.metrics, enabled=ranks.is_first)
+        self._saved_step: int | None = None
+        self._evaluated_step: int | None = None
+        self._tokens_here = 0  # of this process's run, without what was resumed
+
+    def resume(self, notes: Notes) -> None:
+        """Go on from a checkpoint."""
+        with self._ranks.together():
+            self._batches.load_state_dict(load_checkpoint(self.engine, self._folder, notes, self._ranks))
+        self.step, self.tokens = notes.step, notes.tokens
+        self._saved_step = notes.step
+        self.metrics.cut(notes.step)
+
+    def train(self) -> str | None:
+        """Train up to the last step, write the last checkpoint, evaluate.
+
+        Returns:
+            None at the end; the reason, such as "SIGTERM", where a request to stop came first. There is a
+            checkpoint either way.
+
+        Raises:
+            UserError: the loss is not a number any more.
+        """
+        settings = self._settings
+        reason: str | None = None
+        with StopRequest() as request:
+            self._screen.start_bar(self.step, settings.steps)
+            while self.step < settings.steps and reason is None:
+                self._train_step()
+                reason = self._asked_to_stop(request)
+                if self.step % settings.save_every == 0:
+                    self.save()
+                if self.step % settings.eval_every == 0 and reason is None:
+                    reason = self.evaluate(request)
+            self.save()
+            if reason is None and self._evaluated_step != self.step:
+                reason = self.evaluate(request)
+            self._screen.end_bar()
+        return reason
+
+    def evaluate(self, request: StopRequest | None = None) -> str | None:
+        """Score the held-out text, and note it everywhere; returns why it was given up, if it was."""
+        reason: str | None = None
+
+        def give_up() -> bool:
+            nonlocal reason
+            reason = None if request is None else self._asked_to_stop(request)
+            return reason is not None
+
+        found = evaluate(
+            self.engine,
+            self._held_out,
+            micro_batch_size=self._settings.batch.micro,
+            ranks=self._ranks,
+            give_up=give_up,
+        )
+        if found is None:
+            return reason
+        self._evaluated_step = self.step
+        self.last_evaluation = found
+        row = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "eval_loss": found.loss,
+            "eval_perplexity": found.perplexity,
+        }
+        text = f"step {self.step:,}: held-out perplexity {found.perplexity:,.2f}"
+        if self._settings.galore_compatible_eval:
+            row["eval_perplexity_galore_compatible"] = found.galore_compatible
+            text += f" (as published code computes it: {found.galore_compatible:,.2f})"
+        self.metrics.append(row)
+        self._screen.say(text)
+        samples = self.engine.global_samples
+        self.engine.monitor.write_events(
+            [("Eval/loss", found.loss, samples), ("Eval/perplexity", found.perplexity, samples)]
+        )
+        return None
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this step has one."""
+        if self._saved_step == self.step:
+            return
+        notes = Notes(f"step{self.step}", self.step, self.tokens, self._required, self._noted)
+        save_checkpoint(self.engine, self._folder, notes, self._batches.state_dict(), self._ranks)
+        self._saved_step = self.step
+
+    @property
+    def parameters(self) -> int:
+        """How many the model has, over all ranks."""
+        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.engine.module.parameters())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the updates so far in this process, over all ranks."""
+        return self._tokens_here / self.seconds if self.seconds else 0.0
+
+    def _asked_to_stop(self, request: StopRequest) -> str | None:
+        """Why to stop, if any rank was asked to; the same on all ranks."""
+        mine = request.reason
+        if self._ranks.sum([mine is not None]) == [0.0]:
+            return None
+        return next(reason for reason in self._ranks.gather(mine) if reason is not None)
+
+    def _train_step(self) -> None:
+        """One update."""
+        engine, ranks, batch = self.engine, self._ranks, self._settings.batch
+        lr = float(engine.get_lr()[0])
+        with self._timed():
+            micro_batches = [next(self._batches) for _ in range(batch.accumulation)]
+            read = sum(int((b["labels"] != IGNORED).sum()) for b in micro_batches)
+            predicted, read_by_all = map(round, ranks.sum([sum(map(predicted_tokens, micro_batches)), read]))
+            # DeepSpeed averages over micro-batches and ranks. Dividing by the average count makes that the
+            # mean over the tokens of the whole batch, however it is cut and however unevenly it is padded.
+            share = predicted / (batch.accumulation * ranks.world_size)
+            losses: list[Tensor] = []
+            for micro_batch in micro_batches:
+                loss = engine(**to_device(micro_batch, ranks.device), num_items_in_batch=share).loss
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.detach().double())
+            (total,) = ranks.sum([float(sum(losses))])
+        self.step += 1
+        self.tokens += read_by_all
+        self._tokens_here += read_by_all
+        self._note_step(total / (batch.accumulation * ranks.world_size), lr)
+
+    def _note_step(self, loss: float, lr: float) -> None:
+        speed = self.tokens_per_second
+        self._screen.advance(loss=loss, tokens_per_second=speed, lr=lr)
+        events = list(self.engine.basic_optimizer.last_events)
+        if self.step % self._settings.log_every == 0 or events or not math.isfinite(loss):
+            norm = self.engine.get_global_grad_norm()
+            row: dict[str, Any] = {
+                "step": self.step,
+                "tokens": self.tokens,
+                "loss": loss,
+                "lr": lr,
+                "tokens_per_second": round(speed, 1),
+                "grad_norm": None if norm is None else float(norm),
+            }
+            if events:
+                row["events"] = events
+            self.metrics.append(row)
+        if not math.isfinite(loss):
+            self._screen.end_bar()
+            raise AgreedError(
+                f"the loss is {loss} at step {self.step}: lower the learning rate (optimizer.params); "
+                f"checkpoints of earlier steps, if any, are in {self._folder.checkpoints}"
+            )
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start

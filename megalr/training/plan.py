@@ -1,0 +1,224 @@
+"""Everything that is read, decided and refused before the first weight exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megalr.config import MegalrConfig, read_json
+from megalr.data import Data, DataConfig, load_data, load_tokenizer
+from megalr.errors import UserError
+from megalr.layers import parametrize
+from megalr.training.arguments import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_STEPS,
+    LARGEST_DEFAULT_MICRO_BATCH,
+    PretrainArguments,
+)
+from megalr.training.checkpoints import Notes, check_notes, differences, read_notes
+from megalr.training.deepspeed_check import check_deepspeed_config
+from megalr.training.ds_config import Request, Resolved, resolve
+from megalr.training.export import check_export_folder
+from megalr.training.models import empty_model, fit_to_text, read_model_config
+from megalr.training.ranks import Ranks
+from megalr.training.run_folder import RunFolder, choose_run_folder
+from megalr.training.screen import Screen
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+# What of a model's configuration makes it another model.
+_MODEL_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+    "hidden_act",
+    "rms_norm_eps",
+    "attention_bias",
+    "mlp_bias",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run is going to do.
+
+    Attributes:
+        arguments: the flags.
+        resolved: the DeepSpeed JSON without "auto".
+        megalr: its typed view.
+        folder: where the run is written.
+        notes: of the checkpoint to go on from, if any.
+        tokenizer, data_config, data, model: what is read by what.
+        required, noted: settings to keep with checkpoints, see :class:`~megalr.training.checkpoints.Notes`.
+    """
+
+    arguments: PretrainArguments
+    resolved: Resolved
+    megalr: MegalrConfig
+    folder: RunFolder
+    notes: Notes | None
+    tokenizer: PreTrainedTokenizerFast
+    data_config: DataConfig
+    data: Data
+    model: LlamaConfig
+    required: dict[str, Any]
+    noted: dict[str, Any]
+
+
+def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, screen: Screen) -> Plan:
+    """Read everything, decide everything, refuse what cannot work. Collective.
+
+    Nothing is written but the cache of tokens.
+
+    Args:
+        arguments: the flags.
+        ranks: this process among the others.
+        models_folder: where the named model shapes are.
+        screen: gets a line for each choice that was not the user's.
+
+    Raises:
+        UserError: for whatever the user can mend, on all ranks.
+    """
+    with ranks.together():
+        content = read_json(arguments.deepspeed)
+        model = read_model_config(arguments.model or _default_model(ranks), models_folder)
+        resolve(content, _request(arguments, model, ranks))  # its complaints come before those about folders and text
+        if arguments.export is not None and ranks.is_first:
+            check_export_folder(arguments.export, may_replace=arguments.overwrite or arguments.resume)
+    folder, notes, finished = ranks.from_first(lambda: _folder_and_notes(arguments))
+    with ranks.together():
+        resolved = resolve(content, _request(arguments, model, ranks, output=str(folder.path)))
+        megalr = MegalrConfig.from_json(resolved.config)
+        check_deepspeed_config(resolved.config)
+        parametrize(empty_model(model), megalr.parametrization)  # to hear its complaints before a run is deleted
+        for line in resolved.notes:
+            screen.say(line)
+        required, noted = _settings(resolved, model, ranks)
+        if notes is not None:
+            _check_resumable(notes, required, noted, resolved, folder, screen, finished=finished)
+    ranks.from_first(lambda: _fetch_tokenizer(arguments.tokenizer))
+    with ranks.together():
+        tokenizer = load_tokenizer(arguments.tokenizer)
+        fit_to_text(model, tokenizer, arguments.sequence_length)
+        text = _data_config(arguments, resolved.seed)
+        data = load_data(text, tokenizer, rank=ranks.local_rank, barrier=ranks.barrier)
+    screen.say(data.description)
+    return Plan(
+        arguments=arguments,
+        resolved=resolved,
+        megalr=megalr,
+        folder=folder,
+        notes=notes,
+        tokenizer=tokenizer,
+        data_config=text,
+        data=data,
+        model=model,
+        required=required,
+        noted=noted,
+    )
+
+
+def _default_model(ranks: Ranks) -> str:
+    return "60m" if ranks.device.type == "cuda" else "tiny"
+
+
+def _request(arguments: PretrainArguments, model: LlamaConfig, ranks: Ranks, output: str = ".") -> Request:
+    return Request(
+        world_size=ranks.world_size,
+        bf16_is_fast=ranks.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
+        batch_size=arguments.batch_size,
+        micro_batch_size=arguments.micro_batch_size,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        default_batch_size=DEFAULT_BATCH_SIZE,
+        default_steps=DEFAULT_STEPS,
+        largest_micro_batch=LARGEST_DEFAULT_MICRO_BATCH,
+        default_rank=max(1, model.hidden_size // 4),
+        output=output,
+    )
+
+
+def _folder_and_notes(arguments: PretrainArguments) -> tuple[RunFolder, Notes | None, bool]:
+    """The run's folder, what its checkpoint says if it is to be continued, and whether the run is finished."""
+    name = Path(arguments.deepspeed).stem
+    folder = choose_run_folder(name, arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
+    return folder, read_notes(folder) if arguments.resume else None, folder.summary.exists()
+
+
+def _fetch_tokenizer(name: str | None) -> None:
+    """On one rank before the others, so that a tokenizer of the hub is downloaded once."""
+    load_tokenizer(name)
+
+
+def _data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
+    def one_or_many(names: tuple[str, ...]) -> str | tuple[str, ...]:
+        return names[0] if len(names) == 1 else names
+
+    return DataConfig(
+        dataset=one_or_many(arguments.dataset),
+        dataset_config=arguments.dataset_config,
+        eval_dataset=None if arguments.eval_dataset is None else one_or_many(arguments.eval_dataset),
+        text_column=arguments.text_column,
+        tokenizer=arguments.tokenizer,
+        sequence_length=arguments.sequence_length,
+        pack=arguments.pack,
+        seed=seed,
+        max_train_tokens=arguments.max_train_tokens,
+        max_eval_tokens=arguments.max_eval_tokens,
+    )
+
+
+def _settings(resolved: Resolved, model: LlamaConfig, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What has to be the same in a run that continues this one, and what is worth a word where it is not."""
+    config = resolved.config
+    section = config.get("megalr") or {}
+    optimizer = config.get("optimizer") or {}
+    fp16 = bool((config.get("fp16") or {}).get("enabled", False))
+    required = {
+        "processes": ranks.world_size,
+        "zero_optimization.stage": (config.get("zero_optimization") or {}).get("stage", 0),
+        "precision": "bf16" if resolved.bf16 else "fp16" if fp16 else "fp32",
+        "train_batch_size": resolved.batch.total,
+        "train_micro_batch_size_per_gpu": resolved.batch.micro,
+        "model": {key: getattr(model, key) for key in _MODEL_KEYS},
+        "megalr.parametrization": section.get("parametrization"),
+        "optimizer.type": optimizer.get("type"),
+    }
+    noted = {
+        "steps": resolved.steps,
+        "optimizer": optimizer.get("params"),
+        "scheduler": config.get("scheduler"),
+        "gradient_clipping": config.get("gradient_clipping"),
+        "megalr": {key: value for key, value in section.items() if key != "parametrization"},
+    }
+    return required, noted
+
+
+def _check_resumable(
+    notes: Notes,
+    required: dict[str, Any],
+    noted: dict[str, Any],
+    resolved: Resolved,
+    folder: RunFolder,
+    screen: Screen,
+    *,
+    finished: bool,
+) -> None:
+    check_notes(notes, required, folder)
+    if notes.step > resolved.steps or (notes.step == resolved.steps and finished):
+        raise UserError(
+            f"the run in {folder.path} is finished: its checkpoint is of step {notes.step:,} of "
+            f"{resolved.steps:,}. To train it further, write a larger --steps"
+        )
+    screen.say(f"resuming {folder.path} after step {notes.step:,}")
+    changed = differences(notes.settings, noted)
+    if changed:
+        screen.say("with other settings than before:\n" + "\n".join(f"  {line}" for line in changed))

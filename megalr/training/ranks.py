@@ -1,0 +1,158 @@
+"""The processes of a run: how they start, agree and fail together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalr.errors import UserError
+
+T = TypeVar("T")
+
+# Rank 0 may read and tokenise a large text while the others wait.
+_PATIENCE = timedelta(hours=1)
+
+
+class AgreedError(UserError):
+    """A UserError that every rank has raised at the same point."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among the others.
+
+    Attributes:
+        rank, local_rank, world_size: as usual.
+        device: where this rank computes.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which prints and writes."""
+        return self.rank == 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that all ranks run: a UserError on one becomes an :class:`AgreedError` on all. Collective.
+
+        Inside, ranks may wait for each other with :meth:`barrier` alone.
+        """
+        error: str | None = None
+        try:
+            yield
+        except AgreedError:
+            raise
+        except UserError as found:
+            error = str(found)
+        self._agree(error)
+
+    def barrier(self) -> None:
+        """Wait for all ranks; raises what another one failed with on its way here. Collective."""
+        self._agree(None)
+
+    def from_first(self, compute: Callable[[], T]) -> T:
+        """What ``compute``, run on rank 0 alone, returns; a UserError there is raised on all. Collective."""
+        box: list[Any] = [None]
+        with self.together():
+            if self.is_first:
+                box[0] = compute()
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        result: T = box[0]
+        return result
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over the ranks, in fp64. Collective."""
+        return self.sum_tensor(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def sum_tensor(self, values: Tensor) -> Tensor:
+        """``values`` summed over the ranks, in place. Collective."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's picklable value, in rank order, on every rank. Collective."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def _agree(self, error: str | None) -> None:
+        errors = [found for found in self.gather(error) if found is not None]
+        if errors:
+            raise AgreedError(errors[0])
+
+
+def world_size_from_environment() -> int:
+    """How many processes the launcher started; 1 without a launcher."""
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 1
+
+
+def start_ranks() -> Ranks:
+    """Join the process group that the launcher's environment describes; a group of one without a launcher.
+
+    Raises:
+        UserError: they cannot reach each other.
+    """
+    import deepspeed.comm  # noqa: PLC0415  (slow, and --help should not wait for it)
+    import deepspeed.ops  # noqa: PLC0415
+
+    if "RANK" not in os.environ and world_size_from_environment() == 1:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    # At its first start on a CPU DeepSpeed would compile an op for tensor-parallel inference, which takes over
+    # a minute and serves nothing here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Compiling ops takes ninja, which lies beside this Python, also where the environment is not activated.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    patience = {} if "DEEPSPEED_TIMEOUT" in os.environ else {"timeout": _PATIENCE}
+    try:
+        deepspeed.comm.init_distributed(verbose=False, **patience)
+    except dist.DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"the processes cannot meet at {address}: {error}. If another run has the port, give the launcher "
+            "another one (--master_port)"
+        ) from error
+    return Ranks(
+        rank=dist.get_rank(),
+        local_rank=local_rank,
+        world_size=dist.get_world_size(),
+        device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
+    )
+
+
+def stop_ranks() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

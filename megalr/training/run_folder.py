@@ -1,0 +1,114 @@
+"""The folder of one run: what lies in it, which one a new run gets, and what may be deleted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalr.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of everything that a run writes; nothing else in the folder is ever touched."""
+
+    path: Path
+
+    @property
+    def settings(self) -> Path:
+        """Arguments, configurations and versions; its presence marks the folder as a run's."""
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """A row for each logged step and each evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """DeepSpeed's checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def plot(self) -> Path:
+        """The loss curve."""
+        return self.path / "loss.png"
+
+    @property
+    def summary(self) -> Path:
+        """Numbers of the finished run; its presence marks the run as finished."""
+        return self.path / "summary.json"
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether a run is in the folder, finished or not."""
+        return any(file.exists() for file in (self.settings, self.metrics, self.checkpoints, self.summary))
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether there is a checkpoint to continue from."""
+        return (self.checkpoints / "latest").is_file()
+
+    def clear(self) -> None:
+        """Delete what a run writes."""
+        for file in (self.settings, self.metrics, self.plot, self.summary):
+            file.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.path / "tensorboard", self.path / "csv_monitor"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def choose_run_folder(name: str, output: str | None, *, resume: bool, overwrite: bool) -> RunFolder:
+    """The folder of this run; deletes and creates nothing.
+
+    Args:
+        name: the configuration's, for the default ``runs/<name>``, ``runs/<name>-2``, ...
+        output: the folder that the user asked for, or None for the default.
+        resume: the run is to be continued: without ``output``, the one with the latest checkpoint.
+        overwrite: a run in the folder may be deleted.
+
+    Raises:
+        UserError: the folder is taken, is a file, or has nothing to resume from.
+    """
+    if output is not None:
+        folder = RunFolder(Path(output).expanduser())
+        _check(folder, resume=resume, overwrite=overwrite)
+        return folder
+    numbered = _default_folders(name)
+    if resume:
+        candidates = [folder for folder in numbered if folder.can_resume]
+        if not candidates:
+            raise UserError(f"there is no checkpoint under {numbered[0].path}: name the run's folder with --output")
+        return max(candidates, key=lambda folder: (folder.checkpoints / "latest").stat().st_mtime)
+    return numbered[0] if overwrite or len(numbered) == 1 else numbered[-1]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` so that a kill leaves the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    os.replace(temporary, path)
+
+
+def _default_folders(name: str) -> list[RunFolder]:
+    """``runs/<name>``, then those with a number, up to and including the first free one."""
+    found = [RunFolder(Path("runs") / name)]
+    while found[-1].is_taken:
+        found.append(RunFolder(Path("runs") / f"{name}-{len(found) + 1}"))
+    return found
+
+
+def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
+    if folder.path.exists() and not folder.path.is_dir():
+        raise UserError(f"--output {folder.path} is a file: name a folder")
+    if resume and not folder.can_resume:
+        raise UserError(f"there is no checkpoint in {folder.checkpoints}, so there is nothing to resume")
+    if folder.is_taken and not (resume or overwrite):
+        state = "a finished run" if folder.summary.exists() else "an unfinished run"
+        raise UserError(
+            f"{folder.path} holds {state}: add --resume to continue it, --overwrite to delete it, or name "
+            "another folder with --output"
+        )

@@ -1,0 +1,65 @@
+"""What the user sees while a run trains: lines, and one progress bar, on rank 0 alone."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+_BAR = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+class Screen:
+    """Prints on rank 0 and is silent elsewhere.
+
+    A closed pipe (the reader was killed by the same Ctrl-C, say) never fails a run that is about to write its
+    checkpoint: from then on nothing more is printed.
+    """
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._enabled = enabled
+        self._bar: tqdm[Any] | None = None
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if not self._enabled:
+            return
+        try:
+            if self._bar is None:
+                print(text, flush=True)
+            else:
+                self._bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
+        except (OSError, ValueError):
+            self._give_up()
+
+    def start_bar(self, done: int, total: int) -> None:
+        """Show a bar of ``total`` steps, ``done`` of which lie behind."""
+        if self._enabled:
+            # A log file gets a line now and then; a terminal is redrawn.
+            interval = 0.2 if sys.stderr.isatty() else 20.0
+            self._bar = tqdm(total=total, initial=done, bar_format=_BAR, mininterval=interval, maxinterval=interval)
+
+    def advance(self, *, loss: float, tokens_per_second: float, lr: float) -> None:
+        """One step further."""
+        if self._bar is None:
+            return
+        try:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, lr {lr:.2e}", refresh=False)
+            self._bar.update()
+        except (OSError, ValueError):
+            self._give_up()
+
+    def end_bar(self) -> None:
+        """Leave the bar as it is and print below it from now on."""
+        if self._bar is not None:
+            bar, self._bar = self._bar, None
+            try:
+                bar.close()
+            except (OSError, ValueError):
+                self._give_up()
+
+    def _give_up(self) -> None:
+        self._enabled = False
+        self._bar = None

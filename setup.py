@@ -1,0 +1,47 @@
+"""What pip needs to know of megalr. The versions it is tested with are in requirements.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "megalr/version.py").read_text(encoding="utf-8"), re.M)
+README = ROOT / "README.md"
+
+setup(
+    name="megalr",
+    version=VERSION[1],
+    description="Low-rank and projected optimizers that pretrain language models under DeepSpeed ZeRO",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    packages=find_packages(include=["megalr", "megalr.*"]),
+    package_data={"megalr": ["py.typed"], "megalr.data": ["austen/*"]},
+    zip_safe=False,
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.9",
+        "deepspeed>=0.19",
+        "transformers>=5.0",
+        "datasets>=4.0",
+        "huggingface_hub>=1.0",
+        "tokenizers>=0.22",
+        "numpy>=2.0",
+        "pyarrow>=21.0",
+        "psutil>=5.9",
+        "tqdm>=4.66.3",
+        "matplotlib>=3.8",
+        "tensorboard>=2.18",
+    ],
+    extras_require={
+        "mpi": ["mpi4py>=4.0"],
+        "dev": ["pytest>=8.0", "ruff>=0.14", "mypy>=1.18", "types-tqdm", "types-PyYAML"],
+    },
+)

@@ -1,0 +1,161 @@
+"""Starting the launchers as a user does, on a model and a text that take seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PRETRAIN = ROOT / "launchers" / "pretrain.py"
+EVALUATE = ROOT / "launchers" / "evaluate.py"
+CONFIGS = ROOT / "ds_configs"
+TIMEOUT = 300  # seconds; a machine that is busy takes a minute to import everything in three processes
+
+SMALL_MODEL = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 4096,
+    "max_position_embeddings": 64,
+}
+SHORT_TEXT = ["--sequence-length", "32", "--max-train-tokens", "20000", "--max-eval-tokens", "2000"]
+
+# What the user's own launchers would set, and nothing of this test's own process group.
+_NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that ended: its exit code and everything that it printed."""
+
+    code: int
+    output: str
+
+
+def small_run(folder: Path) -> list[str]:
+    """Flags for a model and a text that take seconds; ``folder`` is where the model's JSON is written."""
+    model = folder / "small.json"
+    model.write_text(json.dumps(SMALL_MODEL))
+    return ["--model", str(model), *SHORT_TEXT]
+
+
+def write_config(path: Path, stage: int = 2, **sections: Any) -> Path:
+    """A shipped configuration with some sections exchanged; a section that is a dict is merged in."""
+    content = json.loads((CONFIGS / f"zero{stage}_lowrank.json").read_text())
+    for name, section in sections.items():
+        content[name] = {**content.get(name, {}), **section} if isinstance(section, dict) else section
+    path.write_text(json.dumps(content))
+    return path
+
+
+def plain() -> list[str]:
+    """Without a launcher: one process."""
+    return [sys.executable]
+
+
+def deepspeed(processes: int) -> list[str]:
+    """DeepSpeed's launcher."""
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        str(processes),
+        "--master_port",
+        str(free_port()),
+    ]
+
+
+def torchrun(processes: int) -> list[str]:
+    """torch's launcher."""
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--master_port",
+        str(free_port()),
+    ]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def run(command: Sequence[str | Path], folder: Path, timeout: int = TIMEOUT) -> Finished:
+    """Run a command in ``folder`` to its end, its children with it."""
+    with started(command, folder) as process:
+        output, _ = process.communicate(timeout=timeout)
+        return Finished(process.returncode, output.decode())
+
+
+@contextmanager
+def started(command: Sequence[str | Path], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in a session of its own, all of which is killed at the end."""
+    environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *environment.get("PYTHONPATH", "").split(os.pathsep)]),
+    }
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def read_until(process: subprocess.Popen[bytes], word: bytes) -> bytes:
+    """What the process prints up to ``word``; the end of its output is a failure."""
+    assert process.stdout is not None
+    seen = b""
+    while word not in seen:
+        more = os.read(process.stdout.fileno(), 4096)
+        assert more, f"ended without printing {word!r}:\n{seen.decode()}"
+        seen += more
+    return seen
+
+
+def metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_folder: Path) -> list[float]:
+    """The training loss of each step."""
+    return [row["loss"] for row in metrics(run_folder) if "loss" in row]
+
+
+def perplexity(output: str) -> float:
+    """What launchers/evaluate.py printed."""
+    found = re.search(r"held-out perplexity ([\d,.]+) ", output)
+    assert found, output
+    return float(found.group(1).replace(",", ""))

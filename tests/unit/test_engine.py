@@ -1,0 +1,76 @@
+"""What megalr.initialize passes on, and what it refuses before anything is built."""
+
+import pytest
+import torch
+from torch import nn
+
+import megalr
+from megalr.engine import deepspeed_section
+from megalr.errors import UserError
+
+LOW_RANK = {"megalr": {"parametrization": {"type": "low_rank", "rank": 2, "target_modules": ["0"]}}}
+
+
+def model():
+    return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+
+
+def test_deepspeed_sees_its_own_sections_only():
+    config = {"megalr": {}, "optimizer": {"type": "AdamW"}, "train_batch_size": 4, "zero_optimization": {"stage": 2}}
+    passed = deepspeed_section(config)
+    assert passed["train_batch_size"] == 4 and passed["zero_optimization"] == {"stage": 2}
+    assert "megalr" not in passed and "optimizer" not in passed
+    assert passed["zero_allow_untested_optimizer"] is True and passed["zero_force_ds_cpu_optimizer"] is False
+    assert set(config) == {"megalr", "optimizer", "train_batch_size", "zero_optimization"}
+
+
+def test_optimizer_without_parametrize_says_what_to_call():
+    with pytest.raises(UserError, match=r"call megalr.parametrize\(model, config\) before"):
+        megalr.build_optimizer(model(), LOW_RANK)
+
+
+def test_optimizer_of_a_plain_loop_trains():
+    """Without DeepSpeed it is an ordinary torch optimizer."""
+    torch.manual_seed(0)
+    net = megalr.parametrize(model(), LOW_RANK)
+    section = {**LOW_RANK["megalr"], "refactorization": {"interval": 5}, "momentum_reset": {"interval": 5}}
+    config = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}, "megalr": section}
+    optimizer = megalr.build_optimizer(net, config)
+    x, y = torch.randn(32, 6), torch.randn(32, 4)
+    losses = []
+    for _ in range(60):
+        loss = ((net(x) - y) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert optimizer.updates == 60 and optimizer.last_events == ["refactorization", "momentum_reset"]
+    balanced = net[0]
+    assert torch.allclose(balanced.B.T @ balanced.B, balanced.A @ balanced.A.T, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            {},
+            'offload_param.device is "nvme"',
+        ),
+        ({}, {"optimizer": object()}, "takes no optimizer="),
+        ({"megalr": {"rank": 3}}, {}, 'has no key "rank"'),
+    ],
+)
+def test_what_cannot_work_is_refused_first(changes, arguments, message):
+    net = model()
+    with pytest.raises(UserError, match=message):
+        megalr.initialize(model=net, config={**LOW_RANK, **changes}, **arguments)
+    assert isinstance(net[0], nn.Linear)
+
+
+def test_state_of_another_optimizer_is_refused():
+    net = megalr.parametrize(model(), LOW_RANK)
+    other = torch.optim.AdamW(net.parameters()).state_dict()
+    with pytest.raises(ValueError, match="not written by megalr"):
+        megalr.build_optimizer(net, LOW_RANK).load_state_dict(other)

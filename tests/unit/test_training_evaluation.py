@@ -1,0 +1,92 @@
+"""Held-out perplexity against a plain computation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers import LlamaConfig
+
+from megalr.data.examples import Examples
+from megalr.training.evaluation import evaluate
+from megalr.training.models import build_model
+from megalr.training.ranks import Ranks
+
+ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+LENGTHS = [12, 3, 7, 12, 1, 5, 9]  # the fifth has nothing to predict
+
+
+class Ragged(Examples):
+    """Random tokens, a number of them at the start of each example."""
+
+    def __init__(self):
+        super().__init__(12, 0, "ragged", tokens=sum(LENGTHS), dropped=0)
+        rng = np.random.default_rng(0)
+        self._rows = [rng.integers(0, 50, length) for length in LENGTHS]
+
+    def __len__(self):
+        return len(self._rows)
+
+    def _content(self, index):
+        return self._rows[index]
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
+    )
+    return build_model(config, seed=0)
+
+
+def losses(model, row):
+    """Of each predicted token, without padding, in fp64."""
+    ids = torch.tensor(row).long()[None]
+    logits = model(input_ids=ids).logits[0, :-1].double()
+    return functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 7, 10])
+def test_every_predicted_token_counts_once(model, micro_batch_size):
+    examples = Ragged()
+    with torch.no_grad():
+        single = torch.cat([losses(model, examples[i][0][:length]) for i, length in enumerate(LENGTHS)])
+
+    found = evaluate(model, examples, micro_batch_size=micro_batch_size, ranks=ALONE)
+
+    assert found.tokens == len(single) == sum(LENGTHS) - len(LENGTHS)
+    assert found.loss == pytest.approx(single.mean().item(), rel=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(single.mean().item()), rel=1e-5)
+
+
+def test_the_published_figure_divides_by_one_batch_too_many(model):
+    examples = Ragged()
+    with torch.no_grad():
+        by_row = [losses(model, examples[i][0][:length]) for i, length in enumerate(LENGTHS)]
+    # two at a time; the third batch's second row is the example without a prediction
+    batches = [torch.cat(by_row[0:2]), torch.cat(by_row[2:4]), torch.cat(by_row[4:6]), by_row[6]]
+    mean_of_means = sum(batch.mean().item() for batch in batches) / 4
+
+    found = evaluate(model, examples, micro_batch_size=2, ranks=ALONE)
+
+    assert found.galore_compatible == pytest.approx(math.exp(mean_of_means * 4 / 5), rel=1e-5)
+    assert found.galore_compatible < found.perplexity
+
+
+def test_the_model_stays_in_its_mode(model):
+    for training in (True, False):
+        model.train(training)
+        evaluate(model, Ragged(), micro_batch_size=4, ranks=ALONE)
+        assert model.training is training
+
+
+def test_an_evaluation_can_be_given_up(model):
+    asked = []
+
+    def give_up():
+        asked.append(True)
+        return len(asked) == 2
+
+    assert evaluate(model, Ragged(), micro_batch_size=2, ranks=ALONE, give_up=give_up) is None
+    assert len(asked) == 2

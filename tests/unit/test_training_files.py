@@ -1,0 +1,80 @@
+"""metrics.jsonl, settings kept with checkpoints, and the folder of an export."""
+
+import json
+
+import pytest
+
+from megalr.errors import UserError
+from megalr.training.checkpoints import Notes, check_notes, differences, read_notes
+from megalr.training.export import check_export_folder
+from megalr.training.metrics import MetricsLog
+from megalr.training.run_folder import RunFolder
+
+
+def test_metrics_are_cut_where_a_resumed_run_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, enabled=True)
+    log.append({"step": 0, "eval_perplexity": 4100.0})
+    for step in range(1, 6):
+        log.append({"step": step, "loss": 8.0 - step})
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')  # killed here
+
+    log.cut(3)
+
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert log.untrained_perplexity() == 4100.0
+
+
+def test_other_ranks_write_no_metrics(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", enabled=False)
+    log.append({"step": 1})
+    log.cut(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_differences_name_the_value_that_differs():
+    old = {"model": {"hidden_size": 128, "layers": 4}, "betas": (0.9, 0.999), "stage": 2}
+    new = {"model": {"hidden_size": 256, "layers": 4}, "betas": [0.9, 0.999], "rank": 8}
+
+    assert differences(old, new) == [
+        "model.hidden_size: 128 -> 256",
+        "rank: null -> 8",
+        "stage: 2 -> null",
+    ]
+    assert differences(old, json.loads(json.dumps(old))) == []
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    notes = Notes("step3", 3, 300, {"model": {"hidden_size": 128}, "processes": 2}, {})
+    with pytest.raises(UserError) as error:
+        check_notes(notes, {"model": {"hidden_size": 64}, "processes": 1}, RunFolder(tmp_path))
+    assert "model.hidden_size: 128 -> 64" in str(error.value)
+    assert "processes: 2 -> 1" in str(error.value)
+    check_notes(notes, notes.required, RunFolder(tmp_path))
+
+
+def test_notes_of_a_checkpoint_that_no_run_wrote(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    (folder.checkpoints / "latest").write_text("global_step7")
+    with pytest.raises(UserError, match="global_step7 is no checkpoint of a pretraining run"):
+        read_notes(folder)
+
+
+def test_an_export_replaces_nothing_unasked(tmp_path):
+    assert check_export_folder(str(tmp_path / "new"), may_replace=False) == tmp_path / "new"
+    assert check_export_folder(str(tmp_path), may_replace=False) == tmp_path
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is not empty"):
+        check_export_folder(str(tmp_path), may_replace=False)
+    assert check_export_folder(str(tmp_path), may_replace=True) == tmp_path
+    with pytest.raises(UserError, match="is a file"):
+        check_export_folder(str(tmp_path / "config.json"), may_replace=True)
+
+
+def test_an_export_never_replaces_something_else(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="is not empty"):
+        check_export_folder(str(tmp_path), may_replace=True)

@@ -1,0 +1,78 @@
+"""SIGTERM and Ctrl-C."""
+
+import os
+import signal
+
+import pytest
+
+from megalr.training import interruption
+from megalr.training.interruption import StopRequest
+
+
+@pytest.fixture(autouse=True)
+def _handlers_as_before():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_a_request(number):
+    with StopRequest() as request:
+        assert request.reason is None
+        os.kill(os.getpid(), number)
+        assert request.reason == number.name
+
+
+def test_a_launcher_may_repeat_itself():
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # forwarded, within moments
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.reason == "SIGINT"
+    os.kill(os.getpid(), signal.SIGTERM)  # still writing its last lines
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once(monkeypatch):
+    codes = []
+    times = iter([100.0, 103.0])
+    monkeypatch.setattr(interruption.os, "_exit", codes.append)
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: next(times))
+    with StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert codes == []
+        os.kill(os.getpid(), signal.SIGINT)
+    assert codes == [130]
+
+
+def test_handlers_are_put_back_where_nothing_happened():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_launcher_that_is_gone_is_a_request(monkeypatch):
+    me, parent = os.getpid(), os.getppid()
+    monkeypatch.setattr(interruption, "_launchers", lambda: [(me, parent)])
+    assert StopRequest().reason is None
+    monkeypatch.setattr(interruption, "_launchers", lambda: [(me, parent + 1)])
+    assert StopRequest().reason == "the launcher is gone"
+
+
+@pytest.mark.parametrize(
+    ("commands", "watched"),
+    [
+        ({1: ["python", "-u", "-m", "deepspeed.launcher.launch"], 2: ["python", "/venv/bin/deepspeed"]}, 2),
+        ({1: ["python", "-u", "-m", "deepspeed.launcher.launch"], 2: ["python", "-m", "deepspeed.launcher.runner"]}, 2),
+        ({1: ["python", "-u", "-m", "deepspeed.launcher.launch"], 2: ["bash"]}, 1),
+        ({1: ["bash"], 2: ["python", "/venv/bin/deepspeed"]}, 0),
+    ],
+)  # fmt: skip
+def test_only_launchers_are_watched(monkeypatch, commands, watched):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(interruption.os, "getppid", lambda: 1)
+    monkeypatch.setattr(interruption, "_parent", lambda process: process + 1)
+    monkeypatch.setattr(interruption, "_command", commands.__getitem__)
+    assert len(interruption._launchers()) == watched

@@ -1,0 +1,105 @@
+"""Which folder a run gets, and what may be deleted there."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megalr.errors import UserError
+from megalr.training.run_folder import RunFolder, choose_run_folder, write_json
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def make_run(path, *, finished, checkpoint=True, age=0):
+    folder = RunFolder(Path(path))
+    folder.checkpoints.mkdir(parents=True)
+    folder.settings.write_text("{}")
+    folder.metrics.write_text("")
+    if checkpoint:
+        latest = folder.checkpoints / "latest"
+        latest.write_text("step5")
+        os.utime(latest, (1_000_000 - age, 1_000_000 - age))
+    if finished:
+        folder.summary.write_text("{}")
+    return folder
+
+
+def choose(output=None, *, resume=False, overwrite=False):
+    return choose_run_folder("zero2", output, resume=resume, overwrite=overwrite).path
+
+
+def test_the_default_folder_is_named_after_the_configuration():
+    assert choose() == Path("runs/zero2")
+
+
+def test_the_next_number_where_the_default_is_taken():
+    make_run("runs/zero2", finished=True)
+    assert choose() == Path("runs/zero2-2")
+    make_run("runs/zero2-2", finished=False)
+    assert choose() == Path("runs/zero2-3")
+
+
+def test_overwrite_without_a_folder_means_the_default_one():
+    make_run("runs/zero2", finished=True)
+    assert choose(overwrite=True) == Path("runs/zero2")
+
+
+def test_resume_without_a_folder_means_the_latest_checkpoint():
+    make_run("runs/zero2", finished=False, age=10)
+    make_run("runs/zero2-2", finished=False, age=5)
+    make_run("runs/zero2-3", finished=False, checkpoint=False)
+    assert choose(resume=True) == Path("runs/zero2-2")
+
+
+def test_resume_without_any_checkpoint_is_refused():
+    make_run("runs/zero2", finished=False, checkpoint=False)
+    with pytest.raises(UserError, match="no checkpoint under runs/zero2"):
+        choose(resume=True)
+
+
+@pytest.mark.parametrize(("finished", "words"), [(True, "a finished run"), (False, "an unfinished run")])
+def test_a_taken_folder_is_refused_unless_the_user_says_what_to_do(finished, words):
+    make_run("mine", finished=finished)
+    with pytest.raises(UserError, match=f"mine holds {words}.*--resume.*--overwrite"):
+        choose("mine")
+    assert choose("mine", resume=True) == choose("mine", overwrite=True) == Path("mine")
+
+
+def test_a_folder_with_other_files_is_free():
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("mine")
+    assert choose("mine") == Path("mine")
+
+
+def test_a_file_is_no_folder():
+    Path("mine").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        choose("mine")
+
+
+def test_resume_from_nothing_is_refused():
+    with pytest.raises(UserError, match="no checkpoint in nothing/checkpoints"):
+        choose("nothing", resume=True)
+
+
+def test_clearing_deletes_what_a_run_writes_and_nothing_else():
+    folder = make_run("mine", finished=True)
+    (folder.path / "tensorboard").mkdir()
+    folder.plot.write_text("")
+    (folder.path / "notes.txt").write_text("mine")
+
+    folder.clear()
+
+    assert [file.name for file in folder.path.iterdir()] == ["notes.txt"]
+    assert not folder.is_taken
+
+
+def test_json_is_written_whole():
+    write_json(Path("x.json"), {"a": [1, Path("b")]})
+    assert json.loads(Path("x.json").read_text()) == {"a": [1, "b"]}
+    assert [file.name for file in Path().iterdir()] == ["x.json"]
