@@ -23,7 +23,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with the versions of requirements.txt
 
-pretrain: $(STAMP) ## pretrain the default model; ARGS="--max-steps 100 ..." adds flags, CONFIG=... takes another JSON
+pretrain: $(STAMP) ## pretrain the default model; ARGS="--steps 100 ..." adds flags, CONFIG=... takes another JSON
 	$(info deepspeed launchers/pretrain.py --deepspeed $(CONFIG) $(ARGS))
 	@$(ON_CPU) $(DEEPSPEED) launchers/pretrain.py --deepspeed "$(CONFIG)" $(ARGS)
 

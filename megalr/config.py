@@ -52,7 +52,8 @@ class LowRankConfig:
         where = "megalr.parametrization"
         _require(self.rank >= 1, f"{where}.rank is {self.rank}; write a whole number of at least 1")
         _require(self.alpha is None or self.alpha > 0, f"{where}.alpha is {self.alpha}; write a positive number")
-        _require(len(self.target_modules) > 0, f'{where}.target_modules is empty; write e.g. ["attn", "mlp"]')
+        named = bool(self.target_modules) and "" not in tuple(self.target_modules)
+        _require(named, f'{where}.target_modules is empty or names ""; write e.g. ["attn", "mlp"]')
 
     @property
     def scale(self) -> float:
@@ -200,8 +201,8 @@ def read_json(config: Json | str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no DeepSpeed configuration at {path}; see ds_configs/ for ready ones")
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(content).__name__}")
@@ -213,7 +214,7 @@ def _parametrization(section: Any) -> ParametrizationConfig:
     if not isinstance(section, Mapping) or "type" not in section:
         raise UserError(f'{where} must be an object with a "type", one of: {", ".join(PARAMETRIZATIONS)}')
     kind = section["type"]
-    if kind not in PARAMETRIZATIONS:
+    if not isinstance(kind, str) or kind not in PARAMETRIZATIONS:
         raise UserError(f"{where}.type is {kind!r}{_nearest(str(kind), PARAMETRIZATIONS)}")
     return _build(PARAMETRIZATIONS[kind], section, where)
 
@@ -226,7 +227,10 @@ def _optimizer(section: Any) -> AdamWConfig:
     name = by_lower_case.get(str(section["type"]).lower())
     if name is None:
         raise UserError(f"optimizer.type is {section['type']!r}{_nearest(str(section['type']), OPTIMIZERS)}")
-    params = dict(section.get("params", {}))
+    params = section.get("params", {})
+    if not isinstance(params, Mapping):
+        raise UserError(f'optimizer.params must be an object like {{"lr": 1e-3}}, not {json.dumps(params)}')
+    params = dict(params)
     for group in ("embedding", "norm"):
         if group in params:
             params[group] = _build(GroupConfig, params[group], f"optimizer.params.{group}")

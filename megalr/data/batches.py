@@ -101,9 +101,10 @@ class Batches:
         """
         for key, own in self._identity().items():
             if state.get(key) != own:
+                values = "" if key == "data" else f": {state.get(key)}, now {own}"
                 raise UserError(
-                    f"the checkpoint was trained with another {_STATE_WORDS[key]}: {state.get(key)}, now "
-                    f"{own}. Resume with the data settings it was started with, or start a new run"
+                    f"the checkpoint was trained with another {_STATE_WORDS[key]}{values}. "
+                    "Resume with the data settings it was started with, or start a new run"
                 )
         self._start = self._position = int(state["position"])
 

@@ -46,6 +46,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         self.last_events: list[str] = []
         self._clocks = {"factors": Clock(), "dense": Clock()}
         self._named_groups = [dict(group.parameters) for group in groups]
+        self._settings = [group.settings for group in groups]
         self._pairs = list(pairs)
         self._shard: Shard | None = None
         self._stepped: set[int] = set()
@@ -101,11 +102,16 @@ class MegalrOptimizer(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, at the same stage and world size."""
+        """Load what :meth:`state_dict` returned, at the same stage and world size.
+
+        The saved learning rates come back, since a schedule made them; betas, eps and weight decay stay as configured.
+        """
         if "megalr" not in state_dict:
             raise ValueError("this optimizer state was not written by megalr: it has no update counts")
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "megalr"})
         self._all_groups = self.param_groups
+        for group, settings in zip(self.param_groups, self._settings, strict=True):
+            group.update({key: value for key, value in vars(settings).items() if key != "lr"})
         self.updates = state_dict["megalr"]["updates"]
         self._clocks = {name: Clock(**values) for name, values in state_dict["megalr"]["clocks"].items()}
 

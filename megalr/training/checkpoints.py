@@ -85,6 +85,9 @@ def load_checkpoint(engine: Any, folder: RunFolder, notes: Notes, ranks: Ranks) 
     path, client = engine.load_checkpoint(str(folder.checkpoints), tag=notes.tag)
     if path is None:
         raise UserError(f"DeepSpeed could not load {folder.checkpoints / notes.tag}: files are missing there")
+    scheduler = engine.lr_scheduler
+    if hasattr(scheduler, "last_batch_iteration"):
+        scheduler.step(scheduler.last_batch_iteration)  # the rates of this configuration, not those that were saved
     state = client[_CLIENT_KEY]
     _set_random_state(state["random"][ranks.rank])
     data_state: dict[str, Any] = state["data"]
@@ -94,12 +97,13 @@ def load_checkpoint(engine: Any, folder: RunFolder, notes: Notes, ranks: Ranks) 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
     """One line for each value that is not the same, by its path: ``model.hidden_size: 128 -> 256``."""
     found = []
-    for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += differences(before, after, f"{where}{key}.")
-        elif _plain(before) != _plain(after):
-            found.append(f"{where}{key}: {json.dumps(_plain(before))} -> {json.dumps(_plain(after))}")
+    before, after = _plain(old), _plain(new)
+    for key in sorted({*before, *after}):
+        one, other = before.get(key), after.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += differences(one, other, f"{where}{key}.")
+        elif one != other:
+            found.append(f"{where}{key}: {json.dumps(one)} -> {json.dumps(other)}")
     return found
 
 

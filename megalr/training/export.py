@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,23 @@ def check_export_folder(name: str, *, may_replace: bool) -> Path:
     path = Path(name).expanduser()
     if path.exists() and not path.is_dir():
         raise UserError(f"--export {path} is a file: name a folder")
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not _is_writable(existing):
+        raise UserError(f"--export {path}: nothing can be written in {existing}; name another folder")
     if path.is_dir() and any(path.iterdir()) and not (may_replace and (path / "config.json").is_file()):
         raise UserError(
             f"--export {path} is not empty: name another folder, or add --overwrite to replace a model there"
         )
     return path
+
+
+def _is_writable(folder: Path) -> bool:
+    # Tried, not asked: permissions do not tell of read-only and virtual file systems.
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 @torch.no_grad()

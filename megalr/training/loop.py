@@ -158,10 +158,7 @@ class Loop:
             text += f" (as published code computes it: {found.galore_compatible:,.2f})"
         self.metrics.append(row)
         self._screen.say(text)
-        samples = self.engine.global_samples
-        self.engine.monitor.write_events(
-            [("Eval/loss", found.loss, samples), ("Eval/perplexity", found.perplexity, samples)]
-        )
+        self._report({"Eval/Samples/loss": found.loss, "Eval/Samples/perplexity": found.perplexity})
         return None
 
     def save(self) -> None:
@@ -229,12 +226,20 @@ class Loop:
             if events:
                 row["events"] = events
             self.metrics.append(row)
+            # DeepSpeed itself reports the learning rate alone.
+            self._report({"Train/Samples/train_loss": loss, "Train/Samples/grad_norm": row["grad_norm"]})
         if not math.isfinite(loss):
             self._screen.end_bar()
             raise AgreedError(
                 f"the loss is {loss} at step {self.step}: lower the learning rate (optimizer.params); "
                 f"checkpoints of earlier steps, if any, are in {self._folder.checkpoints}"
             )
+
+    def _report(self, numbers: dict[str, float | None]) -> None:
+        """Give numbers to DeepSpeed's monitors, against the sequences read, as DeepSpeed gives its own."""
+        samples = self.engine.global_samples
+        events = [(name, number, samples) for name, number in numbers.items() if number is not None]
+        self.engine.monitor.write_events(events)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

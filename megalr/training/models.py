@@ -33,8 +33,8 @@ def read_model_config(name: str, folder: Path) -> LlamaConfig:
         known = ", ".join(sorted(file.stem for file in folder.glob("*.json"))) or "none"
         raise UserError(f"there is no model called {name}: write the path of a JSON file, or one of {known}")
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict) or content.get("model_type", "llama") != "llama":
         raise UserError(f'{path} describes no LLaMA; it needs "model_type": "llama", see {folder} for examples')
@@ -71,8 +71,11 @@ def empty_model(config: LlamaConfig) -> LlamaForCausalLM:
     """The dense model on the meta device: shapes without numbers."""
     from transformers import LlamaForCausalLM  # noqa: PLC0415
 
-    with torch.device("meta"):
-        return LlamaForCausalLM(config)
+    try:
+        with torch.device("meta"):
+            return LlamaForCausalLM(config)
+    except (RuntimeError, ValueError, ZeroDivisionError) as error:  # e.g. a negative width
+        raise UserError(f"the model's JSON describes no LLaMA that can be built: {error}") from error
 
 
 def build_model(config: LlamaConfig, *, seed: int, activation_checkpointing: bool = False) -> LlamaForCausalLM:

@@ -30,19 +30,17 @@ from megalr.training.screen import Screen
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-# What of a model's configuration makes it another model.
-_MODEL_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "tie_word_embeddings",
-    "hidden_act",
-    "rms_norm_eps",
-    "attention_bias",
-    "mlp_bias",
+# What of a model's configuration may differ without its being another model.
+_COSMETIC_KEYS = (
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+    "_name_or_path",
 )
 
 
@@ -92,7 +90,7 @@ def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, s
         model = read_model_config(arguments.model or _default_model(ranks), models_folder)
         resolve(content, _request(arguments, model, ranks))  # its complaints come before those about folders and text
         if arguments.export is not None and ranks.is_first:
-            check_export_folder(arguments.export, may_replace=arguments.overwrite or arguments.resume)
+            check_export_folder(arguments.export, may_replace=arguments.overwrite)
     folder, notes, finished = ranks.from_first(lambda: _folder_and_notes(arguments))
     with ranks.together():
         resolved = resolve(content, _request(arguments, model, ranks, output=str(folder.path)))
@@ -160,6 +158,8 @@ def _fetch_tokenizer(name: str | None) -> None:
 
 def _data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
     def one_or_many(names: tuple[str, ...]) -> str | tuple[str, ...]:
+        # Absolute, since run.json keeps them and the run may be scored from another folder.
+        names = tuple(str(Path(name).absolute()) if Path(name).exists() else name for name in names)
         return names[0] if len(names) == 1 else names
 
     return DataConfig(
@@ -188,7 +188,7 @@ def _settings(resolved: Resolved, model: LlamaConfig, ranks: Ranks) -> tuple[dic
         "precision": "bf16" if resolved.bf16 else "fp16" if fp16 else "fp32",
         "train_batch_size": resolved.batch.total,
         "train_micro_batch_size_per_gpu": resolved.batch.micro,
-        "model": {key: getattr(model, key) for key in _MODEL_KEYS},
+        "model": {key: value for key, value in model.to_dict().items() if key not in _COSMETIC_KEYS},
         "megalr.parametrization": section.get("parametrization"),
         "optimizer.type": optimizer.get("type"),
     }

@@ -56,9 +56,9 @@ def pretrain(arguments: PretrainArguments, ranks: Ranks, models_folder: Path) ->
     unigram = ranks.from_first(lambda: _unigram(plan))
     ranks.from_first(lambda: _prepare_folder(plan))
     loop = build_loop(plan, ranks, screen)
-    ranks.from_first(lambda: _write_settings(plan, ranks))
     if plan.notes is not None:
-        loop.resume(plan.notes)
+        loop.resume(plan.notes)  # the last that may refuse: a finished run stays as it is until then
+    ranks.from_first(lambda: _write_settings(plan, ranks))
     _introduce(plan, loop, ranks, screen)
     if plan.notes is None:
         loop.evaluate()
@@ -126,10 +126,10 @@ def _prepare_folder(plan: Plan) -> None:
     if plan.notes is None:
         plan.folder.clear()
     plan.folder.path.mkdir(parents=True, exist_ok=True)
-    plan.folder.summary.unlink(missing_ok=True)
 
 
 def _write_settings(plan: Plan, ranks: Ranks) -> None:
+    plan.folder.summary.unlink(missing_ok=True)
     content = {
         "command": shlex.join(sys.argv),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),

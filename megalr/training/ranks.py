@@ -49,7 +49,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block that all ranks run: a UserError on one becomes an :class:`AgreedError` on all. Collective.
+        """A block that all ranks run: a UserError or OSError on one becomes an :class:`AgreedError` on all. Collective.
 
         Inside, ranks may wait for each other with :meth:`barrier` alone.
         """
@@ -58,7 +58,7 @@ class Ranks:
             yield
         except AgreedError:
             raise
-        except UserError as found:
+        except (UserError, OSError) as found:  # a path that cannot be read or written is the user's to mend, too
             error = str(found)
         self._agree(error)
 

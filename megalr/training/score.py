@@ -174,6 +174,8 @@ def _from_checkpoint(run: Path, tag: str) -> Scored:
 
 def _weights(checkpoints: Path, tag: str, stage: int) -> dict[str, Tensor]:
     """The fp32 weights of a checkpoint, from whichever files its ZeRO stage left."""
+    if not (checkpoints / tag).is_dir():
+        raise UserError(f"there is no checkpoint {tag} in {checkpoints}")
     if stage == 0:
         saved = torch.load(checkpoints / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
         module: dict[str, Tensor] = saved["module"]

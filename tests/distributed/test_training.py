@@ -41,10 +41,14 @@ def reference_weights(scope: str = "factors", moments: str = "reset", steps: int
     return densify(weights, MegalrConfig.from_json({"megalr": training.MEGALR}).parametrization)
 
 
-def assert_same_weights(got, expected, tolerance=1e-4):
-    """Every tensor, in relative 2-norm; factors as their product, since singular vectors have no sign of their own."""
+def relative_errors(got, expected):
+    """Of every tensor, in 2-norm; factors as their product, since singular vectors have no sign of their own."""
     assert got.keys() == expected.keys()
-    errors = {name: ((got[name] - w).norm() / w.norm()).item() for name, w in expected.items()}
+    return {name: ((got[name] - w).norm() / w.norm()).item() for name, w in expected.items()}
+
+
+def assert_same_weights(got, expected, tolerance=1e-4):
+    errors = relative_errors(got, expected)
     worst = max(errors, key=errors.get)
     assert errors[worst] < tolerance, f"{worst}: {errors[worst]:.1e}"
 

@@ -69,3 +69,15 @@ def test_a_finished_run_is_not_written_over(tmp_path):
 
 def test_nothing_to_evaluate(tmp_path):
     assert "is no run" in refused([*plain(), EVALUATE, "."], tmp_path)
+
+
+def test_a_refused_resume_leaves_the_finished_run_as_it_is(tmp_path):
+    flags = ["--deepspeed", CONFIGS / "zero1_lowrank.json", *small_run(tmp_path), "--output", "done"]
+    assert run([*plain(), PRETRAIN, *flags, "--steps", "2"], tmp_path).code == 0
+    files = [tmp_path / "done" / name for name in ("run.json", "summary.json", "metrics.jsonl")]
+    before = [file.read_bytes() for file in files]
+
+    result = run([*plain(), PRETRAIN, *flags, "--steps", "4", "--resume", "--seed", "5"], tmp_path)
+
+    assert result.code == 2 and "trained with another seed of the order" in result.output
+    assert [file.read_bytes() for file in files] == before

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.end_to_end.commands import (
@@ -13,6 +14,7 @@ from tests.end_to_end.commands import (
     PRETRAIN,
     SHORT_TEXT,
     deepspeed,
+    losses,
     metrics,
     perplexity,
     plain,
@@ -67,6 +69,15 @@ def test_every_step_and_evaluation_has_a_row(finished):
     assert max(row["lr"] for row in training) == pytest.approx(3e-3, rel=0.05)
 
 
+def test_tensorboard_gets_the_same_numbers(finished, summary):
+    folder, _ = finished
+    events = EventAccumulator(str(folder / "runs/zero2_lowrank/tensorboard")).Reload()
+    trained = [event.value for event in events.Scalars("Train/Samples/train_loss")]
+    assert trained == pytest.approx(losses(folder / "runs/zero2_lowrank"))
+    last = events.Scalars("Eval/Samples/perplexity")[-1]
+    assert (last.step, last.value) == (12 * STEPS, pytest.approx(summary["perplexity"]))
+
+
 def test_the_model_learns(summary):
     assert summary["perplexity"] < 0.6 * summary["perplexity_untrained"]
     assert summary["perplexity_untrained"] == pytest.approx(4096, rel=0.05)
@@ -101,6 +112,15 @@ def test_a_run_a_checkpoint_and_the_export_score_the_same(finished, summary):
         result = run([*plain(), EVALUATE, *what], folder)
         assert result.code == 0, result.output
         assert perplexity(result.output) == pytest.approx(summary["perplexity"], rel=1e-5)
+
+
+def test_another_number_of_processes_cannot_go_on(finished):
+    folder, _ = finished
+    flags = ["--deepspeed", CONFIGS / "zero2_lowrank.json", *small_run(folder), "--steps", "60", "--resume"]
+    result = run([*plain(), PRETRAIN, *flags], folder)
+    assert result.code == 2, result.output
+    assert "processes: 2 -> 1" in result.output
+    assert (folder / "runs/zero2_lowrank/summary.json").exists()
 
 
 def test_the_export_is_an_ordinary_model(finished, summary):

@@ -60,6 +60,8 @@ def test_a_path_is_read_and_a_missing_or_broken_one_is_named(tmp_path):
         ({"parametrization": LOW_RANK, "refactorization": {"intervall": 5}}, 'did you mean "interval"'),
         ({"parametrization": {"type": "lowrank", "rank": 8}}, 'type is .lowrank.; did you mean "low_rank"'),
         ({"parametrization": {"rank": 8}}, 'an object with a "type"'),
+        ({"parametrization": {"type": ["low_rank"]}}, r"type is \['low_rank'\]"),
+        ({"parametrization": {"type": "low_rank", "target_modules": ["attn", ""]}}, 'is empty or names ""'),
         ({"parametrization": {"type": "low_rank", "rank": 0}}, "rank is 0; write a whole number of at least 1"),
         ({"parametrization": {"type": "low_rank", "rank": 8.5}}, "rank is 8.5; expected a whole number"),
         ({"parametrization": {"type": "low_rank", "rank": True}}, "rank is true; expected a whole number"),
@@ -97,6 +99,7 @@ def test_wrong_megalr_section_is_told_what_to_write(section, message):
             'optimizer.params.embedding has no key "lrr"; did you',
         ),
         ({"type": "AdamW", "param": {}}, 'did you mean "params"'),
+        ({"type": "AdamW", "params": None}, "optimizer.params must be an object"),
     ],
 )
 def test_wrong_optimizer_section_is_told_what_to_write(optimizer, message):

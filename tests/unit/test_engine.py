@@ -74,3 +74,19 @@ def test_state_of_another_optimizer_is_refused():
     other = torch.optim.AdamW(net.parameters()).state_dict()
     with pytest.raises(ValueError, match="not written by megalr"):
         megalr.build_optimizer(net, LOW_RANK).load_state_dict(other)
+
+
+def test_loaded_state_keeps_the_configured_settings_and_the_saved_rates():
+    net = megalr.parametrize(model(), LOW_RANK)
+    saved = megalr.build_optimizer(net, LOW_RANK)
+    for group in saved.param_groups:
+        group["lr"] = 0.5
+    changed = {**LOW_RANK, "optimizer": {"type": "AdamW", "params": {"betas": [0.5, 0.6], "weight_decay": 0.25}}}
+    loaded = megalr.build_optimizer(net, changed)
+    loaded.load_state_dict(saved.state_dict())
+    assert all(group["betas"] == (0.5, 0.6) and group["lr"] == 0.5 for group in loaded.param_groups)
+    assert {group["name"]: group["weight_decay"] for group in loaded.param_groups} == {
+        "factors": 0.25,
+        "trunk": 0.25,
+        "norm": 0.0,
+    }

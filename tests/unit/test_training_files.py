@@ -44,6 +44,7 @@ def test_differences_name_the_value_that_differs():
         "stage: 2 -> null",
     ]
     assert differences(old, json.loads(json.dumps(old))) == []
+    assert differences({"labels": {0: "a"}}, {"labels": {"0": "a"}}) == []  # keys are strings once they were saved
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
