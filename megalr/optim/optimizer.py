@@ -13,7 +13,7 @@ from megalr.layers import factor_pairs
 from megalr.optim.clock import Clock
 from megalr.optim.groups import ParameterGroup, parameter_groups
 from megalr.optim.refactorization import OwnedPairs, refactorize_pairs, zero_
-from megalr.partition import Exchange, Shard, read_shard
+from megalr.partition import Exchange, Item, Shard, Unit, buckets, read_shard
 from megalr.rules.adamw import adamw_
 
 
@@ -135,8 +135,6 @@ class MegalrOptimizer(torch.optim.Optimizer):
 
     def consolidate(self, owner: int = 0) -> dict[str, Tensor] | None:
         """All masters as whole tensors on the CPU of one rank, by qualified name; None on the others. Collective."""
-        from megalr.partition import Item, Unit, buckets  # noqa: PLC0415
-
         shard = self.prepare()
         units = [Unit((name,), 0.0) for name in shard.layout.shapes]
         owners = [owner] * len(units)

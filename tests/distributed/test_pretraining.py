@@ -51,6 +51,12 @@ def test_events_are_noted(train):
     }
 
 
+def test_no_update_is_idle(train):
+    rates = [row["lr"] for row in metrics(train(0, 1)) if "lr" in row]
+    assert rates[0] == pytest.approx(max(rates))  # the warm-up of 12 steps is one step long
+    assert min(rates) > 0
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_stage_and_world_size_trains_the_same_model(train, stage, world_size):

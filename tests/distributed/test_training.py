@@ -69,13 +69,14 @@ def test_reset_of_all_parameters_equals_one_plain_process(ranks, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_transported_moments_are_the_same_however_cut(ranks, stage):
-    section = {**training.MEGALR, "refactorization": {"interval": 7, "moments": "transport"}}
+@pytest.mark.parametrize("moments", ["transport", "keep"])
+def test_moments_of_refactorized_factors_are_the_same_however_cut(ranks, stage, moments):
+    """Against one process of ours: kept moments depend on the signs of singular vectors, which no theory fixes."""
+    section = {**training.MEGALR, "refactorization": {"interval": 7, "moments": moments}}
     alone = ranks(1).run("tests.distributed.training:train", 0, megalr=section)[0]
     got = ranks(3).run("tests.distributed.training:train", stage, megalr=section)[0]
     assert_same_weights(got, alone)
-    kept = reference_weights(moments="keep")
-    assert max(((got[n] - kept[n]).norm() / kept[n].norm()).item() for n in got) > 1e-3  # it does something
+    assert max(relative_errors(got, reference_weights(moments="reset")).values()) > 1e-3  # it does something
 
 
 LAYOUTS = {
@@ -84,6 +85,7 @@ LAYOUTS = {
     "no overlap, no contiguous gradients": (1, {"overlap_comm": False, "contiguous_gradients": False}),
     "sub-groups smaller than a pair": (3, {"sub_group_size": 150}),
     "persistent parameters": (3, {"stage3_param_persistence_threshold": 1000}),
+    "optimizer on the CPU, stage 1": (1, {"offload_optimizer": {"device": "cpu"}}),
     "optimizer on the CPU, stage 2": (2, {"offload_optimizer": {"device": "cpu"}}),
     "optimizer on the CPU, stage 3": (3, {"offload_optimizer": {"device": "cpu"}}),
 }
