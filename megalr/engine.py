@@ -74,7 +74,7 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
                 "megalr.parametrize, megalr.build_optimizer and deepspeed.initialize"
             )
     content = read_json(config)
-    _refuse_unsupported(content)
+    refuse_unsupported(content)
     parametrize(model, content)
     optimizer = build_optimizer(model, content)
     results = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_section(content), **kwargs)
@@ -115,12 +115,13 @@ def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
     return state
 
 
-def _refuse_unsupported(content: Json) -> None:
+def refuse_unsupported(content: Json) -> None:
+    """Raise a UserError for what DeepSpeed can do but megalr, or this machine, cannot."""
     zero = content.get("zero_optimization", {})
     for section in ("offload_optimizer", "offload_param"):
         if isinstance(zero, dict) and (zero.get(section) or {}).get("device") == "nvme":
             raise UserError(
                 f'zero_optimization.{section}.device is "nvme", which megalr cannot update: write "cpu" or leave it out'
             )
-    if torch.cuda.is_available() is False and (content.get("fp16") or {}).get("enabled") is True:
+    if (content.get("fp16") or {}).get("enabled") not in (None, False, "auto") and not torch.cuda.is_available():
         raise UserError('fp16 needs a GPU: write "fp16": {"enabled": false} and "bf16": {"enabled": "auto"}')

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megalr.engine import deepspeed_section
+from megalr.engine import deepspeed_section, refuse_unsupported
 from megalr.errors import UserError
 
 
@@ -23,8 +23,7 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> None:
     """
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    if (config.get("fp16") or {}).get("enabled") and not torch.cuda.is_available():
-        raise UserError('fp16 needs a GPU: write "fp16": {"enabled": false} and "bf16": {"enabled": "auto"}')
+    refuse_unsupported(config)
     try:
         DeepSpeedConfig(deepspeed_section(config))
     except Exception as error:  # pydantic's, assertions and ValueErrors
