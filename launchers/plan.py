@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megalr.config import AdamWConfig, FullConfig, LowRankConfig
+from megalr.config import FullConfig, LowRankConfig, OptimizerConfig
 from megalr.errors import UserError
 from megalr.layers import parametrize
 from megalr.optim.groups import parameter_groups
@@ -57,7 +57,7 @@ def _arguments() -> argparse.Namespace:
 def _cells(name: str, rank: int | None, arguments: argparse.Namespace) -> list[str]:
     model = empty_model(read_model_config(name, Path(__file__).parent / "models"))
     parametrize(model, FullConfig() if rank is None else LowRankConfig(rank=rank))
-    groups = [[p.shape for p in g.parameters.values()] for g in parameter_groups(model, AdamWConfig())]
+    groups = [[p.shape for p in g.parameters.values()] for g in parameter_groups(model, OptimizerConfig())]
     held = deepspeed_bytes(groups, stage=arguments.stage, world_size=arguments.processes, dtype=DTYPES[arguments.dtype])
     parts = (paper_bytes(model), held.weights, held.gradients, held.masters, held.optimizer_state, held.total)
     parameters = sum(p.numel() for p in model.parameters())

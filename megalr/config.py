@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from megalr.errors import UserError
+from megalr.rules.base import Rule
+from megalr.rules.registry import RULES
 
 T = TypeVar("T")
 Json = Mapping[str, Any]
@@ -52,8 +54,7 @@ class LowRankConfig:
         where = "megalr.parametrization"
         _require(self.rank >= 1, f"{where}.rank is {self.rank}; write a whole number of at least 1")
         _require(self.alpha is None or self.alpha > 0, f"{where}.alpha is {self.alpha}; write a positive number")
-        named = bool(self.target_modules) and "" not in tuple(self.target_modules)
-        _require(named, f'{where}.target_modules is empty or names ""; write e.g. ["attn", "mlp"]')
+        _check_targets(self.target_modules, f"{where}.target_modules")
 
     @property
     def scale(self) -> float:
@@ -117,34 +118,42 @@ class GroupConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamWConfig:
-    """AdamW (arXiv 1711.05101) on every parameter.
+class OptimizerConfig:
+    """A rule on the model's matrices, AdamW (arXiv 1711.05101) on everything else; or AdamW on everything.
 
     Attributes:
-        lr: learning rate of the trunk, that is, of everything but the groups below.
-        embedding: overrides for embeddings and the output head.
-        norm: overrides for norms and biases; their weight decay is 0 unless it is set here.
+        lr: learning rate of the matrices; without a rule, of all but the groups below.
+        betas, eps: AdamW's; a rule with moments takes them, too.
+        weight_decay: decoupled, of every matrix.
+        rule: what updates matrices, with its hyper-parameters; None for AdamW.
+        target_modules: which parameters the rule gets, among those of two or three dimensions that are no embedding
+            and no output head: substrings of the qualified names, or one regular expression for the whole name. A
+            three-dimensional parameter, such as batched experts, is a stack of matrices.
+        adamw: overrides for whatever the rule does not get; without a rule there is no such key.
+        embedding: overrides, on top of those, for embeddings and the output head.
+        norm: overrides, on top of those, for norms and biases; their weight decay is 0 unless it is set here.
     """
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    rule: Rule | None = None
+    target_modules: tuple[str, ...] | str = ("attn", "mlp")
+    adamw: GroupConfig = field(default_factory=GroupConfig)
     embedding: GroupConfig = field(default_factory=GroupConfig)
     norm: GroupConfig = field(default_factory=GroupConfig)
 
     def __post_init__(self) -> None:
         _check_adam(self.lr, self.betas, self.eps, self.weight_decay)
-
-
-OPTIMIZERS: dict[str, type[AdamWConfig]] = {"AdamW": AdamWConfig}
+        _check_targets(self.target_modules, "optimizer.params.target_modules")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MegalrConfig:
     """All that megalr reads from the JSON."""
 
-    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parametrization: ParametrizationConfig = field(default_factory=FullConfig)
     refactorization: RefactorizationConfig | None = None
     momentum_reset: MomentumResetConfig | None = None
@@ -162,11 +171,23 @@ class MegalrConfig:
             self.momentum_reset is None or low_rank or self.momentum_reset.scope == "all",
             'megalr.momentum_reset.scope is "factors", but there are no low-rank factors: write "scope": "all"',
         )
+        _require(
+            self.momentum_reset is None or self.optimizer.rule is None,
+            'megalr.momentum_reset resets AdamW alone: remove it; a rule with a basis has "moments": "reset" instead',
+        )
+        _require(
+            not (low_rank and self.optimizer.rule),
+            '"low_rank" factors are trained with AdamW: write "type": "AdamW" in "optimizer", or remove '
+            '"megalr.parametrization" to train dense matrices with the rule',
+        )
         _require(self.exchange_bucket_bytes >= 1, "megalr.exchange_bucket_bytes must be at least 1")
 
     @classmethod
     def from_json(cls, config: Json | str | Path) -> MegalrConfig:
         """Read the "optimizer" and "megalr" sections of a DeepSpeed configuration.
+
+        The optimizer may also stand inside the "megalr" section, out of DeepSpeed's and transformers' sight, for jobs
+        in which those read the file as well.
 
         Args:
             config: the file's path, or its content.
@@ -178,7 +199,7 @@ class MegalrConfig:
         section = content.get("megalr", {})
         if not isinstance(section, Mapping):
             raise UserError(f'"megalr" must be an object like {{"parametrization": {{...}}}}, not {section!r}')
-        known = {f.name: None for f in dataclasses.fields(cls) if f.name != "optimizer"}
+        known = {f.name: None for f in dataclasses.fields(cls)}
         _check_keys(section, known, "megalr")
         values: dict[str, Any] = {k: v for k, v in section.items() if k in ("seed", "exchange_bucket_bytes")}
         _check_types(cls, values, "megalr")
@@ -190,7 +211,10 @@ class MegalrConfig:
             )
         if section.get("momentum_reset") is not None:
             values["momentum_reset"] = _build(MomentumResetConfig, section["momentum_reset"], "megalr.momentum_reset")
-        return cls(optimizer=_optimizer(content.get("optimizer", {"type": "AdamW"})), **values)
+        if "optimizer" in section and "optimizer" in content:
+            raise UserError('"optimizer" and "megalr.optimizer" are both given: remove one')
+        optimizer = section.get("optimizer", content.get("optimizer", {"type": "AdamW"}))
+        return cls(optimizer=_optimizer(optimizer), **values)
 
 
 def read_json(config: Json | str | Path) -> dict[str, Any]:
@@ -219,22 +243,42 @@ def _parametrization(section: Any) -> ParametrizationConfig:
     return _build(PARAMETRIZATIONS[kind], section, where)
 
 
-def _optimizer(section: Any) -> AdamWConfig:
+def _optimizer(section: Any) -> OptimizerConfig:
     if not isinstance(section, Mapping) or "type" not in section:
-        raise UserError(f'"optimizer" must be an object with a "type", one of: {", ".join(OPTIMIZERS)}')
+        raise UserError(f'"optimizer" must be an object with a "type", one of: {", ".join(RULES)}')
     _check_keys(section, {"type": None, "params": None}, "optimizer")
-    by_lower_case = {name.lower(): name for name in OPTIMIZERS}
-    name = by_lower_case.get(str(section["type"]).lower())
-    if name is None:
-        raise UserError(f"optimizer.type is {section['type']!r}{_nearest(str(section['type']), OPTIMIZERS)}")
+    rules = {_plain(name): rule for name, rule in RULES.items()}
+    if _plain(str(section["type"])) not in rules:
+        raise UserError(f"optimizer.type is {section['type']!r}{_nearest(str(section['type']), RULES)}")
+    rule = rules[_plain(str(section["type"]))]
     params = section.get("params", {})
+    where = "optimizer.params"
     if not isinstance(params, Mapping):
-        raise UserError(f'optimizer.params must be an object like {{"lr": 1e-3}}, not {json.dumps(params)}')
-    params = dict(params)
-    for group in ("embedding", "norm"):
-        if group in params:
-            params[group] = _build(GroupConfig, params[group], f"optimizer.params.{group}")
-    return _build(OPTIMIZERS[name], params, "optimizer.params")
+        raise UserError(f'{where} must be an object like {{"lr": 1e-3}}, not {json.dumps(params)}')
+    rule_fields = [f.name for f in dataclasses.fields(rule) if f.name not in rule.unused] if rule else []  # type: ignore[arg-type]
+    own_fields = [f.name for f in dataclasses.fields(OptimizerConfig) if f.name != "rule"]
+    if rule is None:
+        own_fields = [name for name in own_fields if name not in ("adamw", "target_modules")]
+    _check_keys(params, dict.fromkeys(own_fields + rule_fields), where)
+    own: dict[str, Any] = {key: value for key, value in params.items() if key in own_fields}
+    for group in ("adamw", "embedding", "norm"):
+        if group in own:
+            own[group] = _build(GroupConfig, own[group], f"{where}.{group}")
+    own = {**own, **_check_types(OptimizerConfig, {k: v for k, v in own.items() if not _is_group(v)}, where)}
+    if rule is None:
+        return OptimizerConfig(**own)
+    given = {key: value for key, value in params.items() if key in rule_fields}
+    defaults = {"lr": rule.default_lr, "eps": rule.default_eps, "betas": getattr(rule, "betas", (0.9, 0.999))}
+    return OptimizerConfig(**{**defaults, **own}, rule=_build(rule, given, where))
+
+
+def _plain(name: str) -> str:
+    """An optimizer's name without the spellings in which libraries differ: GaLoreAdamW, galore_adamw."""
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, GroupConfig)
 
 
 def _build(cls: type[T], section: Any, where: str) -> T:
@@ -314,6 +358,11 @@ def _check_adam(
     _require(betas is None or all(0 <= b < 1 for b in betas), f"{where}: betas are {betas}; both must lie in [0, 1)")
     _require(eps is None or eps > 0, f"{where}: eps is {eps}; write a positive number")
     _require(weight_decay is None or weight_decay >= 0, f"{where}: weight_decay is {weight_decay}; write at least 0")
+
+
+def _check_targets(patterns: tuple[str, ...] | str, where: str) -> None:
+    named = bool(patterns) and "" not in tuple(patterns)
+    _require(named, f'{where} is empty or names ""; write e.g. ["attn", "mlp"]')
 
 
 def _require(condition: bool, message: str) -> None:

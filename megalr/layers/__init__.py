@@ -2,6 +2,6 @@
 
 from megalr.layers.export import densify
 from megalr.layers.low_rank import LowRankLinear
-from megalr.layers.parametrize import factor_pairs, parametrize
+from megalr.layers.parametrize import factor_pairs, matching, parametrize
 
-__all__ = ["LowRankLinear", "densify", "factor_pairs", "parametrize"]
+__all__ = ["LowRankLinear", "densify", "factor_pairs", "matching", "parametrize"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -52,27 +52,43 @@ def factor_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield f"{prefix}B", f"{prefix}A"
 
 
-def _targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Linear]:
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    patterns = config.target_modules
-    where = "megalr.parametrization.target_modules"
+def matching(names: Iterable[str], patterns: tuple[str, ...] | str, where: str, what: str) -> set[str]:
+    """The names that ``target_modules`` chooses, in the way of transformers.
+
+    Args:
+        names: qualified names.
+        patterns: substrings, of which one has to occur; or one regular expression for the whole name.
+        where: the key in the JSON, for messages.
+        what: what the names are of, for messages.
+
+    Raises:
+        UserError: a pattern matches nothing, or is no regular expression.
+    """
+    names = list(names)
     if isinstance(patterns, str):
         try:
             expression = re.compile(patterns)
         except re.error as error:
             raise UserError(f"{where} is not a valid regular expression: {patterns!r} ({error})") from error
-        chosen = {name: module for name, module in linear.items() if expression.fullmatch(name)}
+        chosen = {name for name in names if expression.fullmatch(name)}
         unmatched = [] if chosen else [patterns]
     else:
-        chosen = {name: module for name, module in linear.items() if any(p in name for p in patterns)}
-        unmatched = [p for p in patterns if not any(p in name for name in linear)]
+        chosen = {name for name in names if any(p in name for p in patterns)}
+        unmatched = [p for p in patterns if not any(p in name for name in names)]
     if unmatched:
-        some = ", ".join(list(linear)[:4]) or "none"
+        some = ", ".join(names[:4]) or "none"
         hint = " (a single string is a regular expression for the whole name; use a list for substrings)"
         raise UserError(
-            f"{where}: {unmatched[0]!r} matches no linear layer{hint if isinstance(patterns, str) else ''}; "
-            f"the model's linear layers are: {some}{', ...' if len(linear) > 4 else ''}"
+            f"{where}: {unmatched[0]!r} matches no {what}{hint if isinstance(patterns, str) else ''}; "
+            f"the model has: {some}{', ...' if len(names) > 4 else ''}"
         )
+    return chosen
+
+
+def _targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Linear]:
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = matching(linear, config.target_modules, "megalr.parametrization.target_modules", "linear layer")
+    chosen = {name: layer for name, layer in linear.items() if name in names}
     _refuse_shared(model, chosen)
     return chosen
 

@@ -7,15 +7,18 @@ from typing import Literal
 
 from torch import nn
 
-from megalr.config import AdamWConfig, GroupConfig
-from megalr.layers import factor_pairs
+from megalr.config import GroupConfig, OptimizerConfig
+from megalr.errors import UserError
+from megalr.layers import factor_pairs, matching
+from megalr.rules.base import Rule
 
-GroupName = Literal["factors", "trunk", "embedding", "norm"]
+GroupName = Literal["factors", "matrices", "trunk", "embedding", "norm"]
+MATRIX_DIMENSIONS = (2, 3)  # a parameter of three is a stack
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """AdamW's settings of one group."""
+    """AdamW's settings of one group; a rule's matrices take the learning rate and the weight decay from them."""
 
     lr: float
     betas: tuple[float, float]
@@ -32,18 +35,29 @@ class ParameterGroup:
     settings: Settings
 
 
-def parameter_groups(model: nn.Module, config: AdamWConfig) -> list[ParameterGroup]:
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGroup]:
     """Sort a model's trainable parameters into groups; every parameter into exactly one, empty groups left out.
 
     - factors: the B and A of low-rank layers, with the trunk's settings. A group of their own, so that a reset of the
       factors covers whole flat buffers.
+    - matrices: what the optimizer's rule updates, if it has one. A group of their own, so that no flat buffer holds
+      anything else.
     - embedding: weights of ``nn.Embedding`` and of the output head.
     - norm: everything with fewer than two dimensions, i.e. norms and biases; no weight decay unless asked for.
     - trunk: the rest.
+
+    Raises:
+        UserError: the rule would get nothing, or a pattern of ``target_modules`` matches nothing.
     """
     factors = {name for pair in factor_pairs(model) for name in pair}
     embedding = _embedding_parameters(model)
-    members: dict[GroupName, dict[str, nn.Parameter]] = {"factors": {}, "trunk": {}, "embedding": {}, "norm": {}}
+    members: dict[GroupName, dict[str, nn.Parameter]] = {
+        "factors": {},
+        "matrices": {},
+        "trunk": {},
+        "embedding": {},
+        "norm": {},
+    }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -52,17 +66,42 @@ def parameter_groups(model: nn.Module, config: AdamWConfig) -> list[ParameterGro
             group = "factors"
         elif id(parameter) in embedding:
             group = "embedding"
-        elif len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
+        elif len(logical_shape(parameter)) < MATRIX_DIMENSIONS[0]:
             group = "norm"
         members[group][name] = parameter
-    trunk = Settings(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    main = Settings(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    rest = main
+    if config.rule is not None:
+        candidates = {n: p for n, p in members["trunk"].items() if len(logical_shape(p)) in MATRIX_DIMENSIONS}
+        chosen = matching(candidates, config.target_modules, "optimizer.params.target_modules", "matrix")
+        members["matrices"] = {n: p for n, p in members["trunk"].items() if n in chosen}
+        members["trunk"] = {n: p for n, p in members["trunk"].items() if n not in chosen}
+        rest = _override(main, config.adamw)
+        _check_rank(config.rule, members["matrices"])
     settings: dict[GroupName, Settings] = {
-        "factors": trunk,
-        "trunk": trunk,
-        "embedding": _override(trunk, config.embedding),
-        "norm": _override(replace(trunk, weight_decay=0.0), config.norm),
+        "factors": main,
+        "matrices": main,
+        "trunk": rest,
+        "embedding": _override(rest, config.embedding),
+        "norm": _override(replace(rest, weight_decay=0.0), config.norm),
     }
     return [ParameterGroup(name, chosen, settings[name]) for name, chosen in members.items() if chosen]
+
+
+def logical_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of the whole parameter; ZeRO-3 leaves an empty tensor and keeps the shape beside it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _check_rank(rule: Rule, matrices: dict[str, nn.Parameter]) -> None:
+    """A few matrices below the rank are projected to as much as they have; all of them below it is a mistake."""
+    rank = getattr(rule, "rank", 0)
+    largest = max(min(logical_shape(p)[-2:]) for p in matrices.values())
+    if rank > largest:
+        raise UserError(
+            f"optimizer.params.rank is {rank}, but no matrix that the rule gets has more than {largest} rows and "
+            f"columns: write a rank below {largest}"
+        )
 
 
 def _embedding_parameters(model: nn.Module) -> set[int]:

@@ -12,13 +12,14 @@ from megalr.config import MegalrConfig
 from megalr.layers import factor_pairs
 from megalr.optim.clock import Clock
 from megalr.optim.groups import ParameterGroup, parameter_groups
+from megalr.optim.matrices import MatrixUpdater
 from megalr.optim.refactorization import OwnedPairs, refactorize_pairs, zero_
 from megalr.partition import Exchange, Item, Shard, Unit, buckets, read_shard
 from megalr.rules.adamw import adamw_
 
 
 class MegalrOptimizer(torch.optim.Optimizer):
-    """AdamW on every parameter, with weight refactorization and momentum reset of the low-rank factors.
+    """A rule on the matrices and AdamW on the rest, with weight refactorization and momentum reset of low-rank factors.
 
     It takes the place of a DeepSpeed job's base optimizer at any ZeRO stage: DeepSpeed swaps the parameters for flat
     fp32 buffers and calls :meth:`step` once for each, or once for all. What lies where is read on first use. The
@@ -26,10 +27,13 @@ class MegalrOptimizer(torch.optim.Optimizer):
     Without DeepSpeed it is an ordinary ``torch.optim.Optimizer``.
 
     A parameter without a gradient counts as having a zero gradient, as ZeRO has it, so that every stage agrees.
+    An update with a gradient that is not finite anywhere, on any rank, is skipped by all: weights, moments, bases and
+    counts stay as they are. (DeepSpeed skips most of them itself, before it calls :meth:`step`.)
 
     Attributes:
-        updates: updates made so far.
-        last_events: what the last update ended with, in order: "refactorization", "momentum_reset".
+        updates: updates made so far, skipped ones not counted.
+        skipped: updates skipped so far in this process.
+        last_events: what the last update ended with, in order: "refactorization", "momentum_reset", or "skipped".
     """
 
     def __init__(
@@ -43,13 +47,16 @@ class MegalrOptimizer(torch.optim.Optimizer):
         """
         self.config = config
         self.updates = 0
+        self.skipped = 0
         self.last_events: list[str] = []
         self._clocks = {"factors": Clock(), "dense": Clock()}
-        self._named_groups = [dict(group.parameters) for group in groups]
-        self._settings = [group.settings for group in groups]
+        self._groups = list(groups)
         self._pairs = list(pairs)
         self._shard: Shard | None = None
+        self._matrices: MatrixUpdater | None = None
+        self._loaded: dict[str, Any] | None = None
         self._stepped: set[int] = set()
+        self._skipping = False
         self._began = False
         param_groups: list[dict[str, Any]] = [
             {"params": list(group.parameters.values()), "name": group.name, **vars(group.settings)} for group in groups
@@ -67,38 +74,56 @@ class MegalrOptimizer(torch.optim.Optimizer):
         if shard.dry_run and not self._began and self._has_only_zero_gradients():
             return  # the call that DeepSpeed makes to have states created must not count, decay weights or run events
         self._began = True
+        if not self._stepped:
+            self._skipping = not self._gradients_are_finite(shard)
         index = {key: buffer for buffer, key in enumerate(shard.keys)}
         for group in self.param_groups:
-            for parameter in group["params"]:
-                buffer = index.get(id(parameter))
-                if buffer is not None:  # None: frozen
+            # A parameter without a buffer is frozen.
+            here = {index[id(p)]: p for p in group["params"] if id(p) in index}
+            self._stepped.update(here)
+            if self._skipping or not here:
+                continue
+            if group["name"] == "matrices":
+                self._update_matrices(here, group)
+            else:
+                for parameter in here.values():
                     self._update(parameter, group)
-                    self._stepped.add(buffer)
         if len(self._stepped) == len(shard.keys):
             self._stepped.clear()
-            self.updates += 1
-            for clock in self._clocks.values():
-                clock.advance()
-            self.last_events = self._run_events()
+            self.last_events = self._end_update()
 
     def prepare(self) -> Shard:
         """Read what lies where, choose owners; done once, on first use after ``deepspeed.initialize``."""
         if self._shard is None:
-            shard = read_shard(self._named_groups, self._all_groups)
-            cuda = shard.buffers[0].device.type == "cpu" and torch.cuda.is_available()
-            device = torch.device("cuda", torch.cuda.current_device()) if cuda else None
+            shard = read_shard([group.parameters for group in self._groups], self._all_groups)
+            device = shard.buffers[0].device
+            if device.type == "cpu" and torch.cuda.is_available():  # offloaded; NCCL moves what lies on a GPU
+                device = torch.device("cuda", torch.cuda.current_device())
             self._exchange = Exchange(shard.layout, shard.rank, shard.group, device=device)
             self._owned_pairs = OwnedPairs.of(self._pairs, shard.layout)
             factors = {name for pair in self._pairs for name in pair}
             self._factor_buffers = sorted({f.buffer for f in shard.layout.fragments if f.name in factors})
+            names = [n for g in self._groups if g.name == "matrices" for n in g.parameters if n in shard.layout.shapes]
+            if self.config.optimizer.rule is not None and names:
+                self._matrices = MatrixUpdater(
+                    self.config.optimizer.rule,
+                    names,
+                    shard,
+                    device=device,
+                    bucket_bytes=self.config.exchange_bucket_bytes,
+                    seed=self.config.seed,
+                )
             self._shard = shard
+            self._load_matrices()
         return self._shard
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict with a "megalr" entry: plain numbers for the update count and the clocks."""
+        """torch's state dict with a "megalr" entry: the update count, the clocks, and this rank's matrices by name."""
         state = super().state_dict()
         clocks = {name: vars(clock).copy() for name, clock in self._clocks.items()}
         state["megalr"] = {"updates": self.updates, "clocks": clocks}
+        if self._matrices is not None:
+            state["megalr"]["matrices"] = self._matrices.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -110,28 +135,49 @@ class MegalrOptimizer(torch.optim.Optimizer):
             raise ValueError("this optimizer state was not written by megalr: it has no update counts")
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "megalr"})
         self._all_groups = self.param_groups
-        for group, settings in zip(self.param_groups, self._settings, strict=True):
-            group.update({key: value for key, value in vars(settings).items() if key != "lr"})
+        for group, given in zip(self.param_groups, self._groups, strict=True):
+            group.update({key: value for key, value in vars(given.settings).items() if key != "lr"})
+        self._loaded = state_dict["megalr"].get("matrices", {})
+        self._load_matrices()
         self.updates = state_dict["megalr"]["updates"]
         self._clocks = {name: Clock(**values) for name, values in state_dict["megalr"]["clocks"].items()}
 
     def routing_table(self) -> str:
-        """One line a parameter: shape, group, rule, learning rate, and for a factor who refactorizes it."""
+        """One line a parameter or matrix: shape, group, rule, its rank, learning rate, owner, bytes of state.
+
+        The owner is the rank that runs the rule or refactorizes the factor; what is element-wise has none.
+        """
         shard = self.prepare()
         owner = {
             name: rank
             for unit, rank in zip(self._owned_pairs.units, self._owned_pairs.owners, strict=True)
             for name in unit.names
         }
-        rows = [("parameter", "shape", "group", "rule", "lr", "owner")]
-        for group, named in zip(self._all_groups, self._named_groups, strict=True):
+        rows = [("parameter", "shape", "group", "rule", "rank", "lr", "owner", "state bytes")]
+        for group, given in zip(self._all_groups, self._groups, strict=True):
             lr = f"{group.get('initial_lr', group['lr']):g}"
-            for name in named:
+            if group["name"] == "matrices" and self._matrices is not None:
+                rows += [(*row[:2], "matrices", *row[2:4], lr, *row[4:]) for row in self._matrices.routes()]
+                continue
+            for name in given.parameters:
                 if name in shard.layout.shapes:
                     shape = " x ".join(map(str, shard.layout.shapes[name]))
-                    rows.append((name, shape, group["name"], "adamw", lr, str(owner.get(name, "-"))))
+                    size = f"{2 * 4 * shard.layout.numel(name):,}"
+                    rows.append((name, shape, group["name"], "adamw", "-", lr, str(owner.get(name, "-")), size))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    @property
+    def rule_calls(self) -> int:
+        """Matrices that this rank has updated by the rule since the start of the process, once for each update."""
+        return 0 if self._matrices is None else self._matrices.calls
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that all ranks together have sent each other for whole-matrix work since the start of the process."""
+        exchanges = [] if self._shard is None else [self._exchange]
+        exchanges += [] if self._matrices is None else [self._matrices.exchange]
+        return sum(exchange.bytes_moved for exchange in exchanges)
 
     def consolidate(self, owner: int = 0) -> dict[str, Tensor] | None:
         """All masters as whole tensors on the CPU of one rank, by qualified name; None on the others. Collective."""
@@ -149,6 +195,42 @@ class MegalrOptimizer(torch.optim.Optimizer):
     def _has_only_zero_gradients(self) -> bool:
         grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
         return not any(grad.any() for grad in grads)
+
+    def _load_matrices(self) -> None:
+        """Hand over what was loaded, once the layout is known: DeepSpeed loads this state before its own masters."""
+        if self._loaded is not None and self._shard is not None:
+            if self._matrices is not None:
+                self._matrices.load_state_dict(self._loaded)
+            self._loaded = None
+
+    def _gradients_are_finite(self, shard: Shard) -> bool:
+        """Whether all gradients of this update are, on all ranks; answered by DeepSpeed where it looks at them."""
+        if shard.unseen_gradients is None:
+            return True
+        own = [p.grad for group in self._all_groups for p in group["params"] if p.grad is not None]
+        gradients = [grad for grad in own + shard.unseen_gradients() if grad.numel()]
+        largest = torch._foreach_norm(gradients, float("inf")) if gradients else []
+        return self._exchange.all_agree(all(bool(torch.isfinite(norm)) for norm in largest))
+
+    def _update_matrices(self, here: dict[int, Tensor], group: dict[str, Any]) -> None:
+        assert self._matrices is not None
+        gradients = [buffer[:0] for buffer in self.prepare().buffers]
+        for buffer, parameter in here.items():
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients[buffer] = grad.reshape(-1)
+        self._matrices.update(
+            sorted(here), gradients, lr=group["lr"], weight_decay=group["weight_decay"], updates=self.updates
+        )
+
+    def _end_update(self) -> list[str]:
+        """Count what has been done, and run the events that are due."""
+        if self._skipping:
+            self.skipped += 1
+            return ["skipped"]
+        self.updates += 1
+        for clock in self._clocks.values():
+            clock.advance()
+        return self._run_events()
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         clock = self._clocks["factors" if group["name"] == "factors" else "dense"]

@@ -7,8 +7,10 @@ collective is called. All ranks of the group must call with the same items in th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -29,22 +31,64 @@ class Item:
     owner: int
 
 
-@dataclass(frozen=True)
-class _Move:
-    """One fragment's way from rank ``source`` to rank ``target``; one of the two is the owner."""
+# What becomes of the elements that come back for a fragment of this rank: (fragment, values).
+Write = Callable[[Fragment, Tensor], None]
+_Read = Callable[[int, Fragment], Tensor]
+_Put = Callable[[int, Fragment, Tensor], None]
 
-    fragment: Fragment
-    source: int
-    target: int
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one rank does in one round, by fragments.
+
+    Attributes:
+        local: what this rank both has and needs.
+        outgoing, incoming: what travels, ordered by the other rank; both ends keep the items' order inside that.
+        out_counts, in_counts: elements to and from each rank.
+        travelling: elements that travel between any two ranks.
+    """
+
+    local: list[Fragment]
+    outgoing: list[Fragment]
+    incoming: list[Fragment]
+    out_counts: list[int]
+    in_counts: list[int]
+    travelling: int
+
+
+class Gathering:
+    """A gather under way."""
+
+    def __init__(self, whole: dict[str, list[Tensor]], layout: Layout, arrive: Callable[[], None]) -> None:
+        self._whole, self._shapes, self._arrive = whole, layout.shapes, arrive
+
+    def wait(self) -> dict[str, list[Tensor]]:
+        """What :meth:`Exchange.gather` returns."""
+        self._arrive()
+        return {name: [t.view(self._shapes[name]) for t in tensors] for name, tensors in self._whole.items()}
+
+
+class Scattering:
+    """A scatter under way."""
+
+    def __init__(self, arrive: Callable[[], None]) -> None:
+        self._arrive = arrive
+
+    def wait(self) -> None:
+        """Write what has come."""
+        self._arrive()
 
 
 class Exchange:
     """Gathers whole parameters at their owners and scatters them back, over one data-parallel group.
 
+    Each has a form that only starts the communication, so that computation can go on beside it.
+
     Attributes:
         layout: what lies where.
         rank: this process's rank in the group.
         bytes_sent: bytes this rank has sent to others since the start.
+        bytes_moved: bytes all ranks together have sent to others since the start.
     """
 
     def __init__(
@@ -64,9 +108,10 @@ class Exchange:
         """
         self.layout = layout
         self.rank = rank
-        self.bytes_sent = 0
+        self.bytes_sent = self.bytes_moved = 0
         self._group = group
         self._device = device
+        self._plans: dict[tuple[str, tuple[Item, ...]], _Plan] = {}
 
     def gather(self, items: Sequence[Item], fields: Sequence[Field]) -> dict[str, list[Tensor]]:
         """Whole tensors of the items that this rank owns.
@@ -78,16 +123,16 @@ class Exchange:
         Returns:
             For each item owned here, one new tensor of the parameter's shape a field.
         """
+        return self.start_gather(items, fields).wait()
+
+    def start_gather(self, items: Sequence[Item], fields: Sequence[Field]) -> Gathering:
+        """:meth:`gather` up to the point where one would wait; the fields may change afterwards."""
+        like = fields[0][0]
         whole = {
             item.name: [torch.empty(self.layout.numel(item.name), dtype=f[0].dtype, device=f[0].device) for f in fields]
             for item in items
             if item.owner == self.rank
         }
-        moves = [
-            _Move(fragment, fragment.rank, item.owner)
-            for item in items
-            for fragment in self.layout.cover(item.name, item.owner)
-        ]
 
         def read(k: int, fragment: Fragment) -> Tensor:
             return _flat(fields[k], fragment)
@@ -95,9 +140,8 @@ class Exchange:
         def write(k: int, fragment: Fragment, value: Tensor) -> None:
             whole[fragment.name][k][fragment.start : fragment.start + fragment.length].copy_(value)
 
-        self._run(moves, len(fields), read, write, fields[0][0])
-        shapes = self.layout.shapes
-        return {name: [tensor.view(shapes[name]) for tensor in tensors] for name, tensors in whole.items()}
+        arrive = self._start(self._gather_plan(tuple(items)), len(fields), read, write, like)
+        return Gathering(whole, self.layout, arrive)
 
     def scatter(self, items: Sequence[Item], values: Mapping[str, Sequence[Tensor]], fields: Sequence[Field]) -> None:
         """Write whole tensors back into every rank's fragments, in place.
@@ -107,70 +151,139 @@ class Exchange:
             values: for each item owned here, one tensor of the parameter's shape a field.
             fields: flat buffers to write.
         """
-        moves = [_Move(fragment, item.owner, fragment.rank) for item in items for fragment in self.layout.of(item.name)]
+
+        def write(field: Field, fragment: Fragment, value: Tensor) -> None:
+            _flat(field, fragment).copy_(value)
+
+        self.start_scatter(items, values, [partial(write, field) for field in fields], like=fields[0][0]).wait()
+
+    def start_scatter(
+        self,
+        items: Sequence[Item],
+        values: Mapping[str, Sequence[Tensor]],
+        writes: Sequence[Write],
+        *,
+        like: Tensor,
+    ) -> Scattering:
+        """:meth:`scatter` up to the point where one would wait.
+
+        Args:
+            items, values: as in :meth:`scatter`; the values may be dropped afterwards.
+            writes: for each of the values of an item, what to do with the part that belongs to a fragment of this rank.
+            like: any tensor of the values' dtype on the device that messages start from.
+        """
 
         def read(k: int, fragment: Fragment) -> Tensor:
             flat = values[fragment.name][k].reshape(-1)
             return flat[fragment.start : fragment.start + fragment.length]
 
         def write(k: int, fragment: Fragment, value: Tensor) -> None:
-            _flat(fields[k], fragment).copy_(value)
+            writes[k](fragment, value)
 
-        self._run(moves, len(fields), read, write, fields[0][0])
+        return Scattering(self._start(self._scatter_plan(tuple(items)), len(writes), read, write, like))
 
-    def _run(self, moves, count, read, write, like: Tensor) -> None:  # type: ignore[no-untyped-def]
-        """Carry out the moves for each of ``count`` fields: own ones by a copy, the others in one all-to-all."""
-        for move in moves:
-            if move.source == move.target == self.rank:
-                for k in range(count):
-                    write(k, move.fragment, read(k, move.fragment))
-        travelling = [move for move in moves if move.source != move.target]
-        if not travelling:
+    def share(self, tensor: Tensor, owner: int) -> None:
+        """Make the owner's tensor everyone's, in place."""
+        if self.layout.world_size == 1:
             return
-        outgoing, incoming = self._sorted(travelling)
-        device = self._device or like.device
-        pieces = [read(k, m.fragment).to(device) for m in outgoing for k in range(count)]
-        send = torch.cat(pieces) if pieces else torch.empty(0, dtype=like.dtype, device=device)
-        out_sizes = self._sizes(outgoing, "target", count)
-        in_sizes = self._sizes(incoming, "source", count)
-        received = torch.empty(sum(in_sizes), dtype=send.dtype, device=device)
-        dist.all_to_all_single(received, send, in_sizes, out_sizes, group=self._group)
-        self.bytes_sent += send.numel() * send.element_size()
-        position = 0
-        for move in incoming:
+        message = tensor if self._device is None else tensor.to(self._device)
+        dist.broadcast(message, group=self._group, group_src=owner)
+        if message is not tensor:
+            tensor.copy_(message)
+        size = message.numel() * message.element_size() * (self.layout.world_size - 1)
+        self.bytes_moved += size
+        self.bytes_sent += size if owner == self.rank else 0
+
+    def all_agree(self, mine: bool) -> bool:
+        """Whether it is so on every rank. Where each of them holds everything alike, nobody is asked."""
+        if self.layout.world_size == 1 or all(map(self.layout.is_replicated, self.layout.shapes)):
+            return mine
+        vote = torch.tensor(float(mine), device=self._device)
+        dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self._group)
+        return bool(vote.item())
+
+    def _start(self, plan: _Plan, count: int, read: _Read, write: _Put, like: Tensor) -> Callable[[], None]:
+        """Copy what is local, send the rest in one all-to-all, for each of ``count`` fields.
+
+        Returns what waits for the messages and writes them.
+        """
+        for fragment in plan.local:
             for k in range(count):
-                write(k, move.fragment, received[position : position + move.fragment.length])
-                position += move.fragment.length
+                write(k, fragment, read(k, fragment))
+        if not plan.travelling:
+            return lambda: None
+        device = self._device or like.device
+        pieces = [read(k, fragment).to(device) for fragment in plan.outgoing for k in range(count)]
+        send = torch.cat(pieces) if pieces else torch.empty(0, dtype=like.dtype, device=device)
+        out_sizes, in_sizes = [n * count for n in plan.out_counts], [n * count for n in plan.in_counts]
+        received = torch.empty(sum(in_sizes), dtype=send.dtype, device=device)
+        work = dist.all_to_all_single(received, send, in_sizes, out_sizes, group=self._group, async_op=True)
+        self.bytes_sent += send.numel() * send.element_size()
+        self.bytes_moved += plan.travelling * count * send.element_size()
 
-    def _sorted(self, travelling: list[_Move]) -> tuple[list[_Move], list[_Move]]:
-        """This rank's moves out and in, grouped by the other rank; inside a group both sides keep the plan's order."""
-        outgoing = [move for move in travelling if move.source == self.rank]
-        incoming = [move for move in travelling if move.target == self.rank]
-        return sorted(outgoing, key=lambda m: m.target), sorted(incoming, key=lambda m: m.source)
+        def arrive(sent: Tensor = send) -> None:  # holds what is being sent until it has been
+            work.wait()
+            position = 0
+            for fragment in plan.incoming:
+                for k in range(count):
+                    write(k, fragment, received[position : position + fragment.length])
+                    position += fragment.length
 
-    def _sizes(self, moves: list[_Move], peer: str, count: int) -> list[int]:
-        sizes = [0] * self.layout.world_size
-        for move in moves:
-            sizes[getattr(move, peer)] += move.fragment.length * count
-        return sizes
+        return arrive
+
+    def _gather_plan(self, items: tuple[Item, ...]) -> _Plan:
+        if ("gather", items) not in self._plans:
+            moves = [(f, f.rank, item.owner) for item in items for f in self.layout.cover(item.name, item.owner)]
+            self._plans["gather", items] = self._plan(moves)
+        return self._plans["gather", items]
+
+    def _scatter_plan(self, items: tuple[Item, ...]) -> _Plan:
+        if ("scatter", items) not in self._plans:
+            moves = [(f, item.owner, f.rank) for item in items for f in self.layout.of(item.name)]
+            self._plans["scatter", items] = self._plan(moves)
+        return self._plans["scatter", items]
+
+    def _plan(self, moves: list[tuple[Fragment, int, int]]) -> _Plan:
+        """This rank's part of the moves (fragment, from rank, to rank)."""
+        outgoing = sorted((m for m in moves if m[1] == self.rank != m[2]), key=lambda move: move[2])
+        incoming = sorted((m for m in moves if m[2] == self.rank != m[1]), key=lambda move: move[1])
+        out_counts, in_counts = [0] * self.layout.world_size, [0] * self.layout.world_size
+        for fragment, _, target in outgoing:
+            out_counts[target] += fragment.length
+        for fragment, source, _ in incoming:
+            in_counts[source] += fragment.length
+        return _Plan(
+            [fragment for fragment, source, target in moves if source == target == self.rank],
+            [move[0] for move in outgoing],
+            [move[0] for move in incoming],
+            out_counts,
+            in_counts,
+            sum(fragment.length for fragment, source, target in moves if source != target),
+        )
 
 
 def buckets(units: Sequence[Unit], owners: Sequence[int], layout: Layout, limit: int) -> Iterator[list[int]]:
-    """Indices of units, in order, in rounds that give no owner more than ``limit`` elements at once.
+    """Indices of units in rounds that give no owner more than ``limit`` elements at once, and all owners something.
 
     A unit that is larger than the limit is its owner's only one in a round.
     """
-    current: list[int] = []
-    load: dict[int, int] = {}
-    for index, (unit, owner) in enumerate(zip(units, owners, strict=True)):
-        size = sum(layout.numel(name) for name in unit.names)
-        if owner in load and load[owner] + size > limit:
-            yield current
-            current, load = [], {}
-        current.append(index)
-        load[owner] = load.get(owner, 0) + size
-    if current:
-        yield current
+    waiting: dict[int, deque[int]] = {}
+    for index, owner in enumerate(owners):
+        waiting.setdefault(owner, deque()).append(index)
+    while waiting:
+        current: list[int] = []
+        for owner in list(waiting):
+            load = 0
+            queue = waiting[owner]
+            while queue:
+                size = sum(layout.numel(name) for name in units[queue[0]].names)
+                if load and load + size > limit:
+                    break
+                load += size
+                current.append(queue.popleft())
+            if not queue:
+                del waiting[owner]
+        yield sorted(current)
 
 
 def _flat(field: Field, fragment: Fragment) -> Tensor:

@@ -39,6 +39,8 @@ class Shard:
         group: the data-parallel group, None for a single process.
         publish: copies one buffer's masters into the low-precision weights that the model computes with, as
             DeepSpeed does after ``step()``; needed for a buffer that was changed after its own ``step()``.
+        unseen_gradients: the gradients of this update that DeepSpeed has not yet handed to ``step()``, while the first
+            call of the update runs. None: DeepSpeed makes no call at all when a gradient is not finite.
         dry_run: DeepSpeed's wrapper calls ``step()`` once, with zero gradients, while it is being built.
     """
 
@@ -48,6 +50,7 @@ class Shard:
     rank: int
     group: dist.ProcessGroup | None
     publish: Callable[[int], None]
+    unseen_gradients: Callable[[], list[Tensor]] | None = None
     dry_run: bool = False
 
 
@@ -148,7 +151,15 @@ def _read_flat_groups(named_groups: Sequence[NamedGroup], param_groups: Sequence
     for part in here:
         for fragment in part:
             _verify(fragment, own_weights(fragment), _master(masters, fragment))
-    return Shard(layout, [m.data for m in masters], [id(m) for m in masters], rank, group, publish)
+    # The records of any parameter that has a fragment here lead to the averaged gradients of all groups.
+    mappings = [getattr(p, "_hp_mapping", None) for p in parameters.values()]
+    mapping = next((found for found in mappings if found is not None), None)
+
+    def unseen() -> list[Tensor]:
+        groups = [] if mapping is None else mapping.gradient_dict.values()
+        return [grad for grads in groups if grads is not None for grad in grads if grad is not None]
+
+    return Shard(layout, [m.data for m in masters], [id(m) for m in masters], rank, group, publish, unseen)
 
 
 def _read_whole(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]]) -> Shard:
@@ -175,7 +186,9 @@ def _read_whole(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[
     layout = Layout(world_size, shapes, fragments)
     flat, keys = [b.data.view(-1) for b in buffers], [id(b) for b in buffers]
     # Stage 0 has one step() for all groups and casts down after it: there is nothing to publish.
-    return Shard(layout, flat, keys, rank, group, publish=lambda buffer: None, dry_run=separate)
+    # fp32 parameters are stepped without a look at their gradients; the wrapper of bf16 ones does look.
+    unseen = None if separate else list
+    return Shard(layout, flat, keys, rank, group, lambda buffer: None, unseen, dry_run=separate)
 
 
 def _master(masters: Sequence[Tensor], fragment: Fragment) -> Tensor:

@@ -6,7 +6,7 @@ A layout knows neither DeepSpeed nor processes. It prints, compares, and can be 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -84,6 +84,32 @@ class Layout:
     def is_replicated(self, name: str) -> bool:
         """Whether some element of the parameter lies on more than one rank; then each holder has all of it."""
         return sum(f.length for f in self._by_name[name]) > self.numel(name)
+
+    def matrices(self, names: Iterable[str]) -> Layout:
+        """The layout of the named parameters as matrices.
+
+        A parameter of three dimensions is a stack, and becomes one matrix for each index: ``name[0]``, ``name[1]``, ...
+
+        Args:
+            names: of parameters with two or three dimensions.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        fragments: list[Fragment] = []
+        for name in names:
+            *stack, m, n = self.shapes[name]
+            if not stack:
+                shapes[name] = (m, n)
+                fragments += self.of(name)
+                continue
+            for index in range(math.prod(stack)):
+                matrix, begin, end = f"{name}[{index}]", index * m * n, (index + 1) * m * n
+                shapes[matrix] = (m, n)
+                for f in self.of(name):
+                    lower, upper = max(begin, f.start), min(end, f.start + f.length)
+                    if lower < upper:
+                        offset = f.offset + lower - f.start
+                        fragments.append(Fragment(matrix, lower - begin, upper - lower, f.rank, f.buffer, offset))
+        return Layout(self.world_size, shapes, fragments)
 
     def __str__(self) -> str:
         lines = [f"{self.world_size} ranks, {len(self.shapes)} parameters"]

@@ -1,0 +1,247 @@
+"""A rule on sharded matrices: gradients to their owners, the rule there, updates back to where the masters lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalr.errors import UserError
+from megalr.partition import Exchange, Fragment, Item, Shard, Unit, buckets, place
+from megalr.partition.exchange import Field, Scattering
+from megalr.rules.base import Basis, Rule, Shape, State, tensors_of
+
+# While one round is computed, its gradients and updates, the next round's incoming and outgoing gradients, and the
+# last round's outgoing and incoming updates may exist at once.
+ROUNDS_IN_MEMORY = 6
+BYTES = 4  # of an element of state
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix that the rule updates.
+
+    Attributes:
+        name: the parameter's qualified name, with an index behind it for one matrix of a stack.
+        shape: (m, n).
+        owner: the rank that keeps its state; where every rank holds everything, the one that computes its basis.
+        phase: when it refreshes; see :meth:`megalr.rules.base.Rule.phase`.
+        buffer: the flat buffer that it lies in, on every rank.
+    """
+
+    name: str
+    shape: Shape
+    owner: int
+    phase: int
+    buffer: int
+
+
+class MatrixUpdater:
+    """Runs one rule on all matrices of a sharded model.
+
+    - Where a matrix lies whole on one rank, that rank owns it and nothing is sent.
+    - Where it is cut, its fragments of the gradient go to the owner, and the update's fragments back.
+    - Where every rank holds everything (ZeRO stage 0), every rank runs the rule, so that the state is whole
+      everywhere, as DeepSpeed's checkpoints of that stage need it. Only bases are computed by one rank and sent, since
+      singular vectors are not reproducible across machines.
+
+    Attributes:
+        rule: the rule.
+        matrices: all of them, in the model's order.
+        states: of the matrices that this rank updates, by name.
+        calls: matrix updates made by this rank since the start.
+        exchange: what moves the data.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        names: Iterable[str],
+        shard: Shard,
+        *,
+        device: torch.device | None,
+        bucket_bytes: int,
+        seed: int,
+    ) -> None:
+        """
+        Args:
+            rule: the rule.
+            names: of the parameters, of two dimensions, or three for a stack.
+            shard: what lies where.
+            device: where messages live; see :class:`~megalr.partition.Exchange`.
+            bucket_bytes: bound of the exchange's temporary memory.
+            seed: key of random bases.
+        """
+        self.rule = rule
+        self.calls = 0
+        self._shard = shard
+        self._seed = seed
+        self._layout = shard.layout.matrices(names)
+        self.exchange = Exchange(self._layout, shard.rank, shard.group, device=device)
+        self._replicated = any(self._layout.is_replicated(name) for name in self._layout.shapes)
+        self.matrices = self._owned()
+        self.states: dict[str, State] = {}
+        itemsize = shard.buffers[0].element_size()
+        self._limit = max(1, bucket_bytes // (ROUNDS_IN_MEMORY * itemsize))
+        self._rounds: dict[tuple[int, ...], list[list[Matrix]]] = {}
+
+    def update(self, which: Sequence[int], gradients: Field, *, lr: float, weight_decay: float, updates: int) -> None:
+        """Update all matrices that lie in some of the flat buffers; collective.
+
+        Args:
+            which: the buffers, the same on every rank.
+            gradients: flat, in the buffers' layout; those of other buffers are not read.
+            lr, weight_decay: W -= lr (update + λ W).
+            updates: made so far.
+        """
+        masters = self._shard.buffers
+        if weight_decay:
+            for buffer in which:
+                masters[buffer].mul_(1 - lr * weight_decay)
+
+        def apply(fragment: Fragment, update: Tensor) -> None:
+            master = masters[fragment.buffer][fragment.offset : fragment.offset + fragment.length]
+            master.add_(update.to(master.device), alpha=-lr)
+
+        cut, local = self._plan(tuple(which))
+        items = [[Item(m.name, m.owner) for m in part] for part in cut]
+        gathering = self.exchange.start_gather(items[0], [gradients]) if cut else None
+        for matrix, basis in zip(local, self._bases(local, gradients, updates), strict=True):
+            (fragment,) = self._layout.on(matrix.name, self._shard.rank)
+            update = self._run(matrix, self._view(gradients, fragment, matrix.shape), basis, updates)
+            apply(fragment, update.reshape(-1))
+        scattering: Scattering | None = None
+        for index, part in enumerate(cut):
+            assert gathering is not None
+            whole = gathering.wait()
+            if index + 1 < len(cut):
+                gathering = self.exchange.start_gather(items[index + 1], [gradients])
+            results = {
+                m.name: [self._run(m, whole.pop(m.name)[0], None, updates)] for m in part if m.owner == self._shard.rank
+            }
+            if scattering is not None:
+                scattering.wait()
+            scattering = self.exchange.start_scatter(items[index], results, [apply], like=masters[0])
+        if scattering is not None:
+            scattering.wait()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of this rank's matrices: tensors and numbers, by name."""
+        return {name: dict(state) for name, state in self.states.items()}
+
+    def load_state_dict(self, states: dict[str, State]) -> None:
+        """Take over what :meth:`state_dict` gave, at the same stage and world size.
+
+        Raises:
+            UserError: it belongs to another rule, rank or layout.
+        """
+        mine = {m.name: m for m in self.matrices if self._replicated or m.owner == self._shard.rank}
+        if states.keys() - mine.keys():
+            raise UserError(
+                f"the checkpoint holds the state of {sorted(states.keys() - mine.keys())[0]}, which this rank does not "
+                "own now: resume with the ZeRO stage and number of processes that it was written with"
+            )
+        self.states = {}
+        for name, saved in states.items():
+            state = self.rule.init_state(mine[name].shape, self._shard.buffers[0].device)
+            expected = {key: _form(value) for key, value in state.items()}
+            found = {key: _form(value) for key, value in saved.items()}
+            if expected != found:
+                raise UserError(
+                    f"the checkpoint's state of {name} is {found}, but {self.rule.name} with these settings has "
+                    f"{expected}: resume with the optimizer settings that it was written with"
+                )
+            for key, value in saved.items():
+                target = state[key]
+                if isinstance(target, Tensor) and isinstance(value, Tensor):
+                    target.copy_(value)
+                else:
+                    state[key] = value
+            self.states[name] = state
+
+    def routes(self) -> list[tuple[str, str, str, str, str, str]]:
+        """Of each matrix: name, shape, rule, rank, owner, bytes of state."""
+        return [
+            (
+                m.name,
+                " x ".join(map(str, m.shape)),
+                self.rule.name,
+                str(self.rule.rank_of(m.shape) or "-"),
+                "all" if self._replicated and self._layout.world_size > 1 else str(m.owner),
+                f"{BYTES * self.rule.state_numel(m.shape):,}",
+            )
+            for m in self.matrices
+        ]
+
+    def _owned(self) -> list[Matrix]:
+        """Owners by cost, each of the two normalised: the bytes to keep and the operations of an average update."""
+        names, shapes = list(self._layout.shapes), [(s[0], s[1]) for s in self._layout.shapes.values()]
+        size, work = [self.rule.state_numel(s) for s in shapes], [self.rule.flops(s) for s in shapes]
+        total_size, total_work = max(1, sum(size)), max(1.0, sum(work))
+        units = [Unit((name,), s / total_size + w / total_work) for name, s, w in zip(names, size, work, strict=True)]
+        owners = place(units, self._layout)
+        return [
+            Matrix(name, shape, owner, self.rule.phase(index, len(names)), self._layout.of(name)[0].buffer)
+            for index, (name, shape, owner) in enumerate(zip(names, shapes, owners, strict=True))
+        ]
+
+    def _plan(self, which: tuple[int, ...]) -> tuple[list[list[Matrix]], list[Matrix]]:
+        """The rounds of cut matrices, the same on every rank, and the matrices that are whole here and updated here."""
+        here = [m for m in self.matrices if m.buffer in which]
+        whole = {m.name for m in here if self._layout.is_whole_on(m.name, m.owner)}
+        if which not in self._rounds:
+            cut = [m for m in here if m.name not in whole]
+            units, owners = [Unit((m.name,), 0.0) for m in cut], [m.owner for m in cut]
+            rounds = buckets(units, owners, self._layout, self._limit)
+            self._rounds[which] = [[cut[i] for i in indices] for indices in rounds]
+        local = [m for m in here if m.name in whole and (self._replicated or m.owner == self._shard.rank)]
+        return self._rounds[which], local
+
+    def _bases(self, local: Sequence[Matrix], gradients: Field, updates: int) -> list[Basis | None]:
+        """New bases of matrices that every rank holds; nothing where each has one owner, who computes its own."""
+        bases: list[Basis | None] = [None] * len(local)
+        if not self._replicated or self._layout.world_size == 1:
+            return bases
+        due = [i for i, m in enumerate(local) if self._refresh_due(m, updates)]
+        for i in due:
+            if local[i].owner == self._shard.rank:
+                (fragment,) = self._layout.on(local[i].name, self._shard.rank)
+                bases[i] = self._new_basis(local[i], self._view(gradients, fragment, local[i].shape), updates)
+        for i in due:
+            basis = bases[i]
+            if basis is None:
+                state = tensors_of(self._state(local[i]))
+                basis = {key: torch.empty_like(state[key]) for key in self.rule.basis_keys(local[i].shape)}
+                bases[i] = basis
+            for key in sorted(basis):
+                basis[key] = basis[key].contiguous()
+                self.exchange.share(basis[key], local[i].owner)
+        return bases
+
+    def _run(self, matrix: Matrix, grad: Tensor, basis: Basis | None, updates: int) -> Tensor:
+        if basis is None and self._refresh_due(matrix, updates):
+            basis = self._new_basis(matrix, grad, updates)
+        self.calls += 1
+        return self.rule.update(grad, self._state(matrix), basis)
+
+    def _refresh_due(self, matrix: Matrix, updates: int) -> bool:
+        return self.rule.refresh_due(self._state(matrix), updates, matrix.phase)
+
+    def _new_basis(self, matrix: Matrix, grad: Tensor, updates: int) -> Basis:
+        return self.rule.new_basis(grad, self._state(matrix), updates=updates, seed=self._seed, name=matrix.name)
+
+    def _state(self, matrix: Matrix) -> State:
+        if matrix.name not in self.states:
+            self.states[matrix.name] = self.rule.init_state(matrix.shape, self._shard.buffers[0].device)
+        return self.states[matrix.name]
+
+    @staticmethod
+    def _view(field: Field, fragment: Fragment, shape: Shape) -> Tensor:
+        return field[fragment.buffer][fragment.offset : fragment.offset + fragment.length].view(shape)
+
+
+def _form(value: Tensor | int) -> tuple[int, ...] | str:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

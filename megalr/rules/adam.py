@@ -1,0 +1,62 @@
+"""Adam's direction inside a subspace: what the projected rules have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalr.rules.adamw import adamw_
+from megalr.rules.base import State, count, tensor
+
+
+def adam_state(shape: tuple[int, int], device: torch.device | str) -> State:
+    """Zero moments and a zero count."""
+    return {"step": 0, "exp_avg": torch.zeros(shape, device=device), "exp_avg_sq": torch.zeros(shape, device=device)}
+
+
+def adam_direction(grad: Tensor, state: State, betas: tuple[float, float], eps: float) -> Tensor:
+    """N = m̂ / (√v̂ + ε) of Adam (arXiv 1412.6980), with bias-corrected moments; the state is modified in place.
+
+    Args:
+        grad: of the moments' shape, fp32.
+        state: "step", "exp_avg", "exp_avg_sq".
+        betas, eps: as in Adam.
+    """
+    state["step"] = count(state, "step") + 1
+    direction = torch.zeros_like(grad, memory_format=torch.contiguous_format)
+    # torch's fused kernel, at learning rate -1 on zeros, leaves the direction: one pass over the data instead of seven.
+    adamw_(
+        direction.view(-1),
+        grad.reshape(-1),
+        tensor(state, "exp_avg").view(-1),
+        tensor(state, "exp_avg_sq").view(-1),
+        step=count(state, "step"),
+        lr=-1.0,
+        betas=betas,
+        eps=eps,
+        weight_decay=0.0,
+    )
+    return direction
+
+
+def reset_moments(state: State) -> None:
+    """Moments and count become zero, in place."""
+    tensor(state, "exp_avg").zero_()
+    tensor(state, "exp_avg_sq").zero_()
+    state["step"] = 0
+
+
+def rotate_moments(state: State, turn: Tensor, *, left: bool) -> None:
+    """Carry the moments into another basis, in place.
+
+    The first moment maps as gradients do. The second has no exact map; squared coefficients are right for gradients
+    whose coordinates are uncorrelated.
+
+    Args:
+        state: "exp_avg" and "exp_avg_sq", (r, n) for a left basis or (m, r) for a right one.
+        turn: (r, r), newᵀ · old.
+        left: which side the basis is on.
+    """
+    for key, matrix in (("exp_avg", turn), ("exp_avg_sq", turn.square())):
+        moment = tensor(state, key)
+        moment.copy_(matrix @ moment if left else moment @ matrix.T)

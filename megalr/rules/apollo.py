@@ -1,0 +1,87 @@
+"""APOLLO and APOLLO-Mini: the gradient itself, scaled as Adam would in a random subspace, arXiv 2412.05270."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from megalr.errors import UserError
+from megalr.rules.adam import adam_direction
+from megalr.rules.base import Basis, Shape, State, count
+from megalr.rules.fira import GROWTH_LIMIT
+from megalr.rules.projected import ProjectedRule, limit_growth, project, require_positive
+from megalr.seeding import generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Apollo(ProjectedRule):
+    """R = Pᵀ G,  N = Adam(R),  update = √α s G limited in growth,  s = ‖N‖ / ‖R‖ by channel or over the whole matrix.
+
+    P is Gaussian with variance 1/r, drawn anew at every refresh; it needs no gradient. Channels are R's columns for a
+    left projection, its rows for a right one. Source: arXiv 2412.05270, algorithm 1.
+
+    Attributes:
+        scale: α.
+        scale_type: "channel" for one factor a row or column, "tensor" for one a matrix.
+    """
+
+    name: ClassVar[str] = "apollo"
+    default_lr: ClassVar[float] = 1e-2
+    default_eps: ClassVar[float] = 1e-6
+    unused: ClassVar[frozenset[str]] = frozenset({"projector", "moments"})
+
+    scale: float = 1.0
+    scale_type: Literal["channel", "tensor"] = "channel"
+    projector: Literal["random"] = "random"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(scale=self.scale)
+        if self.proj_type == "full":
+            raise UserError('optimizer.params.proj_type is "full", which APOLLO does not define; write "std"')
+
+    def init_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
+        return {**super().init_state(shape, device), "norm": torch.zeros((), device=device)}
+
+    def state_numel(self, shape: Shape) -> int:
+        return super().state_numel(shape) + 1
+
+    def flops(self, shape: Shape) -> float:
+        return 2.0 * shape[0] * shape[1] * self.rank_of(shape)
+
+    def new_basis(self, grad: Tensor, state: State, *, updates: int, seed: int, name: str) -> Basis:
+        rank = self.rank_of((grad.shape[0], grad.shape[1]))
+        basis = {}
+        for axis, side in enumerate(("left", "right")):
+            if side in state:
+                drawn = torch.randn(
+                    grad.shape[axis], rank, generator=generator(seed, name, side, count(state, "refreshes"))
+                )
+                basis[side] = drawn.div_(math.sqrt(rank)).to(grad.device)
+        return basis
+
+    def update(self, grad: Tensor, state: State, basis: Basis | None) -> Tensor:
+        self.adopt(state, basis)
+        low = project(grad, state)
+        direction = adam_direction(low, state, self.betas, self.eps)
+        if self.scale_type == "tensor":
+            factor = direction.norm() / (low.norm() + 1e-8)
+        else:
+            axis = 0 if "left" in state else 1
+            factor = direction.norm(dim=axis, keepdim=True) / (low.norm(dim=axis, keepdim=True) + 1e-8)
+        return limit_growth(grad * (factor * math.sqrt(self.scale)), state, GROWTH_LIMIT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApolloMini(Apollo):
+    """APOLLO with rank 1 and one factor a matrix: about as much state as SGD with momentum on one row."""
+
+    name: ClassVar[str] = "apollo_mini"
+
+    rank: int = 1
+    scale: float = 128.0
+    scale_type: Literal["channel", "tensor"] = "tensor"

@@ -1,0 +1,105 @@
+"""What a rule is: the update of one whole matrix, from its gradient and its state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, int]
+# Tensors and plain numbers, so that a checkpoint of it loads with ``weights_only=True``.
+State = dict[str, Tensor | int]
+# The state's tensors that a refresh replaces, by key.
+Basis = dict[str, Tensor]
+
+
+class Rule(ABC):
+    """The update of an m x n matrix W, decoupled from learning rate and weight decay: W -= lr (update + λ W).
+
+    A rule sees whole matrices and knows nothing of ranks. Its hyper-parameters are the keyword-only fields of a frozen
+    dataclass, so one instance serves every matrix; what belongs to one matrix is in its :data:`State`, fp32 throughout.
+
+    A basis is computed apart from the update, by :meth:`new_basis`: it is the costly part, and singular vectors are
+    not reproducible across machines, so where several ranks hold the same state one computes and the others receive.
+    """
+
+    name: ClassVar[str]
+    # Where the original's defaults are not AdamW's.
+    default_lr: ClassVar[float] = 1e-3
+    default_eps: ClassVar[float] = 1e-8
+    # Inherited hyper-parameters that mean nothing to this rule, so that nobody sets them in vain.
+    unused: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def init_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
+        """The state of an m x n matrix before its first update."""
+
+    @abstractmethod
+    def update(self, grad: Tensor, state: State, basis: Basis | None) -> Tensor:
+        """One update.
+
+        Args:
+            grad: (m, n), fp32, finite; left as it is.
+            state: of this matrix; modified in place.
+            basis: what :meth:`new_basis` gave, when :meth:`refresh_due`; else None.
+
+        Returns:
+            (m, n), fp32: what the learning rate multiplies.
+        """
+
+    @abstractmethod
+    def state_numel(self, shape: Shape) -> int:
+        """Elements of all tensors of an m x n matrix's state."""
+
+    @abstractmethod
+    def flops(self, shape: Shape) -> float:
+        """Leading floating-point operations of an average update; what owners are balanced by, with the state."""
+
+    def rank_of(self, shape: Shape) -> int | None:
+        """The rank that an m x n matrix is projected to; None for a rule without projection."""
+        return None
+
+    def basis_keys(self, shape: Shape) -> tuple[str, ...]:
+        """The keys of what :meth:`new_basis` gives, which are keys of the state."""
+        return ()
+
+    def phase(self, index: int, count: int) -> int:
+        """When the ``index``-th of ``count`` matrices refreshes; handed back to :meth:`refresh_due`."""
+        return 0
+
+    def refresh_due(self, state: State, updates: int, phase: int) -> bool:
+        """Whether the next update needs a new basis; ``updates`` have been made, of all matrices alike."""
+        return False
+
+    def new_basis(self, grad: Tensor, state: State, *, updates: int, seed: int, name: str) -> Basis:
+        """A new basis from this update's gradient; the state is left as it is.
+
+        Args:
+            grad: (m, n), fp32.
+            state: of this matrix.
+            updates: made so far, of all matrices alike.
+            seed: the run's seed.
+            name: the matrix's name; with the seed and the count of refreshes the key of any random number.
+        """
+        raise NotImplementedError(f"{self.name} keeps no basis")
+
+
+def tensors_of(state: State) -> dict[str, Tensor]:
+    """The tensors of a state, by key."""
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def tensor(state: State, key: str) -> Tensor:
+    """A state's entry that is known to be a tensor."""
+    value = state[key]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def count(state: State, key: str) -> int:
+    """A state's entry that is known to be a count."""
+    value = state[key]
+    assert isinstance(value, int)
+    return value

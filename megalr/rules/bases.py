@@ -1,0 +1,130 @@
+"""Orthonormal bases of the leading singular subspace of a gradient, by five roads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Side = Literal["left", "right"]
+Projector = Literal["svd", "eigh", "randomized", "power", "random"]
+
+OVERSAMPLING = 8  # columns beyond the rank in a randomized range finder (Halko et al., arXiv 0909.4061)
+POWER_STEPS = 2  # of the randomized range finder; enough for spectra that decay slowly
+SHIFT = 1e-6  # of the Gram matrix's mean eigenvalue, added where a decomposition has failed before
+
+
+def leading_basis(
+    grad: Tensor,
+    rank: int,
+    side: Side,
+    projector: Projector,
+    *,
+    previous: Tensor | None,
+    generator: torch.Generator,
+    name: str,
+) -> Tensor:
+    """An orthonormal basis of the leading rank-r left or right singular subspace, or of a random one.
+
+    - svd: the singular vectors themselves; the reference.
+    - eigh: eigenvectors of the smaller Gram matrix. Faster; loses the subspace of singular values below
+      3e-4 of the largest.
+    - randomized: a random range finder with two power steps, then the SVD of a small matrix.
+    - power: one step of subspace iteration from the previous basis, and a QR: two products and no decomposition.
+      Without a previous basis it starts with a randomized one.
+    - random: a uniformly random orthonormal basis, whatever the gradient.
+
+    A gradient that is not finite gives the previous basis. A decomposition that fails is replaced by a randomized one,
+    that by a shifted eigh, and that by the previous basis; each is logged.
+
+    Args:
+        grad: (m, n), fp32.
+        rank: r, at most min(m, n).
+        side: "left" for a basis of columns, "right" for one of rows.
+        projector: which road.
+        previous: the last basis, (m, r) or (n, r); None before the first.
+        generator: of the CPU, for what is random.
+        name: the matrix's name, for the log.
+
+    Returns:
+        (m, r) or (n, r), fp32, with orthonormal columns.
+    """
+    matrix = grad if side == "left" else grad.T
+    if projector == "random":
+        return random_basis(matrix.shape[0], rank, generator, matrix.device)
+    if not torch.isfinite(matrix).all():
+        logger.warning("%s: the gradient is not finite; the old basis stays", name)
+    else:
+        roads: dict[str, Callable[[], Tensor]] = {
+            "svd": lambda: torch.linalg.svd(matrix, full_matrices=False)[0][:, :rank],
+            "eigh": lambda: _eigh(matrix, rank),
+            "randomized": lambda: _randomized(matrix, rank, generator),
+            "power": lambda: _power(matrix, previous) if previous is not None else roads["randomized"](),
+            "shifted eigh": lambda: _eigh(matrix, rank, SHIFT),
+        }
+        for road in dict.fromkeys([projector, "randomized", "shifted eigh"]):
+            try:
+                basis = roads[road]()
+            except torch.linalg.LinAlgError as error:
+                logger.warning("%s: %s failed (%s)", name, road, str(error).split("\n")[0])
+                continue
+            if torch.isfinite(basis).all():
+                return basis.contiguous()
+            logger.warning("%s: %s gave a basis that is not finite", name, road)
+        logger.warning("%s: every decomposition failed; the old basis stays", name)
+    if previous is not None:
+        return previous.clone()
+    return random_basis(matrix.shape[0], rank, generator, matrix.device)
+
+
+def random_basis(size: int, rank: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """(size, rank): uniformly random among orthonormal bases, the same on every device."""
+    return orthonormal(torch.randn(size, rank, generator=generator)).to(device)
+
+
+def orthonormal(matrix: Tensor) -> Tensor:
+    """Q of the QR decomposition whose R has a positive diagonal, which makes it unique and continuous."""
+    q, r = torch.linalg.qr(matrix)
+    signs = torch.where(r.diagonal() < 0, -1.0, 1.0)
+    return q * signs
+
+
+def power_step(matrix: Tensor, previous: Tensor) -> Tensor:
+    """Q of M Mᵀ P with P = ``previous``: one step of subspace iteration.
+
+    The inner factor is made orthonormal, too. That changes nothing in exact arithmetic, since triangular factors from
+    the right leave Q as it is, and keeps singular values that are squared otherwise.
+    """
+    return orthonormal(matrix @ orthonormal(matrix.T @ previous))
+
+
+def _power(matrix: Tensor, previous: Tensor) -> Tensor:
+    # A zero gradient has no subspace of its own.
+    return power_step(matrix, previous) if matrix.any() else previous.clone()
+
+
+def _randomized(matrix: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    width = min(rank + OVERSAMPLING, *matrix.shape)
+    probe = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
+    basis = orthonormal(matrix @ probe)
+    for _ in range(POWER_STEPS):
+        basis = power_step(matrix, basis)
+    inner = torch.linalg.svd(basis.T @ matrix, full_matrices=False)[0]
+    return basis @ inner[:, :rank]
+
+
+def _eigh(matrix: Tensor, rank: int, shift: float = 0.0) -> Tensor:
+    """Left singular vectors from the eigenvectors of the smaller Gram matrix."""
+    scale = matrix.abs().max()
+    scaled = matrix / torch.where(scale > 0, scale, 1.0)  # its squares then neither overflow nor vanish
+    wide = matrix.shape[0] <= matrix.shape[1]
+    gram = scaled @ scaled.T if wide else scaled.T @ scaled
+    if shift:
+        gram.diagonal().add_(shift * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
+    vectors = torch.linalg.eigh(gram)[1].flip(1)[:, :rank]  # eigenvalues come in ascending order
+    return vectors if wide else orthonormal(scaled @ vectors)

@@ -1,0 +1,40 @@
+"""GaLore: Adam in the leading singular subspace of the gradient, arXiv 2403.03507."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from megalr.rules.adam import adam_direction
+from megalr.rules.base import Basis, State
+from megalr.rules.projected import ProjectedRule, project, project_back, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaLore(ProjectedRule):
+    """R = Pᵀ G,  N = Adam(R),  update = α P N, with P the leading singular vectors of a gradient of the past.
+
+    Source: arXiv 2403.03507, algorithm 2. Against the package galore-torch: ε is added to √v̂ as in Adam, not to √v
+    before its bias correction; weight decay acts on W as it was before the update.
+
+    Attributes:
+        scale: α.
+    """
+
+    name: ClassVar[str] = "galore"
+    default_lr: ClassVar[float] = 1e-2
+    default_eps: ClassVar[float] = 1e-6
+
+    scale: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(scale=self.scale)
+
+    def update(self, grad: Tensor, state: State, basis: Basis | None) -> Tensor:
+        self.adopt(state, basis)
+        low = project(grad, state)  # (r, n), (m, r) or (r, r)
+        direction = adam_direction(low, state, self.betas, self.eps)
+        return project_back(direction.mul_(self.scale), state)

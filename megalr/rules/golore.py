@@ -1,0 +1,37 @@
+"""GoLore: GaLore first, random subspaces later, arXiv 2410.11289."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from megalr.errors import UserError
+from megalr.rules.bases import Projector
+from megalr.rules.galore import GaLore
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoLore(GaLore):
+    """GaLore whose bases are uniformly random once ``random_from`` updates have been made.
+
+    Late in training the gradient's leading subspace is mostly noise, and GaLore need not converge; a random one keeps
+    every direction alive. Source: arXiv 2410.11289. The moments are carried into the new basis, as the paper has it
+    (the published AdamW code computes the rotated moment and drops it).
+
+    Attributes:
+        random_from: updates after which a refresh draws a random basis; 0 means from the start. The paper takes the
+            last part of the run.
+    """
+
+    name: ClassVar[str] = "golore"
+
+    random_from: int
+    moments: Literal["keep", "reset", "transport"] = "transport"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.random_from < 0:
+            raise UserError(f"optimizer.params.random_from is {self.random_from}; write a number of updates, 0 or more")
+
+    def projector_at(self, updates: int) -> Projector:
+        return "random" if updates >= self.random_from else self.projector

@@ -1,0 +1,171 @@
+"""What GaLore and its kin have in common: which side is projected, when the basis changes, and what the moments do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megalr.errors import UserError
+from megalr.rules.adam import adam_state, reset_moments, rotate_moments
+from megalr.rules.base import Basis, Rule, Shape, State, count, tensor
+from megalr.rules.bases import Projector, Side, leading_basis
+from megalr.seeding import generator
+
+ProjType = Literal["std", "reverse_std", "left", "right", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedRule(Rule):
+    """A rule whose moments live in a rank-r subspace: R = Pᵀ G (left), G Q (right), or Pᵀ G Q (full).
+
+    A matrix that is smaller than the rank in some direction is projected to as much rank as it has.
+
+    Attributes:
+        rank: r.
+        update_proj_gap: updates between two refreshes of a matrix's basis.
+        proj_type: which side. "std" projects the shorter one (the right one of a square matrix), "reverse_std" the
+            longer; it is chosen from the matrix's shape alone.
+        projector: how the basis is computed; see :func:`megalr.rules.bases.leading_basis`.
+        moments: what the moments become when the basis changes. "keep" leaves them, as the original does; "reset"
+            zeroes them and their count; "transport" rotates them into the new basis.
+        stagger: matrices refresh one after the other, spread over the gap, so that no update pays for all of
+            them. False: all at updates 0, gap, 2 gap, ..., as the original does. The first update needs every basis
+            either way.
+        betas, eps: Adam's.
+    """
+
+    rank: int = 128
+    update_proj_gap: int = 200
+    proj_type: ProjType = "std"
+    projector: Projector = "svd"
+    moments: Literal["keep", "reset", "transport"] = "keep"
+    stagger: bool = True
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        require_positive(rank=self.rank, update_proj_gap=self.update_proj_gap)
+
+    def rank_of(self, shape: Shape) -> int:
+        return min(self.rank, *shape)
+
+    def sides(self, shape: Shape) -> tuple[Side, ...]:
+        """The sides on which an m x n matrix has a basis."""
+        tall = shape[0] >= shape[1]
+        match self.proj_type:
+            case "std":
+                return ("right",) if tall else ("left",)
+            case "reverse_std":
+                return ("left",) if tall else ("right",)
+            case "full":
+                return ("left", "right")
+            case _:
+                return (self.proj_type,)
+
+    def basis_keys(self, shape: Shape) -> tuple[str, ...]:
+        return self.sides(shape)
+
+    def low_shape(self, shape: Shape) -> Shape:
+        """The shape of R."""
+        sides, rank = self.sides(shape), self.rank_of(shape)
+        return rank if "left" in sides else shape[0], rank if "right" in sides else shape[1]
+
+    def init_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
+        state = adam_state(self.low_shape(shape), device)
+        for side in self.sides(shape):
+            size = shape[0] if side == "left" else shape[1]
+            state[side] = torch.zeros(size, self.rank_of(shape), device=device)
+        return {"refreshes": 0, **state}
+
+    def state_numel(self, shape: Shape) -> int:
+        low = self.low_shape(shape)
+        bases = sum(shape[0] if side == "left" else shape[1] for side in self.sides(shape)) * self.rank_of(shape)
+        return 2 * low[0] * low[1] + bases
+
+    def flops(self, shape: Shape) -> float:
+        m, n = shape
+        # Two products with the basis, and a refresh that costs about as much as four of them for each rank's worth.
+        return 4.0 * m * n * self.rank_of(shape) + 4.0 * m * n * min(m, n) / self.update_proj_gap
+
+    def phase(self, index: int, count: int) -> int:
+        return index * self.update_proj_gap // count if self.stagger else 0
+
+    def refresh_due(self, state: State, updates: int, phase: int) -> bool:
+        return count(state, "refreshes") == 0 or updates % self.update_proj_gap == phase
+
+    def new_basis(self, grad: Tensor, state: State, *, updates: int, seed: int, name: str) -> Basis:
+        refreshes = count(state, "refreshes")
+        return {
+            side: leading_basis(
+                grad,
+                self.rank_of((grad.shape[0], grad.shape[1])),
+                side,
+                self.projector_at(updates),
+                previous=tensor(state, side) if refreshes else None,
+                generator=generator(seed, name, side, refreshes),
+                name=name,
+            )
+            for side in ("left", "right")
+            if side in state
+        }
+
+    def projector_at(self, updates: int) -> Projector:
+        """How to compute a basis after so many updates."""
+        return self.projector
+
+    def adopt(self, state: State, basis: Basis | None) -> None:
+        """Make a new basis the state's, and do to the moments what is due; None changes nothing."""
+        if basis is None:
+            return
+        if count(state, "refreshes"):
+            if self.moments == "reset":
+                reset_moments(state)
+            elif self.moments == "transport":
+                for side, new in basis.items():
+                    rotate_moments(state, new.T @ tensor(state, side), left=side == "left")
+        for side, new in basis.items():
+            tensor(state, side).copy_(new)
+        state["refreshes"] = count(state, "refreshes") + 1
+
+
+def project(grad: Tensor, state: State) -> Tensor:
+    """R: Pᵀ G, G Q or Pᵀ G Q, with the bases that the state has."""
+    if "left" in state:
+        grad = tensor(state, "left").T @ grad
+    if "right" in state:
+        grad = grad @ tensor(state, "right")
+    return grad
+
+
+def project_back(low: Tensor, state: State) -> Tensor:
+    """P R, R Qᵀ or P R Qᵀ: (m, n)."""
+    if "left" in state:
+        low = tensor(state, "left") @ low
+    if "right" in state:
+        low = low @ tensor(state, "right").T
+    return low
+
+
+def limit_growth(update: Tensor, state: State, limit: float) -> Tensor:
+    """Fira's norm-growth limiter (arXiv 2410.01623): the norm grows by at most ``limit`` from update to update.
+
+    Args:
+        update: (m, n); modified in place and returned.
+        state: "norm", a scalar tensor: that of the last update, 0 before the first.
+        limit: γ > 1.
+    """
+    last = tensor(state, "norm")
+    norm = update.norm()
+    factor = torch.where(last > 0, (norm / (last + 1e-8)).clamp(min=limit) / limit, 1.0)
+    last.copy_(norm / factor)
+    return update.div_(factor)
+
+
+def require_positive(**values: float) -> None:
+    """Raise a UserError unless all of the named hyper-parameters are above zero."""
+    for key, value in values.items():
+        if not value > 0:
+            raise UserError(f"optimizer.params.{key} is {value}; write a positive number")

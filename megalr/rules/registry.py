@@ -1,0 +1,25 @@
+"""The rules by the name that ``"optimizer": {"type": ...}`` gives them."""
+
+from __future__ import annotations
+
+from megalr.rules.apollo import Apollo, ApolloMini
+from megalr.rules.base import Rule
+from megalr.rules.fira import Fira
+from megalr.rules.galore import GaLore
+from megalr.rules.golore import GoLore
+from megalr.rules.ldadam import LDAdam
+from megalr.rules.muon import Muon
+from megalr.rules.online_subspace_descent import OnlineSubspaceDescent
+
+# AdamW is element-wise: it needs no matrices, and is the optimizer's own.
+RULES: dict[str, type[Rule] | None] = {
+    "AdamW": None,
+    "GaLoreAdamW": GaLore,
+    "GoLoreAdamW": GoLore,
+    "FiraAdamW": Fira,
+    "APOLLO": Apollo,
+    "APOLLOMini": ApolloMini,
+    "LDAdamW": LDAdam,
+    "OnlineSubspaceDescent": OnlineSubspaceDescent,
+    "Muon": Muon,
+}
