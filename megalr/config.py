@@ -126,8 +126,9 @@ class OptimizerConfig:
         betas, eps: AdamW's; a rule with moments takes them, too.
         weight_decay: decoupled, of every matrix.
         rule: what updates matrices, with its hyper-parameters; None for AdamW.
-        target_modules: which parameters the rule gets, among those of two or three dimensions that are no embedding
-            and no output head: substrings of the qualified names, or one regular expression for the whole name. A
+        target_modules: which parameters the rule gets. None: the weights of all linear layers but the output head.
+            Otherwise, among all parameters of two or three dimensions that are no embedding and no output head, those
+            that it names, by substrings of the qualified name or by one regular expression for the whole name. A
             three-dimensional parameter, such as batched experts, is a stack of matrices.
         adamw: overrides for whatever the rule does not get; without a rule there is no such key.
         embedding: overrides, on top of those, for embeddings and the output head.
@@ -139,14 +140,15 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     rule: Rule | None = None
-    target_modules: tuple[str, ...] | str = ("attn", "mlp")
+    target_modules: tuple[str, ...] | str | None = None
     adamw: GroupConfig = field(default_factory=GroupConfig)
     embedding: GroupConfig = field(default_factory=GroupConfig)
     norm: GroupConfig = field(default_factory=GroupConfig)
 
     def __post_init__(self) -> None:
         _check_adam(self.lr, self.betas, self.eps, self.weight_decay)
-        _check_targets(self.target_modules, "optimizer.params.target_modules")
+        if self.target_modules is not None:
+            _check_targets(self.target_modules, "optimizer.params.target_modules")
 
 
 @dataclass(frozen=True, kw_only=True)

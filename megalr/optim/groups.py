@@ -72,8 +72,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
     main = Settings(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
     rest = main
     if config.rule is not None:
-        candidates = {n: p for n, p in members["trunk"].items() if len(logical_shape(p)) in MATRIX_DIMENSIONS}
-        chosen = matching(candidates, config.target_modules, "optimizer.params.target_modules", "matrix")
+        chosen = _matrices(model, members["trunk"], config.target_modules)
         members["matrices"] = {n: p for n, p in members["trunk"].items() if n in chosen}
         members["trunk"] = {n: p for n, p in members["trunk"].items() if n not in chosen}
         rest = _override(main, config.adamw)
@@ -91,6 +90,21 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
 def logical_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape of the whole parameter; ZeRO-3 leaves an empty tensor and keeps the shape beside it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _matrices(
+    model: nn.Module, trunk: dict[str, nn.Parameter], target_modules: tuple[str, ...] | str | None
+) -> set[str]:
+    """Names of the parameters that the rule gets."""
+    where = "optimizer.params.target_modules"
+    if target_modules is not None:
+        candidates = [n for n, p in trunk.items() if len(logical_shape(p)) in MATRIX_DIMENSIONS]
+        return matching(candidates, target_modules, where, "matrix")
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    chosen = {name for name, parameter in trunk.items() if id(parameter) in linear}
+    if not chosen:
+        raise UserError(f'the model has no linear layer for the rule to train; name its matrices in "{where}"')
+    return chosen
 
 
 def _check_rank(rule: Rule, matrices: dict[str, nn.Parameter]) -> None:

@@ -16,6 +16,7 @@ from megalr.optim.matrices import MatrixUpdater
 from megalr.optim.refactorization import OwnedPairs, refactorize_pairs, zero_
 from megalr.partition import Exchange, Item, Shard, Unit, buckets, read_shard
 from megalr.rules.adamw import adamw_
+from megalr.rules.base import State
 
 
 class MegalrOptimizer(torch.optim.Optimizer):
@@ -166,6 +167,11 @@ class MegalrOptimizer(torch.optim.Optimizer):
                     rows.append((name, shape, group["name"], "adamw", "-", lr, str(owner.get(name, "-")), size))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    @property
+    def matrix_states(self) -> dict[str, State]:
+        """The rule's states of the matrices that this rank updates, by name; not copies."""
+        return {} if self._matrices is None else self._matrices.states
 
     @property
     def rule_calls(self) -> int:

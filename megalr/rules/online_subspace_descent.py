@@ -26,7 +26,8 @@ class OnlineSubspaceDescent(GaLore):
     """GaLore's update; after it, one AdamW step of P on ‖P Pᵀ Ĝ - Ĝ‖² with Ĝ = G / ‖G‖, at learning rate 1 / gap.
 
     The first basis holds the leading singular vectors of the first gradient, which minimise that loss already, so the
-    first update leaves it. P is not made orthonormal again. Source: arXiv 2408.12857 and its code ("continuous").
+    first update leaves it. P is not made orthonormal again. A basis of the whole space stays, too: its gradient is
+    zero but for rounding, which AdamW would make steps of full length. Source: arXiv 2408.12857 and its code ("continuous").
 
     Attributes:
         update_proj_gap: 1 / learning rate of the basis.
@@ -72,6 +73,8 @@ class OnlineSubspaceDescent(GaLore):
         (side,) = self.sides((grad.shape[0], grad.shape[1]))
         left = side == "left"
         basis = tensor(state, side)
+        if basis.shape[0] == basis.shape[1]:
+            return
         norm = grad.norm()
         scale = torch.where(norm > 0, 1 / norm, 0.0)  # a zero gradient says nothing of its subspace
         matrix = (grad if left else grad.T) * scale  # Ĝ, (m, n) or (n, m)

@@ -1,0 +1,135 @@
+"""What the ranks run in the tests of rules: an odd model under DeepSpeed, one rule on its matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import megalr
+from tests.distributed.odd_model import odd_model
+from tests.distributed.training import batches, configuration, run_steps
+
+STEPS = 12
+COMMON = {"target_modules": ["mlp"], "lr": 1e-2, "weight_decay": 0.1, "adamw": {"lr": 3e-3}, "embedding": {"lr": 1e-2}}
+PROJECTED = {**COMMON, "rank": 5, "update_proj_gap": 5}
+# Every rule with a schedule that refreshes each basis at least twice in twelve updates.
+RULES: dict[str, dict[str, Any]] = {
+    "AdamW": {"lr": 3e-3, "weight_decay": 0.1, "embedding": {"lr": 1e-2}},
+    "GaLoreAdamW": PROJECTED,
+    "GoLoreAdamW": {**PROJECTED, "random_from": 6},
+    "FiraAdamW": PROJECTED,
+    "APOLLO": PROJECTED,
+    "APOLLOMini": {**COMMON, "update_proj_gap": 5, "lr": 1e-3},
+    "LDAdamW": {**COMMON, "rank": 5, "lr": 3e-3},
+    "OnlineSubspaceDescent": {**COMMON, "rank": 5, "update_proj_gap": 50},
+    "Muon": COMMON,
+}
+
+
+def rule_configuration(stage: int, optimizer: str, accumulation: int = 1, **changes: Any) -> dict[str, Any]:
+    """A DeepSpeed JSON with the rule's settings from :data:`RULES`."""
+    params = {**RULES[optimizer], **changes.pop("params", {})}
+    section = {"type": optimizer, "params": params}
+    config = configuration(stage, accumulation, **changes)
+    config["optimizer"] = section
+    config["megalr"] = {"exchange_bucket_bytes": 20_000, **changes.get("megalr", {})}
+    return config
+
+
+def engine_of(config: dict[str, Any], **variant: bool) -> Any:
+    """A fresh odd model under a fresh engine."""
+    return megalr.initialize(model=odd_model(**variant), config=config)[0]
+
+
+def train_rule(
+    stage: int, optimizer: str, accumulation: int = 1, variant: dict[str, bool] | None = None, **changes: Any
+) -> tuple[dict[str, Tensor] | None, dict[str, int]]:
+    """Train from the start; rank 0 returns the fp32 masters, every rank its counts."""
+    engine = engine_of(rule_configuration(stage, optimizer, accumulation, **changes), **(variant or {}))
+    run_steps(engine, batches(STEPS))
+    weights = megalr.consolidated_state_dict(engine)
+    base = engine.basic_optimizer
+    counts = {"calls": base.rule_calls, "updates": base.updates, "bytes": base.bytes_moved}
+    engine.destroy()
+    return weights, counts
+
+
+def poison(
+    stage: int, optimizer: str, where: str, only_rank: int | None, value: float = float("inf"), **changes: Any
+) -> tuple[list[str], list[str], int]:
+    """Three updates, one with a gradient that is not finite, one more.
+
+    Returns:
+        What the bad update changed, by name; what the good one after it did not; updates skipped by the optimizer.
+    """
+    engine = engine_of(rule_configuration(stage, optimizer, **changes))
+    data = batches(5)
+    run_steps(engine, data[:3])
+    before = everything(engine)
+    parameter = dict(engine.module.named_parameters())[where]
+    active = only_rank is None or dist.get_rank() == only_rank
+
+    def spoil(grad: Tensor) -> Tensor:
+        spoiled = grad.clone()
+        spoiled.view(-1)[-1] = value
+        return spoiled
+
+    hook = parameter.register_hook(spoil) if active else None
+    run_steps(engine, data[3:4])
+    if hook is not None:
+        hook.remove()
+    after = everything(engine)
+    changed = [key for key, held in before.items() if not _same(held, after[key])]
+    run_steps(engine, data[4:])
+    last = everything(engine)
+    moved = [key for key, held in after.items() if key.startswith("master") and _same(held, last[key])]
+    skipped = engine.basic_optimizer.skipped
+    engine.destroy()
+    return changed, moved, skipped
+
+
+def resume(stage: int, optimizer: str, folder: str, **changes: Any) -> list[str]:
+    """Seven updates, a checkpoint, five more; the last five again from the checkpoint. Names of what differs in a bit."""
+    config = rule_configuration(stage, optimizer, **changes)
+    data = batches(STEPS)
+    engine = engine_of(config)
+    run_steps(engine, data[:7])
+    engine.save_checkpoint(folder)
+    run_steps(engine, data[7:])
+    uninterrupted = everything(engine)
+    engine.destroy()
+    engine = engine_of(config)
+    engine.load_checkpoint(folder)
+    run_steps(engine, data[7:])
+    resumed = everything(engine)
+    engine.destroy()
+    if uninterrupted.keys() != resumed.keys():
+        return sorted(uninterrupted.keys() ^ resumed.keys())
+    return [key for key, value in uninterrupted.items() if not _same(value, resumed[key])]
+
+
+def everything(engine: Any) -> dict[str, Any]:
+    """All that training depends on, of this rank: weights, masters, element-wise moments, matrix states, counts."""
+    optimizer = engine.basic_optimizer
+    shard = optimizer.prepare()
+    seen: dict[str, Any] = {}
+    for name, parameter in engine.module.named_parameters():
+        held = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+        seen[f"weight {name}"] = held.detach().clone()
+    seen.update({f"master {i}": buffer.clone() for i, buffer in enumerate(shard.buffers)})
+    by_id = {id(p): state for p, state in optimizer.state.items()}
+    for i, key in enumerate(shard.keys):
+        seen.update({f"moment {i} {k}": v.clone() for k, v in by_id.get(key, {}).items()})
+    for name, state in optimizer.matrix_states.items():
+        for key, value in state.items():
+            seen[f"state {name} {key}"] = value.clone() if isinstance(value, Tensor) else value
+    clocks = {name: vars(clock).copy() for name, clock in optimizer._clocks.items()}
+    seen["counts"] = (optimizer.updates, clocks)
+    return seen
+
+
+def _same(first: Any, second: Any) -> bool:
+    return torch.equal(first, second) if isinstance(first, Tensor) else bool(first == second)
