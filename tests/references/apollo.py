@@ -1,0 +1,61 @@
+"""APOLLO and APOLLO-Mini, arXiv 2412.05270, algorithm 1."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from tests.references.common import Adam, Draw, NormGrowthLimiter, Projected
+
+
+class Apollo(Projected):
+    """R = Pᵀ G with P Gaussian of variance 1/r, N = Adam(R), update = √α s G, with s = ‖N‖ / ‖R‖.
+
+    s is taken over each column of R ("channel") or over the whole matrix ("tensor").
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        rank: int = 128,
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        scale_type: str = "channel",
+        proj_type: str = "std",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        phase: int = 0,
+        draw: Draw | None = None,
+    ) -> None:
+        super().__init__(shape, rank=rank, proj_type=proj_type, update_proj_gap=update_proj_gap, phase=phase, draw=draw)
+        self.scale = scale
+        self.scale_type = scale_type
+        self.adam = Adam(betas, eps)
+        self.limit = NormGrowthLimiter()
+
+    def left_update(self, G: Tensor) -> Tensor:
+        if self.refresh_due(self.updates):
+            self.P = self.gaussian(self.side, G) / math.sqrt(self.rank)
+            self.refreshes += 1
+        R = self.P.T @ G
+        N = self.adam.direction(R)
+        axis = 0 if self.scale_type == "channel" else (0, 1)
+        s = N.norm(dim=axis) / (R.norm(dim=axis) + 1e-8)
+        return self.limit(math.sqrt(self.scale) * s * G)
+
+
+class ApolloMini(Apollo):
+    """Rank 1, one s a matrix, and α = 128."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        rank: int = 1,
+        scale: float = 128.0,
+        scale_type: str = "tensor",
+        **options,
+    ) -> None:
+        super().__init__(shape, rank=rank, scale=scale, scale_type=scale_type, **options)

@@ -1,0 +1,36 @@
+"""Online Subspace Descent, arXiv 2408.12857: GaLore with a basis that descends the loss of an online PCA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.references.common import Adam
+from tests.references.galore import GaLore
+
+
+class OnlineSubspaceDescent(GaLore):
+    """After GaLore's update, one AdamW step of P on ‖P Pᵀ Ĝ - Ĝ‖² with Ĝ = G / ‖G‖, from the second update on."""
+
+    def __init__(self, shape: tuple[int, int], **options) -> None:
+        super().__init__(shape, **options)
+        self.basis_adam = Adam(betas=(0.9, 0.999), eps=1e-8)  # torch.optim.AdamW's defaults, as is the decay below
+
+    def refresh_due(self, step: int) -> bool:
+        return step == 0
+
+    def left_update(self, G: Tensor) -> Tensor:
+        update = super().left_update(G)
+        if self.updates > 0:
+            slope = self.slope(self.P, G / G.norm() if G.any() else G)
+            rate = 1 / self.gap
+            self.P = self.P - rate * (self.basis_adam.direction(slope) + 0.01 * self.P)
+        return update
+
+    @staticmethod
+    def slope(P: Tensor, G: Tensor) -> Tensor:
+        """d/dP ‖P Pᵀ G - G‖²."""
+        with torch.enable_grad():
+            P = P.detach().clone().requires_grad_()
+            loss = (P @ P.T @ G - G).square().sum()
+            return torch.autograd.grad(loss, P)[0]
