@@ -26,8 +26,8 @@ class OnlineSubspaceDescent(GaLore):
     """GaLore's update; after it, one AdamW step of P on ‖P Pᵀ Ĝ - Ĝ‖² with Ĝ = G / ‖G‖, at learning rate 1 / gap.
 
     The first basis holds the leading singular vectors of the first gradient, which minimise that loss already, so the
-    first update leaves it. P is not made orthonormal again. A basis of the whole space stays, too: its gradient is
-    zero but for rounding, which AdamW would make steps of full length. Source: arXiv 2408.12857 and its code ("continuous").
+    first update leaves it. P is not made orthonormal again. A basis of the whole space stays: its gradient is rounding,
+    of which AdamW would make steps of full length. Source: arXiv 2408.12857 and its code ("continuous").
 
     Attributes:
         update_proj_gap: 1 / learning rate of the basis.

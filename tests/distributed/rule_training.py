@@ -92,7 +92,7 @@ def poison(
 
 
 def resume(stage: int, optimizer: str, folder: str, **changes: Any) -> list[str]:
-    """Seven updates, a checkpoint, five more; the last five again from the checkpoint. Names of what differs in a bit."""
+    """Seven updates, a checkpoint, five more; the last five again from the checkpoint. Names of what differs."""
     config = rule_configuration(stage, optimizer, **changes)
     data = batches(STEPS)
     engine = engine_of(config)
@@ -109,6 +109,22 @@ def resume(stage: int, optimizer: str, folder: str, **changes: Any) -> list[str]
     if uninterrupted.keys() != resumed.keys():
         return sorted(uninterrupted.keys() ^ resumed.keys())
     return [key for key, value in uninterrupted.items() if not _same(value, resumed[key])]
+
+
+def resume_with_another_rank(stage: int, folder: str) -> str:
+    """A checkpoint of rank 5, loaded by an optimizer of rank 4; the message."""
+    engine = engine_of(rule_configuration(stage, "GaLoreAdamW"))
+    run_steps(engine, batches(1))
+    engine.save_checkpoint(folder)
+    engine.destroy()
+    engine = engine_of(rule_configuration(stage, "GaLoreAdamW", params={"rank": 4}))
+    try:
+        engine.load_checkpoint(folder)
+    except megalr.UserError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return ""
 
 
 def everything(engine: Any) -> dict[str, Any]:

@@ -10,7 +10,10 @@ from tests.references.galore import GaLore
 
 
 class OnlineSubspaceDescent(GaLore):
-    """After GaLore's update, one AdamW step of P on ‖P Pᵀ Ĝ - Ĝ‖² with Ĝ = G / ‖G‖, from the second update on."""
+    """After GaLore's update, one AdamW step of P on ‖P Pᵀ Ĝ - Ĝ‖² with Ĝ = G / ‖G‖, from the second update on.
+
+    Where P is square there is nothing to descend: the loss is zero, and its gradient rounding.
+    """
 
     def __init__(self, shape: tuple[int, int], **options) -> None:
         super().__init__(shape, **options)
@@ -21,7 +24,7 @@ class OnlineSubspaceDescent(GaLore):
 
     def left_update(self, G: Tensor) -> Tensor:
         update = super().left_update(G)
-        if self.updates > 0:
+        if self.updates > 0 and self.P.shape[0] > self.P.shape[1]:
             slope = self.slope(self.P, G / G.norm() if G.any() else G)
             rate = 1 / self.gap
             self.P = self.P - rate * (self.basis_adam.direction(slope) + 0.01 * self.P)

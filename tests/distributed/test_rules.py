@@ -1,0 +1,177 @@
+"""Every rule under every way of cutting its matrices, against one plain PyTorch process, tensor by tensor."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import rule_training
+from tests.distributed.odd_model import EXPERTS, odd_model
+from tests.distributed.training import CLIPPING, batches
+from tests.plain_training import plain_training
+
+pytestmark = pytest.mark.distributed
+STAGES, WORLDS, ACCUMULATIONS = (0, 1, 2, 3), (1, 2, 3, 4), (1, 4)
+MATRICES = 7 + EXPERTS  # of the odd model
+TRAIN = "tests.distributed.rule_training:train_rule"
+
+
+@functools.cache
+def plain_weights(
+    optimizer: str, variant: tuple[str, ...] = (), params: tuple[tuple[str, Any], ...] = ()
+) -> dict[str, torch.Tensor]:
+    """What tests/references make of the same model, data and settings."""
+    model = odd_model(**dict.fromkeys(variant, True))
+    settings = {**rule_training.RULES[optimizer], **dict(params)}
+    return plain_training(model, batches(rule_training.STEPS), optimizer, settings, clip=CLIPPING)
+
+
+def largest_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """Relative, in the 2-norm, and of which tensor."""
+    return max((((got[n] - w).norm() / w.norm()).item(), n) for n, w in expected.items())
+
+
+def assert_same_weights(got, expected, tolerance=1e-4):
+    error, name = largest_error(got, expected)
+    assert error < tolerance, f"{name}: {error:.1e}"
+
+
+def is_covered(optimizer: str, stage: int, world: int, accumulation: int) -> bool:
+    """The selection for every day: each rule at each stage, each world and each accumulation, in few runs."""
+    position = list(rule_training.RULES).index(optimizer)
+    return world == (stage + position) % len(WORLDS) + 1 and accumulation == ACCUMULATIONS[(stage + position // 4) % 2]
+
+
+COMBINATIONS = [
+    pytest.param(*c, marks=() if is_covered(*c) else pytest.mark.slow)
+    for c in itertools.product(rule_training.RULES, STAGES, WORLDS, ACCUMULATIONS)
+]
+
+
+@pytest.mark.parametrize(("optimizer", "stage", "world", "accumulation"), COMBINATIONS)
+def test_equals_one_plain_process(ranks, optimizer, stage, world, accumulation):
+    results = ranks(world).run(TRAIN, stage, optimizer, accumulation)
+    assert_same_weights(results[0][0], plain_weights(optimizer))
+    # The rule really ran: once for each matrix and update, over all ranks; at stage 0 on each of them.
+    calls = [counts["calls"] for _, counts in results]
+    once = 0 if optimizer == "AdamW" else MATRICES * rule_training.STEPS
+    assert calls == [once] * world if stage == 0 else sum(calls) == once
+    assert [counts["updates"] for _, counts in results] == [rule_training.STEPS] * world
+
+
+OPTIONS = {
+    "reverse_std": ("GaLoreAdamW", {"proj_type": "reverse_std"}),
+    "left": ("FiraAdamW", {"proj_type": "left"}),
+    "right": ("APOLLO", {"proj_type": "right"}),
+    "full": ("GaLoreAdamW", {"proj_type": "full"}),
+    "moments reset": ("GaLoreAdamW", {"moments": "reset"}),
+    "moments transported": ("FiraAdamW", {"moments": "transport"}),
+    "random bases": ("GaLoreAdamW", {"projector": "random"}),
+    "no stagger": ("GaLoreAdamW", {"stagger": False}),
+    "no error feedback": ("LDAdamW", {"error_feedback": False}),
+    "Muon at AdamW's rate": ("Muon", {"adjust_lr_fn": "match_rms_adamw", "nesterov": False}),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(ranks, option):
+    optimizer, params = OPTIONS[option]
+    got = ranks(3).run(TRAIN, 3 if "o" in option else 2, optimizer, params=params)[0][0]
+    expected = plain_weights(optimizer, params=tuple(params.items()))
+    assert_same_weights(got, expected)
+    assert largest_error(expected, plain_weights(optimizer))[0] > 1e-3  # it does something
+
+
+@pytest.mark.parametrize("projector", ["eigh", "randomized", "power"])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_fast_projectors_are_the_same_however_cut(ranks, projector, stage):
+    """Against one process of ours: there is no second implementation of them to compare with."""
+    alone = ranks(1).run(TRAIN, 0, "GaLoreAdamW", params={"projector": projector})[0][0]
+    got = ranks(3).run(TRAIN, stage, "GaLoreAdamW", params={"projector": projector})[0][0]
+    assert_same_weights(got, alone)
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "round_robin_gradients": (2, {"zero_optimization": {"round_robin_gradients": True}}),
+    "parameter_alignment": (2, {"zero_optimization": {"parameter_alignment": True}}),
+    "no overlap": (1, {"zero_optimization": {"overlap_comm": False, "contiguous_gradients": False}}),
+    "reduce_scatter off": (2, {"zero_optimization": {"reduce_scatter": False}}),
+    "sub-groups smaller than a matrix": (3, {"zero_optimization": {"sub_group_size": 150}}),
+    "persistent parameters": (3, {"zero_optimization": {"stage3_param_persistence_threshold": 1000}}),
+    "optimizer on the CPU, stage 1": (1, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
+    "optimizer on the CPU, stage 2": (2, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
+    "optimizer on the CPU, stage 3": (3, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
+    "one matrix a round": (3, {"megalr": {"exchange_bucket_bytes": 1}}),
+    "all matrices in one round": (3, {"megalr": {"exchange_bucket_bytes": 10**9}}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_variants(ranks, layout):
+    stage, changes = LAYOUTS[layout]
+    zero = {"stage": stage, **changes.get("zero_optimization", {})}
+    got = ranks(2).run(TRAIN, stage, "GaLoreAdamW", **{**changes, "zero_optimization": zero})[0][0]
+    assert_same_weights(got, plain_weights("GaLoreAdamW"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("variant", ["frozen", "unused", "tied"])
+def test_frozen_unused_and_tied_parameters(ranks, stage, variant):
+    optimizer = ["GaLoreAdamW", "Muon", "FiraAdamW", "LDAdamW"][stage]
+    results = ranks(3).run(TRAIN, stage, optimizer, variant={variant: True})
+    assert_same_weights(results[0][0], plain_weights(optimizer, (variant,)))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("targets", [["narrow"], ["mlp_row"]])
+def test_fewer_matrices_than_ranks(ranks, stage, targets):
+    params = {"target_modules": targets, "rank": 1}
+    results = ranks(4).run(TRAIN, stage, "GaLoreAdamW", params=params)
+    expected = plain_weights("GaLoreAdamW", params=(("target_modules", tuple(targets)), ("rank", 1)))
+    assert_same_weights(results[0][0], expected)
+    calls = [counts["calls"] for _, counts in results]
+    matrices = 2 if targets == ["narrow"] else 1
+    assert sum(calls) == matrices * rule_training.STEPS * (4 if stage == 0 else 1)
+
+
+# bf16 weights and gradients round at 2⁻⁹; the masters follow the fp32 run to the accuracy of such gradients.
+BF16_TOLERANCE = 0.05
+BF16 = {
+    "stage 0": (0, {}),
+    "stage 1": (1, {}),
+    "stage 2": (2, {}),
+    "stage 3": (3, {}),
+    "BF16_Optimizer": (1, {"data_types": {"grad_accum_dtype": "fp32"}}),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["GaLoreAdamW", "Muon"])
+@pytest.mark.parametrize("case", BF16)
+def test_bf16(ranks, optimizer, case):
+    stage, more = BF16[case]
+    results = ranks(2).run(TRAIN, stage, optimizer, bf16={"enabled": True}, **more)
+    assert_same_weights(results[0][0], plain_weights(optimizer), BF16_TOLERANCE)
+    assert sum(counts["calls"] for _, counts in results) == MATRICES * rule_training.STEPS * (2 if stage == 0 else 1)
+
+
+@pytest.mark.parametrize("optimizer", ["GaLoreAdamW", "FiraAdamW", "LDAdamW", "OnlineSubspaceDescent", "Muon"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_is_bitwise(ranks, optimizer, stage, tmp_path):
+    different = ranks(2).run("tests.distributed.rule_training:resume", stage, optimizer, str(tmp_path / "check point"))
+    assert different == [[], []]
+
+
+def test_resume_is_bitwise_in_bf16(ranks, tmp_path):
+    run = functools.partial(ranks(2).run, "tests.distributed.rule_training:resume")
+    assert run(2, "GaLoreAdamW", str(tmp_path), bf16={"enabled": True}) == [[], []]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_checkpoint_of_other_settings_is_refused(ranks, stage, tmp_path):
+    messages = ranks(2).run("tests.distributed.rule_training:resume_with_another_rank", stage, str(tmp_path))
+    assert all("resume with the optimizer settings" in message for message in messages if message)
+    assert any(messages)
