@@ -61,7 +61,7 @@ def leading_basis(
         logger.warning("%s: the gradient is not finite; the old basis stays", name)
     else:
         roads: dict[str, Callable[[], Tensor]] = {
-            "svd": lambda: torch.linalg.svd(matrix, full_matrices=False)[0][:, :rank],
+            "svd": lambda: _svd(grad, rank, side),
             "eigh": lambda: _eigh(matrix, rank),
             "randomized": lambda: _randomized(matrix, rank, generator),
             "power": lambda: _power(matrix, previous) if previous is not None else roads["randomized"](),
@@ -84,7 +84,7 @@ def leading_basis(
 
 def random_basis(size: int, rank: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """(size, rank): uniformly random among orthonormal bases, the same on every device."""
-    return orthonormal(torch.randn(size, rank, generator=generator)).to(device)
+    return orthonormal(torch.randn(size, rank, generator=generator)).contiguous().to(device)
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
@@ -101,6 +101,13 @@ def power_step(matrix: Tensor, previous: Tensor) -> Tensor:
     the right leave Q as it is, and keeps singular values that are squared otherwise.
     """
     return orthonormal(matrix @ orthonormal(matrix.T @ previous))
+
+
+def _svd(grad: Tensor, rank: int, side: Side) -> Tensor:
+    # Of the gradient as it stands, on either side: singular vectors have their sign only by accident of the
+    # decomposition, and moments that are kept through a refresh depend on it. This way it is that of GaLore's own code.
+    u, _, vh = torch.linalg.svd(grad, full_matrices=False)
+    return u[:, :rank] if side == "left" else vh[:rank].T
 
 
 def _power(matrix: Tensor, previous: Tensor) -> Tensor:

@@ -93,13 +93,17 @@ class Projected(Reference):
         return self.draw(self.refreshes, side, like.shape[0], self.rank).to(like.dtype)
 
 
-def leading_singular_vectors(G: Tensor, rank: int) -> Tensor:
-    """The first ``rank`` left singular vectors of G, (m, r), computed in fp32 whatever the dtype.
+def leading_singular_vectors(G: Tensor, rank: int, side: str) -> Tensor:
+    """The first ``rank`` left singular vectors of G, (m, r), where on the right side G is the transposed gradient.
 
-    Their signs are an accident of the arithmetic, and moments that are kept through a refresh depend on them.
+    They come from a decomposition of the gradient as it stands, in fp32 whatever the dtype: their signs are an accident
+    of the arithmetic, and moments that are kept through a refresh depend on them.
     """
-    U, _, _ = torch.linalg.svd(G.float(), full_matrices=False)
-    return U[:, :rank].to(G.dtype)
+    if side == "left":
+        U, _, _ = torch.linalg.svd(G.float(), full_matrices=False)
+        return U[:, :rank].to(G.dtype)
+    _, _, Vh = torch.linalg.svd(G.T.float(), full_matrices=False)
+    return Vh[:rank].T.to(G.dtype)
 
 
 def orthonormal(A: Tensor) -> Tensor:

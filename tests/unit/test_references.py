@@ -1,0 +1,62 @@
+"""The references themselves: AdamW against torch's, their dtypes, and what the factory takes from a JSON."""
+
+import pytest
+import torch
+
+from megalr.seeding import generator
+from tests.references import REFERENCES, AdamW, reference_for
+from tests.unit.rule_runs import drifting_gradients
+
+
+def test_adamw_equals_torch():
+    weight = torch.ones(7, 5, dtype=torch.float64)
+    expected = torch.nn.Parameter(weight.clone())
+    optimizer = torch.optim.AdamW([expected], lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    reference = AdamW((7, 5), betas=(0.8, 0.95), eps=1e-6)
+    for grad in drifting_gradients((7, 5), 10):
+        reference.step(weight, grad.double(), 0.01, 0.1)
+        expected.grad = grad.double()
+        optimizer.step()
+    torch.testing.assert_close(weight, expected.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("type_name", REFERENCES)
+def test_weight_is_updated_in_place_and_the_gradient_left_alone(type_name, dtype):
+    params = {"rank": 4, "update_proj_gap": 2, "random_from": 2}
+    reference = reference_for(type_name, (12, 20), params, seed=0, name="w", phase=1)
+    weight = torch.nn.Parameter(torch.zeros(12, 20, dtype=dtype))
+    for grad in drifting_gradients((12, 20), 4):
+        given = grad.to(dtype)
+        reference.step(weight, given, 0.01, 0.1)
+        assert torch.equal(given, grad.to(dtype))
+    assert weight.dtype == dtype and weight.any() and torch.isfinite(weight).all()
+
+
+def test_factory_takes_what_is_of_the_rule():
+    params = {
+        "lr": 0.01,
+        "weight_decay": 0.1,
+        "embedding": {"lr": 0.001},
+        "target_modules": ["attn"],
+        "rank": 3,
+        "update_proj_gap": 10,
+        "random_from": 20,
+        "betas": [0.8, 0.9],
+        "stagger": True,
+    }
+    reference = reference_for("GoLoreAdamW", (12, 20), params, seed=5, name="w", phase=4)
+    assert (reference.rank, reference.gap, reference.phase, reference.random_from) == (3, 10, 4, 20)
+    assert (reference.adam.beta1, reference.adam.beta2, reference.moments) == (0.8, 0.9, "transport")
+    assert torch.equal(reference.draw(2, "left", 12, 3), torch.randn(12, 3, generator=generator(5, "w", "left", 2)))
+    with pytest.raises(NotImplementedError, match="power"):
+        reference_for("GaLoreAdamW", (12, 20), {"projector": "power"}, seed=0, name="w", phase=0)
+
+
+def test_refreshes_follow_gap_and_phase():
+    reference = reference_for("GaLoreAdamW", (12, 20), {"rank": 2, "update_proj_gap": 5}, seed=0, name="w", phase=3)
+    due = []
+    for step, grad in enumerate(drifting_gradients((12, 20), 15)):
+        due += [step] * reference.refresh_due(step)
+        reference.update(grad)
+    assert due == [0, 3, 8, 13] and reference.refreshes == 4
