@@ -39,6 +39,9 @@ def leading_basis(
       Without a previous basis it starts with a randomized one.
     - random: a uniformly random orthonormal basis, whatever the gradient.
 
+    A singular vector's sign is an accident of the arithmetic, and moments that are kept through a refresh depend on it:
+    each column gets the sign that it agrees with the previous basis's column by.
+
     A gradient that is not finite gives the previous basis. A decomposition that fails is replaced by a randomized one,
     that by a shifted eigh, and that by the previous basis; each is logged.
 
@@ -58,7 +61,7 @@ def leading_basis(
     if projector == "random":
         return random_basis(matrix.shape[0], rank, generator, matrix.device)
     if not torch.isfinite(matrix).all():
-        logger.warning("%s: the gradient is not finite; the old basis stays", name)
+        logger.warning("%s: the gradient is not finite", name)
     else:
         roads: dict[str, Callable[[], Tensor]] = {
             "svd": lambda: _svd(grad, rank, side),
@@ -74,11 +77,13 @@ def leading_basis(
                 logger.warning("%s: %s failed (%s)", name, road, str(error).split("\n")[0])
                 continue
             if torch.isfinite(basis).all():
-                return basis.contiguous()
+                return (basis if previous is None else _aligned(basis, previous)).contiguous()
             logger.warning("%s: %s gave a basis that is not finite", name, road)
-        logger.warning("%s: every decomposition failed; the old basis stays", name)
+        logger.warning("%s: every decomposition failed", name)
     if previous is not None:
+        logger.warning("%s: the old basis stays", name)
         return previous.clone()
+    logger.warning("%s: there is no old basis; a random one serves", name)
     return random_basis(matrix.shape[0], rank, generator, matrix.device)
 
 
@@ -103,9 +108,12 @@ def power_step(matrix: Tensor, previous: Tensor) -> Tensor:
     return orthonormal(matrix @ orthonormal(matrix.T @ previous))
 
 
+def _aligned(basis: Tensor, previous: Tensor) -> Tensor:
+    return basis * torch.where((basis * previous).sum(0) < 0, -1.0, 1.0)
+
+
 def _svd(grad: Tensor, rank: int, side: Side) -> Tensor:
-    # Of the gradient as it stands, on either side: singular vectors have their sign only by accident of the
-    # decomposition, and moments that are kept through a refresh depend on it. This way it is that of GaLore's own code.
+    # Of the gradient as it stands, on either side, so that left and right vectors are pairs.
     u, _, vh = torch.linalg.svd(grad, full_matrices=False)
     return u[:, :rank] if side == "left" else vh[:rank].T
 

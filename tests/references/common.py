@@ -93,17 +93,13 @@ class Projected(Reference):
         return self.draw(self.refreshes, side, like.shape[0], self.rank).to(like.dtype)
 
 
-def leading_singular_vectors(G: Tensor, rank: int, side: str) -> Tensor:
-    """The first ``rank`` left singular vectors of G, (m, r), where on the right side G is the transposed gradient.
-
-    They come from a decomposition of the gradient as it stands, in fp32 whatever the dtype: their signs are an accident
-    of the arithmetic, and moments that are kept through a refresh depend on them.
-    """
-    if side == "left":
-        U, _, _ = torch.linalg.svd(G.float(), full_matrices=False)
-        return U[:, :rank].to(G.dtype)
-    _, _, Vh = torch.linalg.svd(G.T.float(), full_matrices=False)
-    return Vh[:rank].T.to(G.dtype)
+def leading_singular_vectors(G: Tensor, rank: int, previous: Tensor | None = None) -> Tensor:
+    """The first ``rank`` left singular vectors of G, (m, r), each with the sign that agrees with the previous one's."""
+    U = torch.linalg.svd(G, full_matrices=False)[0][:, :rank]
+    for j in range(U.shape[1]):
+        if previous is not None and U[:, j] @ previous[:, j] < 0:
+            U[:, j] = -U[:, j]
+    return U
 
 
 def orthonormal(A: Tensor) -> Tensor:

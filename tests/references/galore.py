@@ -48,7 +48,7 @@ class GaLore(Projected):
     def basis(self, G: Tensor, side: str) -> Tensor:
         if self.projector_at(self.updates) == "random":
             return orthonormal(self.gaussian(side, G))
-        return leading_singular_vectors(G, self.rank, side)
+        return leading_singular_vectors(G, self.rank, self.P if side == self.side else self.Q)
 
     def refresh(self, G: Tensor) -> None:
         P = self.basis(G, self.side)

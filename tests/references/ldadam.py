@@ -31,7 +31,7 @@ class LDAdam(Projected):
         A = G + self.E
         b1, b2, t = self.adam.beta1, self.adam.beta2, self.adam.t
         if t == 0:
-            P = leading_singular_vectors(G, self.rank, self.side)
+            P = leading_singular_vectors(G, self.rank)
             lost = 0.0
         else:
             m, v = self.adam.m, self.adam.v
