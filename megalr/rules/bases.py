@@ -40,7 +40,7 @@ def leading_basis(
     - random: a uniformly random orthonormal basis, whatever the gradient.
 
     A singular vector's sign is an accident of the arithmetic, and moments that are kept through a refresh depend on it:
-    each column gets the sign that it agrees with the previous basis's column by.
+    each column gets the sign by which it agrees with the previous basis's column.
 
     A gradient that is not finite gives the previous basis. A decomposition that fails is replaced by a randomized one,
     that by a shifted eigh, and that by the previous basis; each is logged.
@@ -58,10 +58,11 @@ def leading_basis(
         (m, r) or (n, r), fp32, with orthonormal columns.
     """
     matrix = grad if side == "left" else grad.T
+    last_resort = "a random basis serves" if previous is None else "the old basis stays"
     if projector == "random":
         return random_basis(matrix.shape[0], rank, generator, matrix.device)
     if not torch.isfinite(matrix).all():
-        logger.warning("%s: the gradient is not finite", name)
+        logger.warning("%s: the gradient is not finite; %s", name, last_resort)
     else:
         roads: dict[str, Callable[[], Tensor]] = {
             "svd": lambda: _svd(grad, rank, side),
@@ -77,13 +78,11 @@ def leading_basis(
                 logger.warning("%s: %s failed (%s)", name, road, str(error).split("\n")[0])
                 continue
             if torch.isfinite(basis).all():
-                return (basis if previous is None else _aligned(basis, previous)).contiguous()
+                return _signed(basis, previous).contiguous()
             logger.warning("%s: %s gave a basis that is not finite", name, road)
-        logger.warning("%s: every decomposition failed", name)
+        logger.warning("%s: every decomposition failed; %s", name, last_resort)
     if previous is not None:
-        logger.warning("%s: the old basis stays", name)
         return previous.clone()
-    logger.warning("%s: there is no old basis; a random one serves", name)
     return random_basis(matrix.shape[0], rank, generator, matrix.device)
 
 
@@ -108,12 +107,17 @@ def power_step(matrix: Tensor, previous: Tensor) -> Tensor:
     return orthonormal(matrix @ orthonormal(matrix.T @ previous))
 
 
-def _aligned(basis: Tensor, previous: Tensor) -> Tensor:
-    return basis * torch.where((basis * previous).sum(0) < 0, -1.0, 1.0)
+def _signed(basis: Tensor, previous: Tensor | None) -> Tensor:
+    """The columns with the sign by which they agree with the previous ones; at first, with a positive largest entry."""
+    if previous is None:
+        towards = basis.gather(0, basis.abs().argmax(0, keepdim=True))[0]
+    else:
+        towards = (basis * previous).sum(0)
+    return basis * torch.where(towards < 0, -1.0, 1.0)
 
 
 def _svd(grad: Tensor, rank: int, side: Side) -> Tensor:
-    # Of the gradient as it stands, on either side, so that left and right vectors are pairs.
+    # Of the gradient as it stands, on either side, so that left and right vectors come from one decomposition.
     u, _, vh = torch.linalg.svd(grad, full_matrices=False)
     return u[:, :rank] if side == "left" else vh[:rank].T
 

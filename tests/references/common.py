@@ -94,11 +94,15 @@ class Projected(Reference):
 
 
 def leading_singular_vectors(G: Tensor, rank: int, previous: Tensor | None = None) -> Tensor:
-    """The first ``rank`` left singular vectors of G, (m, r), each with the sign that agrees with the previous one's."""
+    """The first ``rank`` left singular vectors of G, (m, r).
+
+    Each has the sign by which it agrees with the previous one; at first, that which makes its largest entry positive.
+    """
     U = torch.linalg.svd(G, full_matrices=False)[0][:, :rank]
-    for j in range(U.shape[1]):
-        if previous is not None and U[:, j] @ previous[:, j] < 0:
-            U[:, j] = -U[:, j]
+    for j, u in enumerate(U.T):
+        agreement = u[u.abs().argmax()] if previous is None else u @ previous[:, j]
+        if agreement < 0:
+            u.neg_()
     return U
 
 
