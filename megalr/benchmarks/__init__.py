@@ -1,0 +1,1 @@
+"""What `launchers/benchmark.py` measures, one module a benchmark: `add_arguments(parser)` and `run(arguments)`."""
