@@ -44,6 +44,7 @@ setup(
     ],
     extras_require={
         "mpi": ["mpi4py>=4.0"],
+        "trainer": ["accelerate>=1.15"],
         "dev": ["pytest>=9.2", "ruff>=0.17", "mypy>=2.4", "types-tqdm", "types-PyYAML"],
     },
 )

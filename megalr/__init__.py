@@ -4,7 +4,7 @@ Importing is cheap: nothing is compiled, and DeepSpeed is imported when an engin
 """
 
 from megalr.config import MegalrConfig
-from megalr.engine import build_optimizer, consolidated_state_dict, initialize, parametrize
+from megalr.engine import build_optimizer, consolidated_state_dict, initialize, parametrize, trainer_optimizer
 from megalr.errors import UserError
 from megalr.optim import MegalrOptimizer
 
@@ -16,4 +16,5 @@ __all__ = [
     "consolidated_state_dict",
     "initialize",
     "parametrize",
+    "trainer_optimizer",
 ]

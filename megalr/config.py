@@ -11,7 +11,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,6 +22,14 @@ from megalr.rules.registry import RULES
 
 T = TypeVar("T")
 Json = Mapping[str, Any]
+
+# What "auto" stands for in the optimizer's "params" when transformers' TrainingArguments are at hand.
+AUTO: dict[str, Callable[[Any], Any]] = {
+    "lr": lambda arguments: arguments.learning_rate,
+    "betas": lambda arguments: [arguments.adam_beta1, arguments.adam_beta2],
+    "eps": lambda arguments: arguments.adam_epsilon,
+    "weight_decay": lambda arguments: arguments.weight_decay,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +243,29 @@ def read_json(config: Json | str | Path) -> dict[str, Any]:
     return content
 
 
+def fill_auto(content: Json, training_args: Any | None) -> dict[str, Any]:
+    """The configuration with each "auto" of the optimizer's "params" replaced, in a copy of what changes.
+
+    Args:
+        content: the DeepSpeed configuration.
+        training_args: anything with the attributes of ``transformers.TrainingArguments``. None leaves every "auto" out
+            instead, for those who do not need the values.
+    """
+    filled = dict(content)
+    section = content.get("megalr")
+    if isinstance(section, Mapping) and "optimizer" in section:
+        filled["megalr"] = fill_auto(section, training_args)
+    optimizer = content.get("optimizer")
+    if isinstance(optimizer, Mapping) and isinstance(optimizer.get("params"), Mapping):
+        params = dict(optimizer["params"])
+        for key in [key for key in AUTO if params.get(key) == "auto"]:
+            del params[key]
+            if training_args is not None:
+                params[key] = AUTO[key](training_args)
+        filled["optimizer"] = {**optimizer, "params": params}
+    return filled
+
+
 def _parametrization(section: Any) -> ParametrizationConfig:
     where = "megalr.parametrization"
     if not isinstance(section, Mapping) or "type" not in section:
@@ -262,6 +293,12 @@ def _optimizer(section: Any) -> OptimizerConfig:
     if rule is None:
         own_fields = [name for name in own_fields if name not in ("adamw", "target_modules")]
     _check_keys(params, dict.fromkeys(own_fields + rule_fields), where)
+    unresolved = next((key for key in AUTO if params.get(key) == "auto"), None)
+    if unresolved is not None:
+        raise UserError(
+            f'{where}.{unresolved} is "auto"; write a number, or with transformers\' Trainer pass '
+            "training_args= to megalr.build_optimizer"
+        )
     own: dict[str, Any] = {key: value for key, value in params.items() if key in own_fields}
     for group in ("adamw", "embedding", "norm"):
         if group in own:

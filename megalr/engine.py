@@ -1,14 +1,19 @@
-"""The two ways in: :func:`initialize` from the JSON, :func:`build_optimizer` for a job that calls DeepSpeed itself."""
+"""The three ways in.
+
+:func:`initialize` from the JSON, :func:`build_optimizer` for a job that calls DeepSpeed itself, and
+:func:`trainer_optimizer` for transformers' Trainer.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megalr.config import FullConfig, Json, MegalrConfig, read_json
+from megalr.config import FullConfig, Json, MegalrConfig, fill_auto, read_json
 from megalr.errors import UserError
 from megalr.layers import parametrize as _parametrize
 from megalr.layers.parametrize import factor_pairs
@@ -23,21 +28,30 @@ def parametrize(model: nn.Module, config: Json | str | Path) -> nn.Module:
         model: a dense model, not yet partitioned by DeepSpeed.
         config: the DeepSpeed JSON, as a path or a dictionary.
     """
-    parsed = MegalrConfig.from_json(config)
+    parsed = MegalrConfig.from_json(fill_auto(read_json(config), None))
     return _parametrize(model, parsed.parametrization, seed=parsed.seed)
 
 
-def build_optimizer(model: nn.Module, config: Json | str | Path) -> MegalrOptimizer:
+def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: Any | None = None) -> MegalrOptimizer:
     """The optimizer that the JSON asks for, to be passed to ``deepspeed.initialize(optimizer=...)``.
 
     The JSON then needs ``"zero_allow_untested_optimizer": true``, and with CPU offload
     ``"zero_force_ds_cpu_optimizer": false``.
 
     Args:
-        model: the model after :func:`parametrize`.
+        model: the model after :func:`parametrize`; ``deepspeed.zero.Init`` may have partitioned a dense one.
         config: the DeepSpeed JSON, as a path or a dictionary.
+        training_args: transformers' ``TrainingArguments``; "auto" for lr, betas, eps and weight_decay is read from
+            them. The configuration that they hold for DeepSpeed is completed in place.
+
+    Raises:
+        UserError: for a configuration that cannot work.
     """
-    parsed = MegalrConfig.from_json(config)
+    content = read_json(config)
+    if training_args is not None:
+        content = fill_auto(content, training_args)
+        _complete(training_args, content)
+    parsed = MegalrConfig.from_json(content)
     pairs = list(factor_pairs(model))
     if not pairs and not isinstance(parsed.parametrization, FullConfig):
         raise UserError(
@@ -45,6 +59,32 @@ def build_optimizer(model: nn.Module, config: Json | str | Path) -> MegalrOptimi
             "layer: call megalr.parametrize(model, config) before megalr.build_optimizer"
         )
     return MegalrOptimizer(parameter_groups(model, parsed.optimizer), pairs, parsed)
+
+
+def trainer_optimizer(training_args: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """What to pass to ``transformers.Trainer(optimizer_cls_and_kwargs=...)``, for a job with ``--deepspeed``.
+
+    ``Trainer(optimizers=(...))`` does not do: with DeepSpeed, transformers drops the optimizer that it is given and
+    builds its own, without a word. What this function returns is called by the Trainer when it wants its optimizer.
+
+    Args:
+        training_args: transformers' ``TrainingArguments``, with ``deepspeed`` set to a JSON whose "megalr" section
+            holds the optimizer.
+
+    Raises:
+        UserError: there is no such JSON, or its optimizer stands where transformers leaves it to DeepSpeed.
+    """
+    config = getattr(training_args, "deepspeed", None)
+    if config is None:
+        raise UserError("TrainingArguments have no deepspeed configuration: write deepspeed=, or --deepspeed ds.json")
+    content = read_json(config)
+    if "optimizer" in content:
+        raise UserError(
+            'transformers has DeepSpeed build what the JSON\'s "optimizer" names: move the section into "megalr", '
+            'as in "megalr": {"optimizer": {"type": ...}}'
+        )
+    MegalrConfig.from_json(fill_auto(content, training_args))
+    return lambda: build_optimizer, {"config": content, "training_args": training_args}
 
 
 def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -91,6 +131,17 @@ def deepspeed_section(content: Json) -> dict[str, Any]:
     rest.setdefault("zero_allow_untested_optimizer", True)
     rest.setdefault("zero_force_ds_cpu_optimizer", False)
     return rest
+
+
+def _complete(training_args: Any, content: Json) -> None:
+    """Put what is needed into the configuration that transformers and accelerate will hand to DeepSpeed, in place."""
+    live = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None)
+    if live is None:
+        return
+    if "megalr" in content:
+        live["megalr"] = content["megalr"]  # accelerate refuses an "auto" that it does not know, in any section
+    # With offload accelerate would exchange the optimizer for DeepSpeed's CPU Adam.
+    live["zero_force_ds_cpu_optimizer"] = False
 
 
 def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:

@@ -101,7 +101,8 @@ def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
         if hasattr(layer.weight, "ds_id"):
             raise UserError(
                 "the model was built under deepspeed.zero.Init, which has already cut its weights: build it without, "
-                "call megalr.parametrize, then deepspeed.initialize, which shards the factors"
+                "call megalr.parametrize, then deepspeed.initialize, which shards the factors (with transformers' "
+                "Trainer: before TrainingArguments are made)"
             )
         if len(names[id(layer.weight)]) > 1:
             shared = " and ".join(names[id(layer.weight)])

@@ -62,7 +62,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
         param_groups: list[dict[str, Any]] = [
             {"params": list(group.parameters.values()), "name": group.name, **vars(group.settings)} for group in groups
         ]
-        super().__init__(param_groups, defaults={})
+        # accelerate reads a learning rate from the defaults when the JSON has a schedule.
+        super().__init__(param_groups, defaults={"lr": config.optimizer.lr})
         # ZeRO shows step() one group at a time; the layout needs them all.
         self._all_groups = self.param_groups
 
@@ -125,6 +126,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
         state["megalr"] = {"updates": self.updates, "clocks": clocks}
         if self._matrices is not None:
             state["megalr"]["matrices"] = self._matrices.state_dict()
+        elif self._loaded is not None:  # loaded, and no update since
+            state["megalr"]["matrices"] = self._loaded
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

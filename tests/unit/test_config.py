@@ -89,7 +89,7 @@ def test_wrong_megalr_section_is_told_what_to_write(section, message):
         ({"type": "AdamX"}, 'did you mean "AdamW"'),
         ({"params": {}}, 'an object with a "type"'),
         ({"type": "AdamW", "params": {"learning_rate": 1}}, 'optimizer.params has no key "learning_rate"'),
-        ({"type": "AdamW", "params": {"lr": "auto"}}, 'optimizer.params.lr is "auto"; expected a number'),
+        ({"type": "AdamW", "params": {"lr": "auto"}}, 'optimizer.params.lr is "auto"; write a number, or'),
         ({"type": "AdamW", "params": {"lr": -1}}, "lr is -1.0; write a number of at least 0"),
         ({"type": "AdamW", "params": {"betas": [0.9]}}, "optimizer.params.betas is"),
         ({"type": "AdamW", "params": {"betas": [0.9, 1.0]}}, r"must lie in \[0, 1\)"),

@@ -1,5 +1,8 @@
 """What megalr.initialize passes on, and what it refuses before anything is built."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -67,6 +70,35 @@ def test_what_cannot_work_is_refused_first(changes, arguments, message):
     with pytest.raises(UserError, match=message):
         megalr.initialize(model=net, config={**LOW_RANK, **changes}, **arguments)
     assert isinstance(net[0], nn.Linear)
+
+
+ARGUMENTS = SimpleNamespace(learning_rate=2e-3, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-7)
+AUTO = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+
+
+def test_auto_is_read_from_training_arguments_and_completed_where_deepspeed_is_configured():
+    config = {**LOW_RANK, "megalr": {**LOW_RANK["megalr"], "optimizer": {"type": "AdamW", "params": AUTO}}}
+    live = json.loads(json.dumps(config))
+    args = SimpleNamespace(**vars(ARGUMENTS), hf_deepspeed_config=SimpleNamespace(config=live))
+    group = megalr.build_optimizer(megalr.parametrize(model(), config), config, training_args=args).param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (2e-3, (0.8, 0.9), 1e-7, 0.1)
+    assert live["megalr"]["optimizer"]["params"]["lr"] == 2e-3 and live["zero_force_ds_cpu_optimizer"] is False
+    assert config["megalr"]["optimizer"]["params"] == AUTO
+
+
+def test_auto_without_training_arguments_says_what_to_pass():
+    config = {"megalr": {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}}
+    with pytest.raises(UserError, match=r'params.lr is "auto"; write a number, or .* pass training_args='):
+        megalr.build_optimizer(model(), config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [(None, "no deepspeed configuration"), ({"optimizer": {"type": "Muon"}}, 'move the section into "megalr"')],
+)
+def test_trainer_is_refused_an_optimizer_that_it_would_not_use(config, message):
+    with pytest.raises(UserError, match=message):
+        megalr.trainer_optimizer(SimpleNamespace(**vars(ARGUMENTS), deepspeed=config))
 
 
 def test_state_of_another_optimizer_is_refused():
