@@ -141,8 +141,8 @@ class MatrixUpdater:
         mine = {m.name: m for m in self.matrices if self._replicated or m.owner == self._shard.rank}
         if states.keys() - mine.keys():
             raise UserError(
-                f"the checkpoint holds the state of {sorted(states.keys() - mine.keys())[0]}, which this rank does not "
-                "own now: resume with the ZeRO stage and number of processes that it was written with"
+                f"the checkpoint holds the state of {min(states.keys() - mine.keys())}, which this rank does not own now: "
+                "resume with the ZeRO stage, number of processes and optimizer settings that it was written with"
             )
         self.states = {}
         for name, saved in states.items():

@@ -109,10 +109,8 @@ def power_step(matrix: Tensor, previous: Tensor) -> Tensor:
 
 def _signed(basis: Tensor, previous: Tensor | None) -> Tensor:
     """The columns with the sign by which they agree with the previous ones; at first, with a positive largest entry."""
-    if previous is None:
-        towards = basis.gather(0, basis.abs().argmax(0, keepdim=True))[0]
-    else:
-        towards = (basis * previous).sum(0)
+    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))[0]
+    towards = largest if previous is None else (basis * previous).sum(0)
     return basis * torch.where(towards < 0, -1.0, 1.0)
 
 

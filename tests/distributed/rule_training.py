@@ -9,10 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 import megalr
+from tests.distributed import training
 from tests.distributed.odd_model import odd_model
-from tests.distributed.training import batches, configuration, run_steps
+from tests.distributed.training import configuration, run_steps
 
 STEPS = 12
+SEQUENCES, LENGTH = 48, 16  # 48 sequences an update can be shared by 1 to 4 ranks x 1 or 4 micro-batches
 COMMON = {"target_modules": ["mlp"], "lr": 1e-2, "weight_decay": 0.1, "adamw": {"lr": 3e-3}, "embedding": {"lr": 1e-2}}
 PROJECTED = {**COMMON, "rank": 5, "update_proj_gap": 5}
 # Every rule with a schedule that refreshes each basis at least twice in twelve updates.
@@ -34,9 +36,17 @@ def rule_configuration(stage: int, optimizer: str, accumulation: int = 1, **chan
     params = {**RULES[optimizer], **changes.pop("params", {})}
     section = {"type": optimizer, "params": params}
     config = configuration(stage, accumulation, **changes)
+    config["train_batch_size"] = SEQUENCES
+    config["train_micro_batch_size_per_gpu"] = SEQUENCES // accumulation // dist.get_world_size()
     config["optimizer"] = section
     config["megalr"] = {"exchange_bucket_bytes": 20_000, **changes.get("megalr", {})}
     return config
+
+
+def batches(steps: int) -> list[Tensor]:
+    """Token ids of each update, (SEQUENCES, LENGTH)."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, training.VOCABULARY, (SEQUENCES, LENGTH), generator=generator) for _ in range(steps)]
 
 
 def engine_of(config: dict[str, Any], **variant: bool) -> Any:

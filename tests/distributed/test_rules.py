@@ -11,7 +11,8 @@ import torch
 
 from tests.distributed import rule_training
 from tests.distributed.odd_model import EXPERTS, odd_model
-from tests.distributed.training import CLIPPING, batches
+from tests.distributed.rule_training import batches
+from tests.distributed.training import CLIPPING
 from tests.plain_training import plain_training
 
 pytestmark = pytest.mark.distributed
@@ -80,7 +81,7 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(ranks, option):
     optimizer, params = OPTIONS[option]
-    got = ranks(3).run(TRAIN, 3 if "o" in option else 2, optimizer, params=params)[0][0]
+    got = ranks(3).run(TRAIN, 3 if option == "full" else 2, optimizer, params=params)[0][0]
     expected = plain_weights(optimizer, params=tuple(params.items()))
     assert_same_weights(got, expected)
     assert largest_error(expected, plain_weights(optimizer))[0] > 1e-3  # it does something
@@ -173,5 +174,4 @@ def test_resume_is_bitwise_in_bf16(ranks, tmp_path):
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_checkpoint_of_other_settings_is_refused(ranks, stage, tmp_path):
     messages = ranks(2).run("tests.distributed.rule_training:resume_with_another_rank", stage, str(tmp_path))
-    assert all("resume with the optimizer settings" in message for message in messages if message)
-    assert any(messages)
+    assert all("optimizer settings that it was written with" in message for message in messages)

@@ -84,9 +84,10 @@ def test_moments_at_a_refresh_equal_the_reference(type_name, moments, projector)
 @pytest.mark.parametrize("moments", ["keep", "reset", "transport"])
 @pytest.mark.parametrize("type_name", ["GaLoreAdamW", "GoLoreAdamW"])
 def test_both_sides_equal_the_reference(type_name, moments, projector):
-    """ε is 0.01 here, and the bound wider: Pᵀ G Q of G's own singular vectors is diagonal, so all else in R is rounding of about 1e-8.
+    """ε is 0.01 here, and the bound wider.
 
-    Adam divides that by its own size plus ε, and with ε = 1e-6 makes up to a tenth of an update's largest entry of it.
+    Pᵀ G Q of G's own singular vectors is diagonal, so all else in R is rounding of about 1e-8. Adam divides that by its
+    own size plus ε, and with ε = 1e-6 makes up to a tenth of an update's largest entry of it.
     """
     for shape, phase in itertools.product(SHAPES, (0, 2)):
         params = small(type_name, proj_type="full", moments=moments, projector=projector, eps=1e-2)
