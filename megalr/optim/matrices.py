@@ -141,7 +141,7 @@ class MatrixUpdater:
         mine = {m.name: m for m in self.matrices if self._replicated or m.owner == self._shard.rank}
         if states.keys() - mine.keys():
             raise UserError(
-                f"the checkpoint holds the state of {min(states.keys() - mine.keys())}, which this rank does not own now: "
+                f"the checkpoint holds the state of {min(states.keys() - mine.keys())}, which this rank does not own: "
                 "resume with the ZeRO stage, number of processes and optimizer settings that it was written with"
             )
         self.states = {}

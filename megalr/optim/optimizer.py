@@ -171,6 +171,21 @@ class MegalrOptimizer(torch.optim.Optimizer):
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
+    def summary(self) -> str:
+        """One line for each rule: how many parameters or matrices it updates, and with how many elements."""
+        shard = self.prepare()
+        lines = []
+        if self._matrices is not None:
+            rule, matrices = self._matrices.rule, self._matrices.matrices
+            ranks = sorted({rank for m in matrices if (rank := rule.rank_of(m.shape)) is not None})
+            projected = f" projected to rank {'-'.join(map(str, sorted({ranks[0], ranks[-1]})))}" if ranks else ""
+            size = sum(m.shape[0] * m.shape[1] for m in matrices)
+            lines.append(f"{rule.name}: {len(matrices)} matrices with {size:,} elements{projected}")
+        owned = {n for g in self._groups if g.name == "matrices" for n in g.parameters} if self._matrices else set()
+        rest = [name for name in shard.layout.shapes if name not in owned]
+        lines.append(f"adamw: {len(rest)} parameters with {sum(map(shard.layout.numel, rest)):,} elements")
+        return "\n".join(lines)
+
     @property
     def matrix_states(self) -> dict[str, State]:
         """The rule's states of the matrices that this rank updates, by name; not copies."""

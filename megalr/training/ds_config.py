@@ -29,7 +29,7 @@ class Request:
         batch_size, micro_batch_size, steps, seed: the flags.
         default_batch_size, default_steps: where neither the JSON nor a flag says.
         largest_micro_batch: the most sequences a micro-batch gets by default.
-        default_rank: of low-rank factors, where the JSON says "auto".
+        default_rank: of low-rank factors or projections, where the JSON says "auto".
         output: the run's folder, for the monitors.
     """
 
@@ -180,6 +180,12 @@ def _resolve_rank(config: dict[str, Any], request: Request, notes: list[str]) ->
     if isinstance(parametrization, Mapping) and parametrization.get("rank") == AUTO:
         section["parametrization"] = {**parametrization, "rank": request.default_rank}
         config["megalr"] = section
+        notes.append(f"rank: {request.default_rank}, a quarter of the model's width")
+    optimizer = _section(config, "optimizer")
+    params = dict(optimizer.get("params") or {})
+    if params.get("rank") == AUTO:
+        params["rank"] = request.default_rank
+        config["optimizer"] = {**optimizer, "params": params}
         notes.append(f"rank: {request.default_rank}, a quarter of the model's width")
 
 

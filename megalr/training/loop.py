@@ -90,6 +90,7 @@ class Loop:
         self._saved_step: int | None = None
         self._evaluated_step: int | None = None
         self._tokens_here = 0  # of this process's run, without what was resumed
+        self._bytes_moved = engine.basic_optimizer.bytes_moved
 
     def resume(self, notes: Notes) -> None:
         """Go on from a checkpoint."""
@@ -213,6 +214,7 @@ class Loop:
         speed = self.tokens_per_second
         self._screen.advance(loss=loss, tokens_per_second=speed, lr=lr)
         events = list(self.engine.basic_optimizer.last_events)
+        before, self._bytes_moved = self._bytes_moved, self.engine.basic_optimizer.bytes_moved
         if self.step % self._settings.log_every == 0 or events or not math.isfinite(loss):
             norm = self.engine.get_global_grad_norm()
             row: dict[str, Any] = {
@@ -222,6 +224,7 @@ class Loop:
                 "lr": lr,
                 "tokens_per_second": round(speed, 1),
                 "grad_norm": None if norm is None else float(norm),
+                "exchange_bytes": self._bytes_moved - before,  # of this update, sent by all ranks together
             }
             if events:
                 row["events"] = events

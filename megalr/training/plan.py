@@ -12,6 +12,7 @@ from megalr.config import MegalrConfig, read_json
 from megalr.data import Data, DataConfig, load_data, load_tokenizer
 from megalr.errors import UserError
 from megalr.layers import parametrize
+from megalr.optim.groups import parameter_groups
 from megalr.training.arguments import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_STEPS,
@@ -96,7 +97,8 @@ def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, s
         resolved = resolve(content, _request(arguments, model, ranks, output=str(folder.path)))
         megalr = MegalrConfig.from_json(resolved.config)
         check_deepspeed_config(resolved.config)
-        parametrize(empty_model(model), megalr.parametrization)  # to hear its complaints before a run is deleted
+        # To hear their complaints before a run is deleted.
+        parameter_groups(parametrize(empty_model(model), megalr.parametrization), megalr.optimizer)
         for line in resolved.notes:
             screen.say(line)
         required, noted = _settings(resolved, model, ranks)
@@ -181,6 +183,7 @@ def _settings(resolved: Resolved, model: LlamaConfig, ranks: Ranks) -> tuple[dic
     config = resolved.config
     section = config.get("megalr") or {}
     optimizer = config.get("optimizer") or {}
+    params = optimizer.get("params") or {}
     fp16 = bool((config.get("fp16") or {}).get("enabled", False))
     required = {
         "processes": ranks.world_size,
@@ -191,10 +194,12 @@ def _settings(resolved: Resolved, model: LlamaConfig, ranks: Ranks) -> tuple[dic
         "model": {key: value for key, value in model.to_dict().items() if key not in _COSMETIC_KEYS},
         "megalr.parametrization": section.get("parametrization"),
         "optimizer.type": optimizer.get("type"),
+        "optimizer.params.rank": params.get("rank"),
+        "optimizer.params.proj_type": params.get("proj_type"),
     }
     noted = {
         "steps": resolved.steps,
-        "optimizer": optimizer.get("params"),
+        "optimizer": params,
         "scheduler": config.get("scheduler"),
         "gradient_clipping": config.get("gradient_clipping"),
         "megalr": {key: value for key, value in section.items() if key != "parametrization"},

@@ -85,8 +85,10 @@ def build_loop(plan: Plan, ranks: Ranks, screen: Screen) -> Loop:
     model = build_model(plan.model, seed=resolved.seed, activation_checkpointing=arguments.activation_checkpointing)
     with ranks.together():
         engine, *_ = megalr.initialize(model=model, config=resolved.config)
-    if arguments.verbose:
-        screen.say(engine.basic_optimizer.routing_table())
+    table = engine.basic_optimizer.routing_table()
+    if ranks.is_first:
+        plan.folder.routing.write_text(f"{table}\n", encoding="utf-8")
+    screen.say(table if arguments.verbose else engine.basic_optimizer.summary())
     batches = Batches(
         plan.data.train,
         micro_batch_size=resolved.batch.micro,

@@ -44,6 +44,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def routing(self) -> Path:
+        """Which parameter has which rule and owner."""
+        return self.path / "routing.txt"
+
+    @property
     def is_taken(self) -> bool:
         """Whether a run is in the folder, finished or not."""
         return any(file.exists() for file in (self.settings, self.metrics, self.checkpoints, self.summary))
@@ -55,7 +60,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete what a run writes."""
-        for file in (self.settings, self.metrics, self.plot, self.summary):
+        for file in (self.settings, self.metrics, self.plot, self.summary, self.routing):
             file.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.path / "tensorboard", self.path / "csv_monitor"):
             shutil.rmtree(folder, ignore_errors=True)
