@@ -57,7 +57,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 CPU_RANKS := $(shell [ $(CORES) -gt 1 ] && echo 2 || echo 1)
 ON_CPU = LOCAL_SIZE=$${LOCAL_SIZE:-$(CPU_RANKS)} OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(shell echo $$(($(CORES) / $(CPU_RANKS))))}
 
-$(STAMP): requirements.txt setup.py
+$(STAMP): requirements.txt requirements-compare.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "megalr needs Python 3.11 or newer, and $(PYTHON) is not: $$($(PYTHON) --version 2>&1). Name another one, as in: make $(MAKECMDGOALS) PYTHON=python3.12"; \
 		exit 1; }
@@ -65,6 +65,7 @@ $(STAMP): requirements.txt setup.py
 	@$(PY) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { \
 		echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@$(PY) -m pip install -qq --disable-pip-version-check --no-compile -r requirements.txt
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-compile --no-deps -r requirements-compare.txt
 	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@DS_ACCELERATOR=cpu $(PY) -c "$(WARM_UP)"
 	@echo "$(CURDIR)" > $@

@@ -1,42 +1,79 @@
-"""The equivalence table: the largest relative error of any weight against one plain PyTorch process.
+"""The equivalence tables: the largest relative error of any weight against one plain PyTorch process.
 
 python -m tests.distributed.equivalence > docs/equivalence.md
 """
 
 from __future__ import annotations
 
-from tests.distributed.harness import RankPool
-from tests.distributed.test_training import STAGES, WORLDS, reference_weights, relative_errors
+from collections.abc import Callable, Sequence
 
+from tests.distributed import rule_training, test_rules
+from tests.distributed.harness import RankPool
+from tests.distributed.test_training import STAGES, reference_weights, relative_errors
+
+WORLDS = (1, 2, 3, 4)
 ACCUMULATIONS = (1, 4)
 
 HEAD = """# Equivalence
 
-Twenty updates with two refactorizations and two momentum resets in them, gradients clipped, odd shapes so that
-partition boundaries cut factors in mid-row, fp32. Each figure is the largest relative error, in the 2-norm, of any of
-the model's weights against one plain PyTorch process (`tests/reference.py`), without DeepSpeed or megalr's optimizer.
-Factors are compared as their product, because singular vectors have no sign of their own. `make test` holds all of them
-below 1e-4 (`tests/distributed/test_training.py`); this table is printed by `python -m tests.distributed.equivalence`.
+Each figure is the largest relative error, in the 2-norm, of any of the model's weights against one plain PyTorch
+process: without DeepSpeed, without megalr's optimizer, every method written a second time in `tests/references/` and
+`tests/reference.py`. Gradients are clipped, everything is fp32, and shapes are odd, so that partition boundaries cut
+matrices in mid-row. Columns: processes x accumulation steps.
+
+Both tables are printed by `python -m tests.distributed.equivalence`. `make test` holds a selection of the first below
+1e-4, and `make test-all` all of it (`tests/distributed/test_rules.py`); the second is held by
+`tests/distributed/test_training.py`.
+"""
+RULES_HEAD = """
+## Rules on dense matrices
+
+Twelve updates, in which every basis is refreshed at least twice. The model has wide, tall and square matrices, one with
+a single row, two that are smaller than the rank, and a stack of three (`tests/distributed/odd_model.py`).
+"""
+FACTORS_HEAD = """
+## Low-rank factors
+
+Twenty updates of AdamW on a low-rank LLaMA, with two refactorizations and two momentum resets in them. Factors are
+compared as their product, because singular vectors have no sign of their own.
 """
 
 
 def main() -> None:
-    """Run every combination and print the table as Markdown."""
+    """Run every combination and print the tables as Markdown."""
     columns = [(world, accumulation) for world in WORLDS for accumulation in ACCUMULATIONS]
-    figures: dict[tuple[int, int, int], float] = {}
+    rules: dict[tuple[str, int, int, int], float] = {}
+    factors: dict[tuple[int, int, int], float] = {}
     for world in WORLDS:
         with RankPool(world) as pool:
             for stage in STAGES:
                 for accumulation in ACCUMULATIONS:
-                    got = pool.run("tests.distributed.training:train", stage, accumulation)[0]
-                    figures[stage, world, accumulation] = max(relative_errors(got, reference_weights()).values())
-    print(HEAD)
-    titles = [f"{world} process{'es' * (world > 1)}, accumulation {accumulation}" for world, accumulation in columns]
-    print(f"| ZeRO stage | {' | '.join(titles)} |")
-    print(f"|---|{'---|' * len(columns)}")
-    for stage in STAGES:
-        cells = [f"{figures[stage, world, accumulation]:.1e}" for world, accumulation in columns]
-        print(f"| {stage} | {' | '.join(cells)} |")
+                    for rule in rule_training.RULES:
+                        got = pool.run(test_rules.TRAIN, stage, rule, accumulation)[0][0]
+                        error, _ = test_rules.largest_error(got, test_rules.plain_weights(rule))
+                        rules[rule, stage, world, accumulation] = error
+                    if 24 % (world * accumulation) == 0:  # sequences of an update
+                        got = pool.run("tests.distributed.training:train", stage, accumulation)[0]
+                        error = max(relative_errors(got, reference_weights()).values())
+                        factors[stage, world, accumulation] = error
+    print(HEAD + RULES_HEAD)
+    lines = [(rule, stage) for rule in rule_training.RULES for stage in STAGES]
+    _table(("rule", "ZeRO stage"), lines, columns, lambda line, column: rules[*line, *column])
+    print(FACTORS_HEAD)
+    known = [column for column in columns if (0, *column) in factors]
+    _table(("ZeRO stage",), [(stage,) for stage in STAGES], known, lambda line, column: factors[*line, *column])
+
+
+def _table(
+    titles: Sequence[str],
+    lines: Sequence[tuple],
+    columns: Sequence[tuple[int, int]],
+    figure: Callable[[tuple, tuple[int, int]], float],
+) -> None:
+    print(f"| {' | '.join([*titles, *(f'{world} x {accumulation}' for world, accumulation in columns)])} |")
+    print(f"|{'---|' * (len(titles) + len(columns))}")
+    for line in lines:
+        print(f"| {' | '.join([*map(str, line), *(f'{figure(line, column):.1e}' for column in columns)])} |")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def test_three_steps_of_a_tiny_model(shape_file, tmp_path, capsys):
     optimizer.run(arguments(*flags, "--contenders", *ours), tmp_path)
     printed = capsys.readouterr().out
     assert printed.count("| optimizer | median ms |") == 2
-    assert "rank 4, gap 200, 3 steps" in printed
+    assert "rank 4, gap 50, 3 steps" in printed
     assert "GaLore's matrix products alone take" in printed
     seconds = json.loads(output.read_text())["seconds"][str(shape_file)]
     assert set(seconds["projected rules"]) == set(ours) - {"muon"}
