@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalr.config import MegalrConfig
-from megalr.layers import factor_pairs
 from megalr.optim.clock import Clock
-from megalr.optim.groups import ParameterGroup, parameter_groups
+from megalr.optim.groups import ParameterGroup
 from megalr.optim.matrices import MatrixUpdater
 from megalr.optim.refactorization import OwnedPairs, refactorize_pairs, zero_
 from megalr.partition import Exchange, Item, Shard, Unit, buckets, read_shard
@@ -316,12 +315,7 @@ def _all_finite(tensors: list[Tensor]) -> bool:
     """Whether all elements of all tensors, none of them empty, are finite."""
     # The 2-norm runs at the speed of memory, the maximum norm on a CPU at a twentieth of it; but squares can overflow.
     for order in (2.0, float("inf")):
-        norms = torch._foreach_norm(tensors, order) if tensors else []
-        if all(bool(torch.isfinite(norm)) for norm in norms):
+        norms = torch._foreach_norm(tensors, order) if tensors else [torch.zeros(())]
+        if torch.isfinite(torch.stack([norm.to(norms[0]) for norm in norms])).all():
             return True
     return False
-
-
-def build_optimizer(model: nn.Module, config: MegalrConfig) -> MegalrOptimizer:
-    """An optimizer over the model's trainable parameters; see :func:`megalr.build_optimizer`."""
-    return MegalrOptimizer(parameter_groups(model, config.optimizer), list(factor_pairs(model)), config)

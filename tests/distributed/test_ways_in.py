@@ -31,8 +31,14 @@ def model(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+def every(names, daily):
+    """Each name at each stage; what is not in ``daily`` is slow."""
+    combinations = [(name, stage) for name in names for stage in (0, 1, 2, 3)]
+    marked = [pytest.param(*c, marks=() if c in daily else pytest.mark.slow) for c in combinations]
+    return pytest.mark.parametrize(("name", "stage"), marked)
+
+
+@every(OPTIMIZERS, [*(("GaLore", stage) for stage in (0, 1, 2, 3)), ("Muon", 3), ("AdamW", 1), ("low rank", 2)])
 def test_the_three_ways_train_the_same_weights(ranks, model, name, stage):
     optimizer, section = OPTIMIZERS[name]
     results = {
@@ -55,8 +61,7 @@ def test_the_three_ways_train_the_same_weights(ranks, model, name, stage):
             assert error <= tolerance, f"{way}, {tensor}: {error:.1e}"
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("name", ["GaLore", "low rank"])
+@every(["GaLore", "low rank"], [("GaLore", 0), ("GaLore", 3), ("low rank", 2)])
 def test_trainer_resumes_bitwise_and_evaluation_changes_nothing(ranks, model, tmp_path, name, stage):
     run = ranks(2).run(f"{WORKER}:trainer_resume", model, str(tmp_path), stage, *OPTIMIZERS[name])
     assert run == [[], []]
