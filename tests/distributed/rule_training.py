@@ -121,6 +121,31 @@ def resume(stage: int, optimizer: str, folder: str, **changes: Any) -> list[str]
     return [key for key, value in uninterrupted.items() if not _same(value, resumed[key])]
 
 
+def one_update(stage: int, optimizer: str, clipping: float) -> dict[str, Tensor] | None:
+    """The masters after one update without weight decay."""
+    config = rule_configuration(stage, optimizer, params={"weight_decay": 0.0}, gradient_clipping=clipping)
+    engine = engine_of(config)
+    run_steps(engine, batches(1))
+    weights = megalr.consolidated_state_dict(engine)
+    engine.destroy()
+    return weights
+
+
+def exported(stage: int, optimizer: str, folder: str) -> list[str]:
+    """Names of weights that DeepSpeed's own conversion of a checkpoint to fp32 gives differently; of rank 0."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    engine = engine_of(rule_configuration(stage, optimizer))
+    run_steps(engine, batches(2))
+    engine.save_checkpoint(folder)
+    weights = megalr.consolidated_state_dict(engine)
+    engine.destroy()
+    if weights is None:
+        return []
+    converted = get_fp32_state_dict_from_zero_checkpoint(folder)
+    return [name for name, w in weights.items() if not torch.equal(converted[name].reshape(w.shape), w)]
+
+
 def resume_with_another_rank(stage: int, folder: str) -> str:
     """A checkpoint of rank 5, loaded by an optimizer of rank 4; the message."""
     engine = engine_of(rule_configuration(stage, "GaLoreAdamW"))

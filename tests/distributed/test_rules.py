@@ -166,9 +166,30 @@ def test_resume_is_bitwise(ranks, optimizer, stage, tmp_path):
     assert different == [[], []]
 
 
-def test_resume_is_bitwise_in_bf16(ranks, tmp_path):
-    run = functools.partial(ranks(2).run, "tests.distributed.rule_training:resume")
-    assert run(2, "GaLoreAdamW", str(tmp_path), bf16={"enabled": True}) == [[], []]
+@pytest.mark.parametrize("optimizer", ["GaLoreAdamW", "Muon"])
+@pytest.mark.parametrize(("stage", "world"), [(0, 2), (2, 2), (3, 3)])
+def test_resume_is_bitwise_in_bf16_and_with_padding(ranks, optimizer, stage, world, tmp_path):
+    different = ranks(world).run(
+        "tests.distributed.rule_training:resume", stage, optimizer, str(tmp_path), bf16={"enabled": True}
+    )
+    assert different == [[]] * world
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_conversion_to_fp32_gives_the_masters(ranks, stage, tmp_path):
+    assert ranks(2).run("tests.distributed.rule_training:exported", stage, "GaLoreAdamW", str(tmp_path)) == [[], []]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_clipping_acts_on_gradients_not_on_updates(ranks, stage):
+    """Muon's update does not depend on the gradient's size, so clipping a thousandfold must not shrink it."""
+    run = functools.partial(ranks(2).run, "tests.distributed.rule_training:one_update", stage, "Muon")
+    clipped, free = run(1e-3)[0], run(1e6)[0]
+    start = odd_model().state_dict()
+    matrices = [name for name in start if "mlp" in name and "bias" not in name]
+    for name in matrices:
+        moved, expected = clipped[name] - start[name], free[name] - start[name]
+        assert (moved - expected).norm() < 1e-2 * expected.norm(), name
 
 
 @pytest.mark.parametrize("stage", [1, 3])
