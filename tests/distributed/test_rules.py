@@ -182,9 +182,9 @@ def test_deepspeeds_conversion_to_fp32_gives_the_masters(ranks, stage, tmp_path)
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_clipping_acts_on_gradients_not_on_updates(ranks, stage):
-    """Muon's update does not depend on the gradient's size, so clipping a thousandfold must not shrink it."""
+    """Muon's update does not depend on the gradient's size, so clipping a hundredfold must not shrink it."""
     run = functools.partial(ranks(2).run, "tests.distributed.rule_training:one_update", stage, "Muon")
-    clipped, free = run(1e-3)[0], run(1e6)[0]
+    clipped, free = run(1e-2)[0], run(1e6)[0]
     start = odd_model().state_dict()
     matrices = [name for name in start if "mlp" in name and "bias" not in name]
     for name in matrices:
