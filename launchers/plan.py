@@ -1,11 +1,13 @@
 """What a run will hold in memory, before it is started: parameters and bytes of each model shape, by formula.
 
 python launchers/plan.py --models 60m 350m 1b --ranks 128 256 512 --stage 2 --processes 8
+python launchers/plan.py --optimizers GaLoreAdamW Muon --processes 8
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +18,11 @@ from megalr.config import FullConfig, LowRankConfig, OptimizerConfig
 from megalr.errors import UserError
 from megalr.layers import parametrize
 from megalr.optim.groups import parameter_groups
+from megalr.optim.matrices import choose_owners, matrix_shapes, state_numel
+from megalr.partition import planned_layout
 from megalr.planner import deepspeed_bytes, human_bytes, paper_bytes
+from megalr.rules.base import Rule
+from megalr.rules.registry import RULES
 from megalr.training.models import empty_model, read_model_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -24,15 +30,18 @@ COLUMNS = ("model", "rank", "parameters", "paper's count", "weights", "gradients
 
 
 def main() -> int:
-    """Print a Markdown table, a line for each shape dense and one low-rank."""
+    """Print a Markdown table, a line for each shape dense, one low-rank, and one for each of the named optimizers."""
     arguments = _arguments()
-    print(f"stage {arguments.stage}, {arguments.processes} processes, {arguments.dtype}; bytes of the first rank\n")
+    whose = "the first rank" + (", of rules the state of the rank with the most" if arguments.optimizers else "")
+    print(f"stage {arguments.stage}, {arguments.processes} processes, {arguments.dtype}; bytes of {whose}\n")
     print(_row(COLUMNS))
     print(_row(["---"] * len(COLUMNS)))
     try:
         for name, rank in zip(arguments.models, arguments.ranks, strict=True):
             print(_row(_cells(name, None, arguments)))
             print(_row(_cells(name, rank, arguments)))
+            for optimizer in arguments.optimizers:
+                print(_row(_rule_cells(name, rank, optimizer, arguments)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -48,6 +57,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--stage", type=int, choices=range(4), default=2, help="ZeRO stage (default: 2)")
     parser.add_argument("--processes", type=int, default=1, help="data-parallel size (default: 1)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights (default: bf16)")
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        default=[],
+        choices=[name for name, kind in RULES.items() if kind is not None],
+        metavar="OPTIMIZER",
+        help=f"rules on the dense model to add, at the same r: {', '.join(n for n, kind in RULES.items() if kind)}",
+    )
     arguments = parser.parse_args()
     if len(arguments.models) != len(arguments.ranks):
         parser.error(f"{len(arguments.models)} models, but {len(arguments.ranks)} ranks: give one rank for each model")
@@ -62,6 +79,47 @@ def _cells(name: str, rank: int | None, arguments: argparse.Namespace) -> list[s
     parts = (paper_bytes(model), held.weights, held.gradients, held.masters, held.optimizer_state, held.total)
     parameters = sum(p.numel() for p in model.parameters())
     return [name, "dense" if rank is None else str(rank), f"{parameters:,}", *map(human_bytes, parts)]
+
+
+def _rule_cells(name: str, rank: int, optimizer: str, arguments: argparse.Namespace) -> list[str]:
+    """The dense model with a rule on its matrices."""
+    rule = _rule(optimizer, rank)
+    model = empty_model(read_model_config(name, Path(__file__).parent / "models"))
+    groups = parameter_groups(model, OptimizerConfig(rule=rule))
+    shapes = [{n: tuple(p.shape) for n, p in g.parameters.items()} for g in groups]
+    (index,) = (i for i, g in enumerate(groups) if g.name == "matrices")
+    layout = planned_layout(shapes, stage=arguments.stage, world_size=arguments.processes).matrices(shapes[index])
+    state = [0] * arguments.processes
+    for shape, owner in zip(matrix_shapes(layout).values(), choose_owners(rule, layout), strict=True):
+        for keeper in range(arguments.processes) if arguments.stage == 0 else [owner]:
+            state[keeper] += state_numel(rule, shape)
+    held = deepspeed_bytes(
+        [list(group.values()) for group in shapes],
+        stage=arguments.stage,
+        world_size=arguments.processes,
+        dtype=DTYPES[arguments.dtype],
+        treated=[index],
+        treated_state=max(state),
+    )
+    by_papers = paper_bytes(
+        model, treated_state=lambda r: state_numel(rule, (r.shape[0], r.shape[1])) if r.name in shapes[index] else None
+    )
+    parts = (by_papers, held.weights, held.gradients, held.masters, held.optimizer_state, held.total)
+    used = rule.rank_of(max(matrix_shapes(layout).values(), key=min))
+    parameters = sum(p.numel() for p in model.parameters())
+    return [name, f"{optimizer} {used or ''}".strip(), f"{parameters:,}", *map(human_bytes, parts)]
+
+
+def _rule(optimizer: str, rank: int) -> Rule:
+    kind = RULES[optimizer]
+    assert kind is not None
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    given: dict[str, int] = {}
+    if "rank" in fields and fields["rank"].default != 1:  # APOLLO-Mini's is 1 by definition
+        given["rank"] = rank
+    if "random_from" in fields:
+        given["random_from"] = 1
+    return kind(**given)
 
 
 def _row(cells: Sequence[str]) -> str:

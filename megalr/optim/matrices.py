@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from megalr.errors import UserError
-from megalr.partition import Exchange, Fragment, Item, Shard, Unit, buckets, place
+from megalr.partition import Exchange, Fragment, Item, Layout, Shard, Unit, buckets, imbalance, least_imbalance, place
 from megalr.partition.exchange import Field, Scattering
 from megalr.rules.base import Basis, Rule, Shape, State, tensors_of
 
-# While one round is computed, its gradients and updates, the next round's incoming and outgoing gradients, and the
-# last round's outgoing and incoming updates may exist at once.
+# While one round is computed there may be, each as large as a round: its gradients, one after the other replaced by its
+# updates; the next round's whole, incoming and outgoing gradients; the last round's incoming and outgoing updates.
 ROUNDS_IN_MEMORY = 6
 BYTES = 4  # of an element of state
 
@@ -37,6 +37,28 @@ class Matrix:
     owner: int
     phase: int
     buffer: int
+
+
+def matrix_shapes(layout: Layout) -> dict[str, Shape]:
+    """The shapes of a layout's parameters, all of them matrices."""
+    return {name: (shape[0], shape[1]) for name, shape in layout.shapes.items()}
+
+
+def state_numel(rule: Rule, shape: Shape) -> int:
+    """Elements of an m x n matrix's state, scalars left out."""
+    return sum(t.numel() for t in tensors_of(rule.init_state(shape, "meta")).values() if t.ndim)
+
+
+def choose_owners(rule: Rule, layout: Layout) -> list[int]:
+    """The owner of each matrix of a layout, in its order; a pure function of both.
+
+    By two costs, each normalised: the bytes to keep and the operations of an average update.
+    """
+    shapes = matrix_shapes(layout)
+    size = {name: rule.state_numel(shape) for name, shape in shapes.items()}
+    work = {name: rule.flops(shape) for name, shape in shapes.items()}
+    total_size, total_work = max(1, sum(size.values())), max(1.0, sum(work.values()))
+    return place([Unit((n,), size[n] / total_size + work[n] / total_work) for n in shapes], layout)
 
 
 class MatrixUpdater:
@@ -125,6 +147,7 @@ class MatrixUpdater:
             if scattering is not None:
                 scattering.wait()
             scattering = self.exchange.start_scatter(items[index], results, [apply], like=masters[0])
+            del whole, results  # not to be held through the next round
         if scattering is not None:
             scattering.wait()
 
@@ -141,8 +164,8 @@ class MatrixUpdater:
         mine = {m.name: m for m in self.matrices if self._replicated or m.owner == self._shard.rank}
         if states.keys() - mine.keys():
             raise UserError(
-                f"the checkpoint holds the state of {min(states.keys() - mine.keys())}, which this rank does not own now: "
-                "resume with the ZeRO stage, number of processes and optimizer settings that it was written with"
+                f"the checkpoint holds the state of {min(states.keys() - mine.keys())}, which this rank does not own "
+                "now: resume with the ZeRO stage, number of processes and optimizer settings that it was written with"
             )
         self.states = {}
         for name, saved in states.items():
@@ -176,16 +199,27 @@ class MatrixUpdater:
             for m in self.matrices
         ]
 
+    def state_numel(self) -> int:
+        """Elements of the state that this rank keeps from the first update on, scalars left out."""
+        mine = [m for m in self.matrices if self._replicated or m.owner == self._shard.rank]
+        return sum(state_numel(self.rule, m.shape) for m in mine)
+
+    def balance(self) -> tuple[float, float] | None:
+        """Bytes of state on the largest rank over the mean, and a bound that no choice of owners could beat.
+
+        None where every rank keeps the same.
+        """
+        if self._replicated or self._layout.world_size == 1:
+            return None
+        units = [Unit((m.name,), self.rule.state_numel(m.shape)) for m in self.matrices]
+        return imbalance(units, [m.owner for m in self.matrices], self._layout), least_imbalance(units, self._layout)
+
     def _owned(self) -> list[Matrix]:
-        """Owners by cost, each of the two normalised: the bytes to keep and the operations of an average update."""
-        names, shapes = list(self._layout.shapes), [(s[0], s[1]) for s in self._layout.shapes.values()]
-        size, work = [self.rule.state_numel(s) for s in shapes], [self.rule.flops(s) for s in shapes]
-        total_size, total_work = max(1, sum(size)), max(1.0, sum(work))
-        units = [Unit((name,), s / total_size + w / total_work) for name, s, w in zip(names, size, work, strict=True)]
-        owners = place(units, self._layout)
+        shapes = matrix_shapes(self._layout)
+        owners = choose_owners(self.rule, self._layout)
         return [
-            Matrix(name, shape, owner, self.rule.phase(index, len(names)), self._layout.of(name)[0].buffer)
-            for index, (name, shape, owner) in enumerate(zip(names, shapes, owners, strict=True))
+            Matrix(name, shape, owner, self.rule.phase(index, len(shapes)), self._layout.of(name)[0].buffer)
+            for index, ((name, shape), owner) in enumerate(zip(shapes.items(), owners, strict=True))
         ]
 
     def _plan(self, which: tuple[int, ...]) -> tuple[list[list[Matrix]], list[Matrix]]:

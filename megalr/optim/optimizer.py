@@ -15,6 +15,7 @@ from megalr.optim.groups import ParameterGroup, parameter_groups
 from megalr.optim.matrices import MatrixUpdater
 from megalr.optim.refactorization import OwnedPairs, refactorize_pairs, zero_
 from megalr.partition import Exchange, Item, Shard, Unit, buckets, read_shard
+from megalr.partition.exchange import COPIES
 from megalr.rules.adamw import adamw_
 from megalr.rules.base import State
 
@@ -149,7 +150,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
     def routing_table(self) -> str:
         """One line a parameter or matrix: shape, group, rule, its rank, learning rate, owner, bytes of state.
 
-        The owner is the rank that runs the rule or refactorizes the factor; what is element-wise has none.
+        The owner is the rank that runs the rule or refactorizes the factor; what is element-wise has none. A last line
+        says how evenly the rule's state is spread over the ranks.
         """
         shard = self.prepare()
         owner = {
@@ -169,12 +171,32 @@ class MegalrOptimizer(torch.optim.Optimizer):
                     size = f"{2 * 4 * shard.layout.numel(name):,}"
                     rows.append((name, shape, group["name"], "adamw", "-", lr, str(owner.get(name, "-")), size))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if self._matrices is not None and (balance := self._matrices.balance()) is not None:
+            found, least = balance
+            lines.append(
+                f"state bytes of {self._matrices.rule.name} by rank: "
+                f"largest {found:.2f} x the mean; these shapes and cuts allow {least:.2f}"
+            )
+        return "\n".join(lines)
 
     @property
     def matrix_states(self) -> dict[str, State]:
         """The rule's states of the matrices that this rank updates, by name; not copies."""
         return {} if self._matrices is None else self._matrices.states
+
+    @property
+    def matrix_state_numel(self) -> int:
+        """Elements of what :attr:`matrix_states` holds from the first update on, scalars left out."""
+        self.prepare()
+        return 0 if self._matrices is None else self._matrices.state_numel()
+
+    @property
+    def matrix_parameters(self) -> list[nn.Parameter]:
+        """The model's parameters that the rule updates."""
+        if self.config.optimizer.rule is None:
+            return []
+        return [p for group in self._groups if group.name == "matrices" for p in group.parameters.values()]
 
     @property
     def rule_calls(self) -> int:
@@ -193,7 +215,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         shard = self.prepare()
         units = [Unit((name,), 0.0) for name in shard.layout.shapes]
         owners = [owner] * len(units)
-        limit = max(1, self.config.exchange_bucket_bytes // shard.buffers[0].element_size())
+        limit = max(1, self.config.exchange_bucket_bytes // (COPIES * shard.buffers[0].element_size()))
         whole: dict[str, Tensor] = {}
         for bucket in buckets(units, owners, shard.layout, limit):
             items = [Item(units[i].names[0], owner) for i in bucket]

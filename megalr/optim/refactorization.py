@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalr.ops import refactorize, transport_moments
 from megalr.partition import Exchange, Item, Layout, Unit, buckets, place
-from megalr.partition.exchange import Field
+from megalr.partition.exchange import COPIES, Field
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +51,14 @@ def refactorize_pairs(
         masters: this rank's flat buffers.
         moments: first and second moments in the masters' layout, to be carried into the new factors; None leaves
             them alone.
-        bucket_bytes: upper bound of what one owner holds of gathered factors at a time.
+        bucket_bytes: upper bound of what gathering and scattering hold at a time, unless one pair alone takes more.
 
     Returns:
         Names of the layers owned here that were left as they are, because a factor was not finite or the product was
         of lower rank than its factors.
     """
     fields: list[Field] = [masters, *moments] if moments else [masters]
-    limit = max(1, bucket_bytes // (masters[0].element_size() * len(fields)))
+    limit = max(1, bucket_bytes // (COPIES * masters[0].element_size() * len(fields)))
     untouched: list[str] = []
     for bucket in buckets(pairs.units, pairs.owners, exchange.layout, limit):
         items = [Item(name, pairs.owners[i]) for i in bucket for name in pairs.units[i].names]
@@ -67,6 +67,7 @@ def refactorize_pairs(
             if pairs.owners[i] == exchange.rank and not _refactorize_one(pairs.units[i], whole):
                 untouched.append(pairs.units[i].names[0].removesuffix(".B"))
         exchange.scatter(items, whole, fields)
+        del whole  # not to be held through the next gather
     if untouched:
         logger.warning("refactorization left %s as they are: not finite, or of lower rank than r", ", ".join(untouched))
     return untouched

@@ -4,8 +4,21 @@ Nothing here knows any rule.
 """
 
 from megalr.partition.exchange import Exchange, Item, buckets
-from megalr.partition.fragments import Shard, read_shard
+from megalr.partition.fragments import Shard, planned_layout, read_shard
 from megalr.partition.layout import Fragment, Layout
-from megalr.partition.placement import Unit, place
+from megalr.partition.placement import Unit, imbalance, least_imbalance, place
 
-__all__ = ["Exchange", "Fragment", "Item", "Layout", "Shard", "Unit", "buckets", "place", "read_shard"]
+__all__ = [
+    "Exchange",
+    "Fragment",
+    "Item",
+    "Layout",
+    "Shard",
+    "Unit",
+    "buckets",
+    "imbalance",
+    "least_imbalance",
+    "place",
+    "planned_layout",
+    "read_shard",
+]

@@ -19,6 +19,8 @@ from torch import Tensor
 from megalr.partition.layout import Fragment, Layout
 from megalr.partition.placement import Unit
 
+# What a gather or a scatter holds at once: whole tensors at their owners, what is being sent, what is being received.
+COPIES = 3
 # One tensor a flat buffer: masters, or first moments, or ... of this rank.
 Field = Sequence[Tensor]
 
@@ -35,6 +37,8 @@ class Item:
 Write = Callable[[Fragment, Tensor], None]
 _Read = Callable[[int, Fragment], Tensor]
 _Put = Callable[[int, Fragment, Tensor], None]
+# Waits for messages and writes them; holds them as long as it lives.
+_Arrive = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -59,24 +63,26 @@ class _Plan:
 class Gathering:
     """A gather under way."""
 
-    def __init__(self, whole: dict[str, list[Tensor]], layout: Layout, arrive: Callable[[], None]) -> None:
+    def __init__(self, whole: dict[str, list[Tensor]], layout: Layout, arrive: _Arrive) -> None:
         self._whole, self._shapes, self._arrive = whole, layout.shapes, arrive
 
     def wait(self) -> dict[str, list[Tensor]]:
-        """What :meth:`Exchange.gather` returns."""
+        """What :meth:`Exchange.gather` returns, once; nothing of it is held here any longer."""
         self._arrive()
-        return {name: [t.view(self._shapes[name]) for t in tensors] for name, tensors in self._whole.items()}
+        whole, self._whole, self._arrive = self._whole, {}, _nothing
+        return {name: [t.view(self._shapes[name]) for t in tensors] for name, tensors in whole.items()}
 
 
 class Scattering:
     """A scatter under way."""
 
-    def __init__(self, arrive: Callable[[], None]) -> None:
+    def __init__(self, arrive: _Arrive) -> None:
         self._arrive = arrive
 
     def wait(self) -> None:
-        """Write what has come."""
+        """Write what has come, and let go of it."""
         self._arrive()
+        self._arrive = _nothing
 
 
 class Exchange:
@@ -202,7 +208,7 @@ class Exchange:
         dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self._group)
         return bool(vote.item())
 
-    def _start(self, plan: _Plan, count: int, read: _Read, write: _Put, like: Tensor) -> Callable[[], None]:
+    def _start(self, plan: _Plan, count: int, read: _Read, write: _Put, like: Tensor) -> _Arrive:
         """Copy what is local, send the rest in one all-to-all, for each of ``count`` fields.
 
         Returns what waits for the messages and writes them.
@@ -211,7 +217,7 @@ class Exchange:
             for k in range(count):
                 write(k, fragment, read(k, fragment))
         if not plan.travelling:
-            return lambda: None
+            return _nothing
         device = self._device or like.device
         pieces = [read(k, fragment).to(device) for fragment in plan.outgoing for k in range(count)]
         send = torch.cat(pieces) if pieces else torch.empty(0, dtype=like.dtype, device=device)
@@ -284,6 +290,10 @@ def buckets(units: Sequence[Unit], owners: Sequence[int], layout: Layout, limit:
             if not queue:
                 del waiting[owner]
         yield sorted(current)
+
+
+def _nothing() -> None:
+    """What arrives where nothing travels."""
 
 
 def _flat(field: Field, fragment: Fragment) -> Tensor:

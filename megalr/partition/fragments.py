@@ -15,6 +15,7 @@ Only the layout of this rank's group is needed to know every rank's, so nothing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 
 from megalr.errors import UserError
 from megalr.partition.layout import Fragment, Layout
+
+PADDING = 2  # stages 1 and 2 pad each flat group to a multiple of this many elements per rank
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,50 @@ def read_shard(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[s
     return _read_whole(named_groups, param_groups)
 
 
+def planned_layout(groups: Sequence[Mapping[str, tuple[int, ...]]], *, stage: int, world_size: int) -> Layout:
+    """The layout that DeepSpeed makes of parameters with its default options, from their shapes alone.
+
+    Args:
+        groups: the shapes of the trainable parameters of each of the optimizer's groups, by name, in order.
+        stage: ZeRO stage, 0 to 3; at stage 3 each group is one sub-group.
+        world_size: ranks in the data-parallel group.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    fragments: list[Fragment] = []
+    for buffer, group in enumerate(groups):
+        part = math.ceil(sum(map(math.prod, group.values())) / (PADDING * world_size)) * PADDING
+        position = 0
+        for name, shape in group.items():
+            numel = math.prod(shape)
+            if stage == 0:
+                fragments += [Fragment(name, 0, numel, rank, len(shapes), 0) for rank in range(world_size)]
+            elif stage == 3:
+                chunk = math.ceil(numel / world_size)
+                fragments += _chunks(name, numel, chunk, buffer, position)
+                position += chunk
+            else:
+                fragments += _parts(name, position, numel, part, buffer)
+                position += numel
+            shapes[name] = tuple(shape)
+    return Layout(world_size, shapes, fragments)
+
+
+def _chunks(name: str, numel: int, chunk: int, buffer: int, offset: int) -> list[Fragment]:
+    """A parameter cut into chunks, rank by rank, each at the same place of its rank's buffer."""
+    starts = enumerate(range(0, numel, max(1, chunk)))
+    return [Fragment(name, start, min(chunk, numel - start), rank, buffer, offset) for rank, start in starts]
+
+
+def _parts(name: str, begin: int, numel: int, part: int, buffer: int) -> list[Fragment]:
+    """A parameter that begins somewhere in a flat tensor, of which each rank has a part."""
+    end = begin + numel
+    fragments = []
+    for rank in range(begin // part, math.ceil(end / part)):
+        lower, upper = max(begin, rank * part), min(end, (rank + 1) * part)
+        fragments.append(Fragment(name, lower - begin, upper - lower, rank, buffer, lower - rank * part))
+    return fragments
+
+
 def _read_stage_3(named_groups: Sequence[NamedGroup], first: Any) -> Shard:
     zero = first._z3_optimizer
     names = {id(p): name for group in named_groups for name, p in group.items()}
@@ -91,13 +138,11 @@ def _read_stage_3(named_groups: Sequence[NamedGroup], first: Any) -> Shard:
             name = names[id(parameter)]
             shapes[name] = tuple(parameter.ds_shape)
             chunk = parameter.partition_numel()
-            for holder in range(world_size):
-                length = max(0, min(chunk, parameter.ds_numel - holder * chunk))
-                if length > 0:
-                    fragments.append(Fragment(name, holder * chunk, length, holder, buffer, offset))
-                if holder == rank:
-                    # The padding is uninitialised memory, perhaps NaN: nothing reads it today, and nothing ever should.
-                    buffers[buffer].data[offset + length : offset + chunk].zero_()
+            cut = _chunks(name, parameter.ds_numel, chunk, buffer, offset)
+            fragments += cut
+            # The padding is uninitialised memory, perhaps NaN: nothing reads it today, and nothing ever should.
+            length = sum(f.length for f in cut if f.rank == rank)
+            buffers[buffer].data[offset + length : offset + chunk].zero_()
             offset += chunk
 
     weights = zero.fp16_partitioned_groups_flat
@@ -131,11 +176,8 @@ def _read_flat_groups(named_groups: Sequence[NamedGroup], param_groups: Sequence
             if not parameter.requires_grad:
                 continue
             shapes[name] = tuple(parameter.shape)
-            begin = parameter.data.storage_offset()
-            end = begin + parameter.numel()
-            for holder in range(begin // part, -(-end // part)):
-                lower, upper = max(begin, holder * part), min(end, (holder + 1) * part)
-                fragments.append(Fragment(name, lower - begin, upper - lower, holder, buffer, lower - holder * part))
+            begin = int(parameter.data.storage_offset())
+            fragments += _parts(name, begin, parameter.numel(), part, buffer)
     layout = Layout(world_size, shapes, fragments)
     parameters = {name: p for named in named_groups for name, p in named.items()}
     here = [[f for f in fragments if f.rank == rank and f.buffer == buffer] for buffer in range(len(masters))]

@@ -45,6 +45,37 @@ def place(units: Sequence[Unit], layout: Layout) -> list[int]:
     return [owner for owner in owners if owner is not None]
 
 
+def imbalance(units: Sequence[Unit], owners: Sequence[int], layout: Layout) -> float:
+    """The largest rank's cost over the mean."""
+    load = [0.0] * layout.world_size
+    for unit, owner in zip(units, owners, strict=True):
+        load[owner] += unit.cost
+    return max(load) * layout.world_size / sum(load) if any(load) else 1.0
+
+
+def least_imbalance(units: Sequence[Unit], layout: Layout) -> float:
+    """A bound that :func:`imbalance` cannot fall below while units stay where they lie whole."""
+    world_size = layout.world_size
+    fixed, free = [0.0] * world_size, []
+    for unit in units:
+        homes = _homes(unit, layout)
+        if len(homes) == 1:
+            fixed[homes[0]] += unit.cost
+        else:
+            free.append(unit.cost)
+    mean = (sum(fixed) + sum(free)) / world_size
+    everything = _least_pile([unit.cost for unit in units], world_size)
+    least = max(mean, *fixed, min(fixed) + _least_pile(free, world_size), everything)
+    return least / mean if mean else 1.0
+
+
+def _least_pile(costs: Sequence[float], world_size: int) -> float:
+    """What some rank gets at least: k + 1 of the k P + 1 largest, at best the smallest of them."""
+    costs = sorted(costs, reverse=True)
+    last = enumerate(range(0, len(costs), world_size))
+    return max((sum(costs[end - k : end + 1]) for k, end in last), default=0.0)
+
+
 def _homes(unit: Unit, layout: Layout) -> list[int]:
     """The ranks that hold all of a unit's parameters."""
     return [rank for rank in range(layout.world_size) if all(layout.is_whole_on(name, rank) for name in unit.names)]

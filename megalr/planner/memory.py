@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from megalr.layers import factor_pairs
+from megalr.partition.fragments import PADDING
 
 Shape = Sequence[int]
 Storages = set[tuple[torch.device, int]]
 
 ADAM_STATE_FLOATS = 2  # first and second moment
-PADDING = 2  # stages 1 and 2 pad each flat group to a multiple of this many elements per rank
 PERSISTENCE_THRESHOLD = 100_000  # DeepSpeed's default of stage3_param_persistence_threshold
 
 # Where DeepSpeed's wrappers keep things: the model's parameters by group, the fp32 masters, the gradients.
@@ -122,6 +122,8 @@ def deepspeed_bytes(
     dtype: torch.dtype = torch.float32,
     gradient_dtype: torch.dtype | None = None,
     persistence_threshold: int = PERSISTENCE_THRESHOLD,
+    treated: Collection[int] = (),
+    treated_state: int = 0,
 ) -> RankBytes:
     """Bytes that one rank holds under DeepSpeed 0.19.8 with AdamW and no offload, padding included.
 
@@ -133,8 +135,8 @@ def deepspeed_bytes(
       this rank's part of each group. Stage 3: this rank's parts. From stage 1 on an fp32 model is copied
       too. (At stage 3 DeepSpeed means to spare it that, but compares a ``torch.device`` with a string, so
       never does.)
-    - optimizer_state: two fp32 moments for each element that is stepped, from the first step on. Scalars,
-      such as step counts, are left out.
+    - optimizer_state: two fp32 moments for each element that is stepped, from the first step on; for groups with a
+      rule of their own its state instead. Scalars, such as step counts, are left out.
     - gradients: what is kept from one micro-batch of a step to the next. Stage 0: all. Stage 1: all, since
       each rank accumulates its own, and they are averaged once, in the last backward. Stage 2: the averaged
       gradients of the parameters of which this rank holds any part, each of them whole. Stage 3: this rank's
@@ -155,6 +157,8 @@ def deepspeed_bytes(
         dtype: the model's, fp32 or bf16.
         gradient_dtype: ``data_types.grad_accum_dtype`` of the DeepSpeed JSON; None stands for the model's.
         persistence_threshold: ``stage3_param_persistence_threshold`` of the DeepSpeed JSON.
+        treated: indices of the groups that a rule of their own updates, and that so have none of Adam's moments.
+        treated_state: elements of state, scalars left out, that this rank keeps for them: it depends on who owns what.
 
     Raises:
         ValueError: an unknown stage, a rank outside the world, or a gradient dtype that DeepSpeed refuses.
@@ -167,12 +171,12 @@ def deepspeed_bytes(
         case 0:
             if gradient_dtype != dtype:
                 raise ValueError(f"stage 0 keeps gradients in the model's {dtype}, not in {gradient_dtype}")
-            held = stepped = sum(map(sum, numels))
+            parts = [sum(group) for group in numels]
+            held = sum(parts)
             gradients = held * dtype.itemsize
         case 1 | 2:
             parts = [math.ceil(sum(group) / (PADDING * world_size)) * PADDING for group in numels]
-            stepped = sum(parts)
-            held = stepped * world_size
+            held = sum(parts) * world_size
             mixed = gradient_dtype != dtype
             if stage == 1:
                 gradients = sum(map(sum, numels)) * dtype.itemsize + mixed * held * gradient_dtype.itemsize
@@ -182,16 +186,17 @@ def deepspeed_bytes(
                     kept = [part if here else 0 for part, here in zip(parts, kept, strict=True)]
                 gradients = sum(kept) * gradient_dtype.itemsize
         case 3:
-            stepped = sum(math.ceil(n / world_size) for group in numels for n in group)
-            held = stepped + _gathered(numels, world_size, persistence_threshold)
-            gradients = stepped * gradient_dtype.itemsize
+            parts = [sum(math.ceil(n / world_size) for n in group) for group in numels]
+            held = sum(parts) + _gathered(numels, world_size, persistence_threshold)
+            gradients = sum(parts) * gradient_dtype.itemsize
         case _:
             raise ValueError(f"stage is {stage}; ZeRO has the stages 0, 1, 2 and 3")
+    plain = sum(part for index, part in enumerate(parts) if index not in treated)
     return RankBytes(
         weights=held * dtype.itemsize,
         gradients=gradients,
-        masters=0 if stage == 0 and dtype == torch.float32 else 4 * stepped,
-        optimizer_state=4 * ADAM_STATE_FLOATS * stepped,
+        masters=0 if stage == 0 and dtype == torch.float32 else 4 * sum(parts),
+        optimizer_state=4 * (ADAM_STATE_FLOATS * plain + treated_state),
     )
 
 
@@ -202,14 +207,19 @@ def expected_bytes(engine: Any) -> RankBytes:
     for name in MODEL_GROUPS:
         groups = getattr(optimizer, name, groups)
     dtype, gradient_dtype = engine.get_data_types()
+    own = {id(parameter) for parameter in getattr(engine.basic_optimizer, "matrix_parameters", ())}
+    groups = [[parameter for parameter in group if parameter.requires_grad] for group in groups]
     return deepspeed_bytes(
-        [[_logical_shape(parameter) for parameter in group if parameter.requires_grad] for group in groups],
+        [[_logical_shape(parameter) for parameter in group] for group in groups],
         stage=engine.zero_optimization_stage(),
         world_size=torch.distributed.get_world_size(engine.seq_data_parallel_group),
         rank=torch.distributed.get_rank(engine.seq_data_parallel_group),
         dtype=dtype,
         gradient_dtype=gradient_dtype,
         persistence_threshold=engine.zero_param_persistence_threshold(),
+        # No flat buffer holds both matrices of a rule and other parameters.
+        treated=[index for index, group in enumerate(groups) if own.issuperset(map(id, group))],
+        treated_state=engine.basic_optimizer.matrix_state_numel if own else 0,
     )
 
 
@@ -226,6 +236,7 @@ def measured_bytes(engine: Any) -> RankBytes:
     weights = _storage_bytes([[p, getattr(p, "ds_tensor", None)] for p in parameters], seen)
     masters = _storage_bytes([getattr(optimizer, name, None) for name in MASTERS], seen)
     state = _storage_bytes(list(engine.basic_optimizer.state.values()), seen)
+    state += _storage_bytes(getattr(engine.basic_optimizer, "matrix_states", {}), seen)
     gradients = _storage_bytes([[p.grad, getattr(p, "grad_accum", None)] for p in parameters], seen)
     gradients += _storage_bytes([getattr(optimizer, name, None) for name in GRADIENTS], seen)
     return RankBytes(weights=weights, gradients=gradients, masters=masters, optimizer_state=state)

@@ -1,5 +1,7 @@
 """The shipped model shapes have the published sizes, dense and factorised."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megalr.config import LowRankConfig
 from megalr.layers import parametrize
 from megalr.planner import paper_bytes, records
+from megalr.rules.registry import RULES
 
 MODELS = Path(__file__).parents[2] / "launchers" / "models"
 
@@ -87,6 +90,40 @@ def test_published_parameter_counts_and_memory(size):
     assert sum(record.numel for record in low_rank) / 1e6 == matches(million_low_rank)
     counted = paper_bytes(dense), paper_bytes(dense, treated_state=galore), paper_bytes(low_rank)
     assert [bytes_ / 1e9 for bytes_ in counted] == [matches(published) for published in gigabytes]
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("optimizer", ["GaLoreAdamW", "FiraAdamW", "APOLLO"])
+def test_published_memory_of_projected_rules(optimizer, size):
+    """With the rules' own count of their state; a scalar of a matrix is nothing in these digits."""
+    rule = RULES[optimizer](rank=SIZES[size][1])
+
+    def treated(record):
+        return rule.state_numel(record.shape) if "attn" in record.name or "mlp" in record.name else None
+
+    assert paper_bytes(records(build(size)), treated_state=treated) / 1e9 == matches(PUBLISHED[size][3])
+
+
+def test_plan_has_a_row_for_each_rule():
+    """130M at stage 3 over 8 ranks: 0.611 GB of GaLore, as published; state of the largest rank."""
+    command = [sys.executable, str(MODELS.parent / "plan.py"), "--models", "130m", "--ranks", "256", "--stage", "3"]
+    command += ["--processes", "8", "--optimizers", "GaLoreAdamW", "Muon"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[1] for row in cells[2:]] == ["dense", "256", "GaLoreAdamW 256", "Muon"]
+    galore, muon = cells[4], cells[5]
+    assert galore[3] == "611 MB"
+    # Adam's 8 bytes for embedding and head; matrices of 768 x 768 and 768 x 2048 have m r + 2 n r floats, or m n.
+    matrices = 12 * (4 * 768**2 + 3 * 768 * 2048)
+    adam = 8 * (134_105_856 - matrices) / 8
+    galore_state = 4 * 12 * (4 * 3 * 768 * 256 + 3 * (768 + 2 * 2048) * 256) / 8
+    assert megabytes(galore[7]) == pytest.approx((adam + galore_state) / 1e6, rel=0.02)
+    assert megabytes(muon[7]) == pytest.approx((adam + 4 * matrices / 8) / 1e6, rel=0.03)
+
+
+def megabytes(cell):
+    number, unit = cell.split()
+    return float(number) * {"MB": 1, "GB": 1000}[unit]
 
 
 def test_paper_bytes_takes_a_model_or_its_records():
