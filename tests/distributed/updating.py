@@ -132,8 +132,7 @@ def events(stage: int, bucket_bytes: int) -> tuple[list[Any], list[Any], int]:
     """What happened in one update, in order.
 
     Returns:
-        "rule" or "start" (of communication); sizes to and from each rank of each message; matrices whole and owned
-        here.
+        "rule" or "start" (of communication); sizes to and from each rank of each message; whole matrices owned.
     """
     shard, gradients = shard_of(SEVEN, stage)
     rule = Recorded()
