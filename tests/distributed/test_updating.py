@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from tests.distributed.updating import EVEN, PAIR, SEVEN, largest_matrix
@@ -82,10 +84,15 @@ def of_one_matrix(optimizer: str, m: int, n: int, r: int = 16) -> int:
             return m * r + 2 * n * r
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("stage", [2, 3])
+RULES = ("GaLoreAdamW", "FiraAdamW", "APOLLO", "APOLLOMini", "LDAdamW", "OnlineSubspaceDescent", "Muon")
+
+
 @pytest.mark.parametrize(
-    "optimizer", ["GaLoreAdamW", "FiraAdamW", "APOLLO", "APOLLOMini", "LDAdamW", "OnlineSubspaceDescent", "Muon"]
+    ("optimizer", "stage", "world"),
+    [
+        pytest.param(*case, marks=() if case[2] == 4 and case[1] == 2 + RULES.index(case[0]) % 2 else pytest.mark.slow)
+        for case in itertools.product(RULES, (2, 3), (1, 2, 4))
+    ],
 )
 def test_state_by_rank(ranks, optimizer, stage, world):
     """Four layers of 4 matrices of 64 x 64 and 3 of 64 x 172."""
