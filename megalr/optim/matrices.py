@@ -131,10 +131,11 @@ class MatrixUpdater:
         cut, local = self._plan(tuple(which))
         items = [[Item(m.name, m.owner) for m in part] for part in cut]
         gathering = self.exchange.start_gather(items[0], [gradients]) if cut else None
-        for matrix, basis in zip(local, self._bases(local, gradients, updates), strict=True):
+        for matrix, sent in zip(local, self._bases(local, gradients, updates), strict=True):
             (fragment,) = self._layout.on(matrix.name, self._shard.rank)
-            update = self._run(matrix, self._view(gradients, fragment, matrix.shape), basis, updates)
-            apply(fragment, update.reshape(-1))
+            grad, weight = (self._view(field, fragment, matrix.shape) for field in (gradients, masters))
+            basis = self._begin(matrix, grad, sent, updates)
+            self.rule.apply(weight, grad, self._state(matrix), basis, lr=lr)
         scattering: Scattering | None = None
         for index, part in enumerate(cut):
             assert gathering is not None
@@ -142,7 +143,7 @@ class MatrixUpdater:
             if index + 1 < len(cut):
                 gathering = self.exchange.start_gather(items[index + 1], [gradients])
             results = {
-                m.name: [self._run(m, whole.pop(m.name)[0], None, updates)] for m in part if m.owner == self._shard.rank
+                m.name: [self._run(m, whole.pop(m.name)[0], updates)] for m in part if m.owner == self._shard.rank
             }
             if scattering is not None:
                 scattering.wait()
@@ -255,11 +256,16 @@ class MatrixUpdater:
                 self.exchange.share(basis[key], local[i].owner)
         return bases
 
-    def _run(self, matrix: Matrix, grad: Tensor, basis: Basis | None, updates: int) -> Tensor:
-        if basis is None and self._refresh_due(matrix, updates):
-            basis = self._new_basis(matrix, grad, updates)
-        self.calls += 1
+    def _run(self, matrix: Matrix, grad: Tensor, updates: int) -> Tensor:
+        basis = self._begin(matrix, grad, None, updates)
         return self.rule.update(grad, self._state(matrix), basis)
+
+    def _begin(self, matrix: Matrix, grad: Tensor, sent: Basis | None, updates: int) -> Basis | None:
+        """Count a call of the rule; compute the basis where one is due and none was sent."""
+        self.calls += 1
+        if sent is None and self._refresh_due(matrix, updates):
+            return self._new_basis(matrix, grad, updates)
+        return sent
 
     def _refresh_due(self, matrix: Matrix, updates: int) -> bool:
         return self.rule.refresh_due(self._state(matrix), updates, matrix.phase)

@@ -49,6 +49,16 @@ class Rule(ABC):
             (m, n), fp32: what the learning rate multiplies.
         """
 
+    def apply(self, weight: Tensor, grad: Tensor, state: State, basis: Basis | None, *, lr: float) -> None:
+        """W -= lr · :meth:`update`, in place, for a rule that can do it without forming the update.
+
+        Args:
+            weight: W, (m, n), fp32.
+            grad, state, basis: as for :meth:`update`.
+            lr: learning rate.
+        """
+        weight.add_(self.update(grad, state, basis), alpha=-lr)
+
     @abstractmethod
     def state_numel(self, shape: Shape) -> int:
         """Elements of all tensors of an m x n matrix's state."""

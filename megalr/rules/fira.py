@@ -12,7 +12,7 @@ from megalr.errors import UserError
 from megalr.rules.adam import adam_direction
 from megalr.rules.base import Basis, Shape, State
 from megalr.rules.galore import GaLore
-from megalr.rules.projected import limit_growth, project, project_back
+from megalr.rules.projected import factors_back, limit_growth, project
 
 GROWTH_LIMIT = 1.01  # γ of the norm-growth limiter
 
@@ -44,10 +44,19 @@ class Fira(GaLore):
         return super().flops(shape) + 2.0 * shape[0] * shape[1] * self.rank_of(shape)
 
     def update(self, grad: Tensor, state: State, basis: Basis | None) -> Tensor:
+        rest, direction = self._parts(grad, state, basis)
+        return rest.addmm_(*factors_back(direction, state))
+
+    def apply(self, weight: Tensor, grad: Tensor, state: State, basis: Basis | None, *, lr: float) -> None:
+        rest, direction = self._parts(grad, state, basis)
+        weight.add_(rest, alpha=-lr).addmm_(*factors_back(direction, state), alpha=-lr)
+
+    def _parts(self, grad: Tensor, state: State, basis: Basis | None) -> tuple[Tensor, Tensor]:
+        """S, (m, n), and α N, of R's shape."""
         self.adopt(state, basis)
         low = project(grad, state)
         direction = adam_direction(low, state, self.betas, self.eps)
         axis = 0 if "left" in state else 1
         ratio = direction.norm(dim=axis, keepdim=True) / (low.norm(dim=axis, keepdim=True) + 1e-8)  # φ
-        rest = (grad - project_back(low.mul_(self.scale), state)).mul_(ratio)
-        return limit_growth(rest, state, GROWTH_LIMIT).add_(project_back(direction.mul_(self.scale), state))
+        rest = torch.addmm(grad, *factors_back(low, state), alpha=-self.scale).mul_(ratio)
+        return limit_growth(rest, state, GROWTH_LIMIT), direction.mul_(self.scale)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megalr.rules.adam import adam_direction
 from megalr.rules.base import Basis, State
-from megalr.rules.projected import ProjectedRule, project, project_back, require_positive
+from megalr.rules.projected import ProjectedRule, factors_back, project, project_back, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,15 @@ class GaLore(ProjectedRule):
         require_positive(scale=self.scale)
 
     def update(self, grad: Tensor, state: State, basis: Basis | None) -> Tensor:
+        return project_back(self._low_update(grad, state, basis), state)
+
+    def apply(self, weight: Tensor, grad: Tensor, state: State, basis: Basis | None, *, lr: float) -> None:
+        # The product goes straight into W: no m x n temporary, and one pass over W instead of three.
+        left, right = factors_back(self._low_update(grad, state, basis), state)
+        weight.addmm_(left, right, alpha=-lr)
+
+    def _low_update(self, grad: Tensor, state: State, basis: Basis | None) -> Tensor:
+        """α N: (r, n), (m, r) or (r, r)."""
         self.adopt(state, basis)
-        low = project(grad, state)  # (r, n), (m, r) or (r, r)
-        direction = adam_direction(low, state, self.betas, self.eps)
-        return project_back(direction.mul_(self.scale), state)
+        low = project(grad, state)
+        return adam_direction(low, state, self.betas, self.eps).mul_(self.scale)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megalr.errors import UserError
 from megalr.rules.adam import adam_direction
-from megalr.rules.base import Basis, Shape, State, count, tensor
+from megalr.rules.base import Basis, Rule, Shape, State, count, tensor
 from megalr.rules.bases import Projector
 from megalr.rules.galore import GaLore
 from megalr.rules.projected import project, project_back
@@ -67,6 +67,9 @@ class OnlineSubspaceDescent(GaLore):
         if basis is None:
             self._move_basis(grad, low, state)
         return update
+
+    def apply(self, weight: Tensor, grad: Tensor, state: State, basis: Basis | None, *, lr: float) -> None:
+        Rule.apply(self, weight, grad, state, basis, lr=lr)  # the basis moves behind the update
 
     def _move_basis(self, grad: Tensor, low: Tensor, state: State) -> None:
         """AdamW on P with the gradient 2 (D (Ĝᵀ P) + Ĝ (Dᵀ P)), D = P Pᵀ Ĝ - Ĝ; everything transposed on the right."""

@@ -142,11 +142,15 @@ def project(grad: Tensor, state: State) -> Tensor:
 
 def project_back(low: Tensor, state: State) -> Tensor:
     """P R, R Qᵀ or P R Qᵀ: (m, n)."""
-    if "left" in state:
-        low = tensor(state, "left") @ low
-    if "right" in state:
-        low = low @ tensor(state, "right").T
-    return low
+    left, right = factors_back(low, state)
+    return left @ right
+
+
+def factors_back(low: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    """Two matrices whose product is :func:`project_back`'s."""
+    if "right" not in state:
+        return tensor(state, "left"), low
+    return tensor(state, "left") @ low if "left" in state else low, tensor(state, "right").T
 
 
 def limit_growth(update: Tensor, state: State, limit: float) -> Tensor:

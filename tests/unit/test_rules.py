@@ -244,3 +244,21 @@ def test_zero_gradients_leave_a_basis_of_subspace_iteration(type_name):
     basis = state["left"].clone()
     run_from(rule, state, [torch.zeros(12, 20)] * 3, start=3)
     assert torch.equal(state["left"], basis)
+
+
+@pytest.mark.parametrize(("type_name", "rule"), rules())
+def test_applying_equals_subtracting_the_update(type_name, rule):
+    """Some rules never form the update; weights and states end the same."""
+    for shape in SHAPES:
+        subtracted, applied = torch.zeros(shape), torch.zeros(shape)
+        states = rule.init_state(shape), rule.init_state(shape)
+        for updates, grad in enumerate(drifting_gradients(shape, 8)):
+            bases = [
+                rule.new_basis(grad, state, updates=updates, seed=SEED, name=NAME)
+                if rule.refresh_due(state, updates, 0)
+                else None
+                for state in states
+            ]
+            subtracted -= 0.01 * rule.update(grad, states[0], bases[0])
+            rule.apply(applied, grad, states[1], bases[1], lr=0.01)
+        torch.testing.assert_close(applied, subtracted, rtol=1e-5, atol=1e-7)
