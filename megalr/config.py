@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -281,7 +282,9 @@ def _optimizer(section: Any) -> OptimizerConfig:
         raise UserError(f'"optimizer" must be an object with a "type", one of: {", ".join(RULES)}')
     _check_keys(section, {"type": None, "params": None}, "optimizer")
     rules = {_plain(name): rule for name, rule in RULES.items()}
-    if _plain(str(section["type"])) not in rules:
+    if not isinstance(section["type"], str):
+        raise UserError(f"optimizer.type is {json.dumps(section['type'])}; write one of: {', '.join(RULES)}")
+    if _plain(section["type"]) not in rules:
         raise UserError(f"optimizer.type is {section['type']!r}{_nearest(str(section['type']), RULES)}")
     rule = rules[_plain(str(section["type"]))]
     params = section.get("params", {})
@@ -345,6 +348,7 @@ def _check_keys(section: Json, known: Mapping[str, Any], where: str) -> None:
 
 def _nearest(word: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = close or [name for name in known if word and name.lower().startswith(word.lower())]
     hint = f'; did you mean "{close[0]}"?' if close else ";"
     return f"{hint} valid: {', '.join(known)}"
 
@@ -372,8 +376,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         items = typing.get_args(hint)
         if isinstance(value, list | tuple) and (items[-1] is Ellipsis or len(items) == len(value)):
             return tuple(_convert(item, items[0], where) for item in value)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
     elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     # Numbers like 1e-3 are strings in some YAML-to-JSON tools; "auto" is resolved by the launcher before this.
@@ -385,7 +390,9 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(json.dumps(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return "a list of " + _describe(typing.get_args(hint)[0]).removeprefix("a ") + "s"
+        items = typing.get_args(hint)
+        count = "" if items[-1] is Ellipsis else f"{len(items)} "
+        return f"a list of {count}" + _describe(items[0]).removeprefix("a ") + "s"
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 

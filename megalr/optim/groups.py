@@ -73,6 +73,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
     rest = main
     if config.rule is not None:
         chosen = _matrices(model, members["trunk"], config.target_modules)
+        chosen = {name for name in chosen if 0 not in logical_shape(members["trunk"][name])}  # nothing to update
         members["matrices"] = {n: p for n, p in members["trunk"].items() if n in chosen}
         members["trunk"] = {n: p for n, p in members["trunk"].items() if n not in chosen}
         rest = _override(main, config.adamw)
@@ -110,11 +111,11 @@ def _matrices(
 def _check_rank(rule: Rule, matrices: dict[str, nn.Parameter]) -> None:
     """A few matrices below the rank are projected to as much as they have; all of them below it is a mistake."""
     rank = getattr(rule, "rank", 0)
-    largest = max(min(logical_shape(p)[-2:]) for p in matrices.values())
+    largest = max((min(logical_shape(p)[-2:]) for p in matrices.values()), default=0)
     if rank > largest:
         raise UserError(
             f"optimizer.params.rank is {rank}, but no matrix that the rule gets has more than {largest} rows and "
-            f"columns: write a rank below {largest}"
+            f"columns: write a rank of at most {largest}"
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megalr.config import MegalrConfig
+from megalr.errors import UserError
 from megalr.optim.clock import Clock
 from megalr.optim.groups import ParameterGroup
 from megalr.optim.matrices import MatrixUpdater
@@ -98,9 +99,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         """Read what lies where, choose owners; done once, on first use after ``deepspeed.initialize``."""
         if self._shard is None:
             shard = read_shard([group.parameters for group in self._groups], self._all_groups)
-            device = shard.buffers[0].device
-            if device.type == "cpu" and torch.cuda.is_available():  # offloaded; NCCL moves what lies on a GPU
-                device = torch.device("cuda", torch.cuda.current_device())
+            device = shard.message_device()
             self._exchange = Exchange(shard.layout, shard.rank, shard.group, device=device)
             self._owned_pairs = OwnedPairs.of(self._pairs, shard.layout)
             factors = {name for pair in self._pairs for name in pair}
@@ -123,7 +122,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         """torch's state dict with a "megalr" entry: the update count, the clocks, and this rank's matrices by name."""
         state = super().state_dict()
         clocks = {name: vars(clock).copy() for name, clock in self._clocks.items()}
-        state["megalr"] = {"updates": self.updates, "clocks": clocks}
+        state["megalr"] = {"updates": self.updates, "clocks": clocks, "form": self._form()}
         if self._matrices is not None:
             state["megalr"]["matrices"] = self._matrices.state_dict()
         elif self._loaded is not None:  # loaded, and no update since
@@ -137,6 +136,12 @@ class MegalrOptimizer(torch.optim.Optimizer):
         """
         if "megalr" not in state_dict:
             raise ValueError("this optimizer state was not written by megalr: it has no update counts")
+        saved, form = state_dict["megalr"].get("form", {}), self._form()
+        if saved != form:  # the same on all ranks, so that none goes on alone
+            raise UserError(
+                f"the checkpoint was written with {_words(saved)}, the configuration has {_words(form)}: "
+                "resume with the optimizer settings that it was written with"
+            )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "megalr"})
         self._all_groups = self.param_groups
         for group, given in zip(self.param_groups, self._groups, strict=True):
@@ -241,6 +246,10 @@ class MegalrOptimizer(torch.optim.Optimizer):
         grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
         return not any(grad.any() for grad in grads)
 
+    def _form(self) -> dict[str, Any]:
+        rule = self.config.optimizer.rule
+        return {"rule": "adamw"} if rule is None else rule.form()
+
     def _load_matrices(self) -> None:
         """Hand over what was loaded, once the layout is known: DeepSpeed loads this state before its own masters."""
         if self._loaded is not None and self._shard is not None:
@@ -331,6 +340,10 @@ class MegalrOptimizer(torch.optim.Optimizer):
     def _moments(self, key: str) -> list[Tensor]:
         by_id = {id(parameter): state[key] for parameter, state in self.state.items()}
         return [by_id[buffer_id].view(-1) for buffer_id in self.prepare().keys]
+
+
+def _words(form: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in form.items()) or "no rule"
 
 
 def _all_finite(tensors: list[Tensor]) -> bool:

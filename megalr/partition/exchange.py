@@ -201,8 +201,8 @@ class Exchange:
         self.bytes_sent += size if owner == self.rank else 0
 
     def all_agree(self, mine: bool) -> bool:
-        """Whether it is so on every rank. Where each of them holds everything alike, nobody is asked."""
-        if self.layout.world_size == 1 or all(map(self.layout.is_replicated, self.layout.shapes)):
+        """Whether it is so on every rank."""
+        if self.layout.world_size == 1:
             return mine
         vote = torch.tensor(float(mine), device=self._device)
         dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self._group)

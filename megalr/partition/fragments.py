@@ -56,6 +56,13 @@ class Shard:
     unseen_gradients: Callable[[], list[Tensor]] | None = None
     dry_run: bool = False
 
+    def message_device(self) -> torch.device:
+        """Where messages have to lie: with the buffers, unless these are offloaded and NCCL wants them on a GPU."""
+        device = self.buffers[0].device
+        if device.type == "cpu" and self.group is not None and dist.get_backend(self.group) == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return device
+
 
 # A group as it was given to the optimizer: the model's own parameters by name, in order.
 NamedGroup = Mapping[str, nn.Parameter]

@@ -29,7 +29,7 @@ def adamw_(
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
     """
     # torch's fused kernel reads and writes each element once; the step count it advances is a copy.
-    count = torch.tensor(float(step - 1), device=weight.device)
+    count = torch.full((), step - 1, dtype=torch.float32, device=weight.device)  # filled there: nothing to wait for
     adamw(
         [weight],
         [grad],

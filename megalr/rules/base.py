@@ -67,6 +67,10 @@ class Rule(ABC):
     def flops(self, shape: Shape) -> float:
         """Leading floating-point operations of an average update; what owners are balanced by, with the state."""
 
+    def form(self) -> dict[str, str | int | bool]:
+        """The rule's name, and those of its settings that decide what its state looks like."""
+        return {"rule": self.name}
+
     def rank_of(self, shape: Shape) -> int | None:
         """The rank that an m x n matrix is projected to; None for a rule without projection."""
         return None

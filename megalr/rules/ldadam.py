@@ -49,6 +49,9 @@ class LDAdam(ProjectedRule):
         if self.proj_type == "full":
             raise UserError('optimizer.params.proj_type is "full", which LDAdam does not define; write "std"')
 
+    def form(self) -> dict[str, str | int | bool]:
+        return {**super().form(), "error_feedback": self.error_feedback}
+
     def init_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
         state = super().init_state(shape, device)
         if self.error_feedback:

@@ -49,6 +49,9 @@ class ProjectedRule(Rule):
     def __post_init__(self) -> None:
         require_positive(rank=self.rank, update_proj_gap=self.update_proj_gap)
 
+    def form(self) -> dict[str, str | int | bool]:
+        return {**super().form(), "rank": self.rank, "proj_type": self.proj_type}
+
     def rank_of(self, shape: Shape) -> int:
         return min(self.rank, *shape)
 
@@ -86,9 +89,8 @@ class ProjectedRule(Rule):
         return 2 * low[0] * low[1] + bases
 
     def flops(self, shape: Shape) -> float:
-        m, n = shape
-        # Two products with the basis, and a refresh that costs about as much as four of them for each rank's worth.
-        return 4.0 * m * n * self.rank_of(shape) + 4.0 * m * n * min(m, n) / self.update_proj_gap
+        # Two products with the basis. Refreshes are left out: owners, and so checkpoints, must not depend on the gap.
+        return 4.0 * shape[0] * shape[1] * self.rank_of(shape)
 
     def phase(self, index: int, count: int) -> int:
         return index * self.update_proj_gap // count if self.stagger else 0

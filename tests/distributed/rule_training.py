@@ -146,13 +146,13 @@ def exported(stage: int, optimizer: str, folder: str) -> list[str]:
     return [name for name, w in weights.items() if not torch.equal(converted[name].reshape(w.shape), w)]
 
 
-def resume_with_another_rank(stage: int, folder: str) -> str:
-    """A checkpoint of rank 5, loaded by an optimizer of rank 4; the message."""
+def resume_with(stage: int, folder: str, **params: Any) -> str:
+    """A checkpoint, loaded by an optimizer with other settings; the message, empty where there is none."""
     engine = engine_of(rule_configuration(stage, "GaLoreAdamW"))
     run_steps(engine, batches(1))
     engine.save_checkpoint(folder)
     engine.destroy()
-    engine = engine_of(rule_configuration(stage, "GaLoreAdamW", params={"rank": 4}))
+    engine = engine_of(rule_configuration(stage, "GaLoreAdamW", params=params))
     try:
         engine.load_checkpoint(folder)
     except megalr.UserError as error:

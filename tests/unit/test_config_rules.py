@@ -59,6 +59,11 @@ def test_optimizer_inside_the_megalr_section():
     ("kind", "params", "message"),
     [
         ("GaLore2", {}, "did you mean"),
+        ("galore", {}, 'did you mean "GaLoreAdamW"'),
+        (None, {}, "type is null; write one of"),
+        ("GaLoreAdamW", {"scale": float("inf")}, "scale is Infinity; expected a number"),
+        ("Muon", {"ns_coefficients": [float("nan"), 1, 2]}, "expected a number"),
+        ("Muon", {"ns_coefficients": [1, 2]}, "a list of 3 numbers"),
         ("GaLoreAdamW", {"rnak": 4}, 'no key "rnak"; did you mean "rank"'),
         ("GaLoreAdamW", {"projector": "qr"}, 'one of "svd", "eigh", "randomized", "power", "random"'),
         ("GaLoreAdamW", {"proj_type": "both"}, 'one of "std", "reverse_std", "left", "right", "full"'),
@@ -128,6 +133,12 @@ def test_target_modules_choose_by_name():
 def test_a_rank_above_every_matrix_is_refused():
     with pytest.raises(megalr.UserError, match="rank is 9, but no matrix .* more than 8 rows and columns"):
         parameter_groups(model(), config(rank=9).optimizer)
+
+
+def test_a_matrix_without_elements_is_left_alone():
+    net = nn.Sequential(nn.Linear(0, 3), nn.Linear(5, 4))
+    found = {g.name: list(g.parameters) for g in parameter_groups(net, config(rank=4).optimizer)}
+    assert found["matrices"] == ["1.weight"] and found["trunk"] == ["0.weight"]
 
 
 def test_a_model_without_linear_layers_is_refused():
