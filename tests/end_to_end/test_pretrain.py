@@ -46,7 +46,15 @@ def test_the_folder_holds_what_was_promised(finished):
     folder, _ = finished
     made = folder / "runs/zero2_lowrank"
     files = {path.name for path in made.iterdir()}
-    assert files == {"run.json", "metrics.jsonl", "checkpoints", "tensorboard", "loss.png", "summary.json"}
+    assert files == {
+        "routing.txt",
+        "run.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "tensorboard",
+        "loss.png",
+        "summary.json",
+    }
     assert (made / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in (made / "tensorboard").iterdir()][0].startswith("events.out.tfevents")
     assert (made / "checkpoints/latest").read_text() == f"step{STEPS}"
