@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from megalr.config import GroupConfig, OptimizerConfig
 from megalr.errors import UserError
@@ -88,7 +88,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
     return [ParameterGroup(name, chosen, settings[name]) for name, chosen in members.items() if chosen]
 
 
-def logical_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def logical_shape(parameter: Tensor) -> tuple[int, ...]:
     """The shape of the whole parameter; ZeRO-3 leaves an empty tensor and keeps the shape beside it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 

@@ -162,7 +162,7 @@ class MatrixUpdater:
         Raises:
             UserError: it belongs to another rule, rank or layout.
         """
-        mine = {m.name: m for m in self.matrices if self._replicated or m.owner == self._shard.rank}
+        mine = {m.name: m for m in self.matrices if self._keeps(m)}
         if states.keys() - mine.keys():
             raise UserError(
                 f"the checkpoint holds the state of {min(states.keys() - mine.keys())}, which this rank does not own: "
@@ -202,8 +202,7 @@ class MatrixUpdater:
 
     def state_numel(self) -> int:
         """Elements of the state that this rank keeps from the first update on, scalars left out."""
-        mine = [m for m in self.matrices if self._replicated or m.owner == self._shard.rank]
-        return sum(state_numel(self.rule, m.shape) for m in mine)
+        return sum(state_numel(self.rule, m.shape) for m in self.matrices if self._keeps(m))
 
     def balance(self) -> tuple[float, float] | None:
         """Bytes of state on the largest rank over the mean, and a bound that no choice of owners could beat.
@@ -214,6 +213,10 @@ class MatrixUpdater:
             return None
         units = [Unit((m.name,), self.rule.state_numel(m.shape)) for m in self.matrices]
         return imbalance(units, [m.owner for m in self.matrices], self._layout), least_imbalance(units, self._layout)
+
+    def _keeps(self, matrix: Matrix) -> bool:
+        """Whether this rank keeps the matrix's state, and runs the rule on it."""
+        return self._replicated or matrix.owner == self._shard.rank
 
     def _owned(self) -> list[Matrix]:
         shapes = matrix_shapes(self._layout)
@@ -232,7 +235,7 @@ class MatrixUpdater:
             units, owners = [Unit((m.name,), 0.0) for m in cut], [m.owner for m in cut]
             rounds = buckets(units, owners, self._layout, self._limit)
             self._rounds[which] = [[cut[i] for i in indices] for indices in rounds]
-        local = [m for m in here if m.name in whole and (self._replicated or m.owner == self._shard.rank)]
+        local = [m for m in here if m.name in whole and self._keeps(m)]
         return self._rounds[which], local
 
     def _bases(self, local: Sequence[Matrix], gradients: Field, updates: int) -> list[Basis | None]:

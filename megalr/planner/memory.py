@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megalr.layers import factor_pairs
+from megalr.optim.groups import logical_shape
 from megalr.partition.fragments import PADDING
 
 Shape = Sequence[int]
@@ -84,7 +85,7 @@ def records(model: nn.Module) -> list[ParameterRecord]:
     """
     factors = {name for pair in factor_pairs(model) for name in pair}
     return [
-        ParameterRecord(name, _logical_shape(parameter), "factor" if name in factors else "dense")
+        ParameterRecord(name, logical_shape(parameter), "factor" if name in factors else "dense")
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
@@ -210,7 +211,7 @@ def expected_bytes(engine: Any) -> RankBytes:
     own = {id(parameter) for parameter in getattr(engine.basic_optimizer, "matrix_parameters", ())}
     groups = [[parameter for parameter in group if parameter.requires_grad] for group in groups]
     return deepspeed_bytes(
-        [[_logical_shape(parameter) for parameter in group] for group in groups],
+        [[logical_shape(parameter) for parameter in group] for group in groups],
         stage=engine.zero_optimization_stage(),
         world_size=torch.distributed.get_world_size(engine.seq_data_parallel_group),
         rank=torch.distributed.get_rank(engine.seq_data_parallel_group),
@@ -240,11 +241,6 @@ def measured_bytes(engine: Any) -> RankBytes:
     gradients = _storage_bytes([[p.grad, getattr(p, "grad_accum", None)] for p in parameters], seen)
     gradients += _storage_bytes([getattr(optimizer, name, None) for name in GRADIENTS], seen)
     return RankBytes(weights=weights, gradients=gradients, masters=masters, optimizer_state=state)
-
-
-def _logical_shape(parameter: Tensor) -> tuple[int, ...]:
-    # ZeRO-3 leaves an empty tensor and keeps the shape beside it.
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _touched(numels: Sequence[int], first: int, length: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 import megalr
 from tests.distributed import training
 from tests.distributed.odd_model import odd_model
-from tests.distributed.training import configuration, run_steps
+from tests.distributed.training import configuration, lost_by_resuming, run_steps, same
 
 STEPS = 12
 SEQUENCES, LENGTH = 48, 16  # 48 sequences an update can be shared by 1 to 4 ranks x 1 or 4 micro-batches
@@ -92,10 +92,10 @@ def poison(
     if hook is not None:
         hook.remove()
     after = everything(engine)
-    changed = [key for key, held in before.items() if not _same(held, after[key])]
+    changed = [key for key, held in before.items() if not same(held, after[key])]
     run_steps(engine, data[4:])
     last = everything(engine)
-    moved = [key for key, held in after.items() if key.startswith("master") and _same(held, last[key])]
+    moved = [key for key, held in after.items() if key.startswith("master") and same(held, last[key])]
     skipped = engine.basic_optimizer.skipped
     engine.destroy()
     return changed, moved, skipped
@@ -104,21 +104,7 @@ def poison(
 def resume(stage: int, optimizer: str, folder: str, **changes: Any) -> list[str]:
     """Seven updates, a checkpoint, five more; the last five again from the checkpoint. Names of what differs."""
     config = rule_configuration(stage, optimizer, **changes)
-    data = batches(STEPS)
-    engine = engine_of(config)
-    run_steps(engine, data[:7])
-    engine.save_checkpoint(folder)
-    run_steps(engine, data[7:])
-    uninterrupted = everything(engine)
-    engine.destroy()
-    engine = engine_of(config)
-    engine.load_checkpoint(folder)
-    run_steps(engine, data[7:])
-    resumed = everything(engine)
-    engine.destroy()
-    if uninterrupted.keys() != resumed.keys():
-        return sorted(uninterrupted.keys() ^ resumed.keys())
-    return [key for key, value in uninterrupted.items() if not _same(value, resumed[key])]
+    return lost_by_resuming(lambda: engine_of(config), batches(STEPS), 7, folder, everything)
 
 
 def one_update(stage: int, optimizer: str, clipping: float) -> dict[str, Tensor] | None:
@@ -180,7 +166,3 @@ def everything(engine: Any) -> dict[str, Any]:
     clocks = {name: vars(clock).copy() for name, clock in optimizer._clocks.items()}
     seen["counts"] = (optimizer.updates, clocks)
     return seen
-
-
-def _same(first: Any, second: Any) -> bool:
-    return torch.equal(first, second) if isinstance(first, Tensor) else bool(first == second)

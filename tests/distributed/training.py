@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -174,21 +175,35 @@ def _relative(got: Tensor, expected: Tensor) -> float:
 def resume(stage: int, folder: str, **changes: Any) -> list[str]:
     """Ten updates, a checkpoint, ten more; the last ten again from the checkpoint. Names of what differs in a bit."""
     config = configuration(stage, scheduler=WARMUP_COSINE, **changes)
-    data = batches(20)
-    engine = engine_of(config)
-    run_steps(engine, data[:10])
+    return lost_by_resuming(lambda: engine_of(config), batches(20), 10, folder, everything)
+
+
+def lost_by_resuming(
+    start: Callable[[], Any], data: list[Tensor], cut: int, folder: str, look: Callable[[Any], dict[str, Any]]
+) -> list[str]:
+    """Names of what differs at the end when the run is cut after ``cut`` updates and goes on from a checkpoint.
+
+    Args:
+        start: makes a fresh engine.
+        data: token ids of each update.
+        cut: updates before the checkpoint.
+        folder: of the checkpoint.
+        look: all that training depends on, by name.
+    """
+    engine = start()
+    run_steps(engine, data[:cut])
     engine.save_checkpoint(folder)
-    run_steps(engine, data[10:])
-    uninterrupted = everything(engine)
+    run_steps(engine, data[cut:])
+    uninterrupted = look(engine)
     engine.destroy()
-    engine = engine_of(config)
+    engine = start()
     engine.load_checkpoint(folder)
-    run_steps(engine, data[10:])
-    resumed = everything(engine)
+    run_steps(engine, data[cut:])
+    resumed = look(engine)
     engine.destroy()
     if uninterrupted.keys() != resumed.keys():
         return sorted(uninterrupted.keys() ^ resumed.keys())
-    return [key for key, value in uninterrupted.items() if not _same(value, resumed[key])]
+    return [key for key, value in uninterrupted.items() if not same(value, resumed[key])]
 
 
 def everything(engine: Any) -> dict[str, Any]:
@@ -208,7 +223,8 @@ def everything(engine: Any) -> dict[str, Any]:
     return seen
 
 
-def _same(first: Any, second: Any) -> bool:
+def same(first: Any, second: Any) -> bool:
+    """Bit for bit."""
     if isinstance(first, Tensor):
         return torch.equal(first, second)
     return bool(first == second)
