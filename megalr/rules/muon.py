@@ -11,6 +11,9 @@ from torch import Tensor
 from megalr.errors import UserError
 from megalr.rules.base import Basis, Rule, Shape, State, tensor
 
+GRAM_ASPECT = 1.5  # from this ratio of the sides on the iteration on the Gram matrix takes fewer operations
+GRAM_STEPS = 3  # of it before X is formed again, which keeps rounding small
+
 
 @dataclass(frozen=True, kw_only=True)
 class Muon(Rule):
@@ -51,7 +54,10 @@ class Muon(Rule):
 
     def flops(self, shape: Shape) -> float:
         short, long = sorted(shape)
-        return self.ns_steps * (4.0 * short * short * long + 2.0 * short**3)
+        if not self._iterates_on_gram(shape):
+            return self.ns_steps * (4.0 * short * short * long + 2.0 * short**3)
+        rounds = -(-self.ns_steps // GRAM_STEPS)
+        return rounds * 4.0 * short * short * long + (4 * self.ns_steps - 3 * rounds) * 2.0 * short**3
 
     def update(self, grad: Tensor, state: State, basis: Basis | None) -> Tensor:
         buffer = tensor(state, "momentum_buffer").lerp_(grad, 1 - self.momentum)
@@ -62,11 +68,48 @@ class Muon(Rule):
 
     def _orthogonalized(self, matrix: Tensor) -> Tensor:
         """Singular values moved towards 1: into about [0.7, 1.2], for those above a few thousandths of the norm."""
-        a, b, c = self.ns_coefficients
-        tall = matrix.shape[0] > matrix.shape[1]
-        x = matrix.T if tall else matrix
-        x = (x / (x.norm() + 1e-7)).to(getattr(torch, self.ns_dtype))
-        for _ in range(self.ns_steps):
-            gram = x @ x.T
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return (x.T if tall else x).to(matrix.dtype)
+        x = (matrix / (matrix.norm() + 1e-7)).to(getattr(torch, self.ns_dtype))
+        iterate = _newton_schulz_on_gram if self._iterates_on_gram((x.shape[0], x.shape[1])) else _newton_schulz
+        return iterate(x, self.ns_coefficients, self.ns_steps).to(matrix.dtype)
+
+    def _iterates_on_gram(self, shape: Shape) -> bool:
+        # In bf16 the Gram matrix's small eigenvalues are rounding, which the iteration blows up.
+        return self.ns_dtype == "float32" and max(shape) > GRAM_ASPECT * min(shape)
+
+
+def _newton_schulz(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """X <- a X + (b G + c G²) X with G = X Xᵀ, so many times; for a tall X the same from the right, with G = Xᵀ X."""
+    a, b, c = coefficients
+    tall = x.shape[0] > x.shape[1]
+    for _ in range(steps):
+        gram = x.T @ x if tall else x @ x.T
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.addmm(x, x, polynomial, beta=a) if tall else torch.addmm(x, polynomial, x, beta=a)
+    return x
+
+
+def _newton_schulz_on_gram(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """The same for X with a short side: its factors, all of them polynomials in G, are multiplied before X is.
+
+    With Z = b G + c G², a step is X <- (a I + Z) X and, since polynomials in G commute, G <- (a I + Z)² G.
+    """
+    a, b, c = coefficients
+    tall = x.shape[0] > x.shape[1]
+    while steps:
+        count = min(steps, GRAM_STEPS)
+        steps -= count
+        gram = x.T @ x if tall else x @ x.T
+        product: Tensor | None = None
+        for step in range(count):
+            z = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+            if step + 1 < count:
+                gram = torch.addmm(gram, z, gram, beta=a)
+                gram = torch.addmm(gram, z, gram, beta=a)
+            if product is None:
+                product = z
+                product.diagonal().add_(a)
+            else:
+                product = torch.addmm(product, z, product, beta=a)
+        assert product is not None
+        x = x @ product if tall else product @ x
+    return x

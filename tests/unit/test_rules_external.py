@@ -7,6 +7,7 @@ import torch
 
 from megalr.rules.apollo import Apollo, ApolloMini
 from megalr.rules.muon import Muon
+from tests.references.muon import Muon as MuonReference
 from tests.unit.rule_runs import drifting_gradients
 
 
@@ -54,6 +55,20 @@ def test_muon_moves_singular_values_towards_one(shape):
     values = torch.linalg.svdvals(rule.update(grad, rule.init_state(shape), None)) / max(1, shape[0] / shape[1]) ** 0.5
     strong = torch.linalg.svdvals(grad) > 5e-3 * grad.norm()
     assert (values[strong] > 0.65).all() and (values < 1.25).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24), (24, 24)])
+def test_muon_keeps_its_accuracy_on_an_ill_conditioned_gradient(shape, steps):
+    """Singular values from 1 to 1e-8, against the iteration on X itself in float64; the Gram matrix squares them."""
+    generator = torch.Generator().manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(shape[0], 24, generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(shape[1], 24, generator=generator, dtype=torch.float64))
+    grad = left * torch.logspace(0, -8, 24, dtype=torch.float64) @ right.T
+    rule = Muon(ns_steps=steps, momentum=0.0, nesterov=False)
+    got = rule.update(grad.float(), rule.init_state(shape), None) / max(1, shape[0] / shape[1]) ** 0.5
+    expected = MuonReference(shape, ns_steps=steps).newton_schulz(grad)
+    assert relative(got.double(), expected) < 1e-4
 
 
 def apollo_basis(seed=0, name="w", refreshes=0, rank=32, shape=(2000, 2000), proj_type="left", grad=None):
