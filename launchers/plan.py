@@ -14,23 +14,23 @@ from pathlib import Path
 
 import torch
 
-from megalr.config import FullConfig, LowRankConfig, OptimizerConfig
+from megalr.config import FullConfig, LowRankConfig, OptimizerConfig, ParametrizationConfig, ProjectedConfig
 from megalr.errors import UserError
 from megalr.layers import parametrize
 from megalr.optim.groups import parameter_groups
 from megalr.optim.matrices import choose_owners, matrix_shapes, state_numel
 from megalr.partition import planned_layout
-from megalr.planner import deepspeed_bytes, human_bytes, paper_bytes
+from megalr.planner import deepspeed_bytes, frozen_shapes, human_bytes, paper_bytes
 from megalr.rules.base import Rule
 from megalr.rules.registry import RULES
 from megalr.training.models import empty_model, read_model_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-COLUMNS = ("model", "rank", "parameters", "paper's count", "weights", "gradients", "masters", "optimizer", "sum")
+COLUMNS = ("model", "method", "parameters", "paper's count", "weights", "gradients", "masters", "optimizer", "sum")
 
 
 def main() -> int:
-    """Print a Markdown table, a line for each shape dense, one low-rank, and one for each of the named optimizers."""
+    """Print a Markdown table: each shape dense, low-rank, projected, and with each of the named optimizers."""
     arguments = _arguments()
     whose = "the first rank" + (", of rules the state of the rank with the most" if arguments.optimizers else "")
     print(f"stage {arguments.stage}, {arguments.processes} processes, {arguments.dtype}; bytes of {whose}\n")
@@ -38,8 +38,9 @@ def main() -> int:
     print(_row(["---"] * len(COLUMNS)))
     try:
         for name, rank in zip(arguments.models, arguments.ranks, strict=True):
-            print(_row(_cells(name, None, arguments)))
-            print(_row(_cells(name, rank, arguments)))
+            print(_row(_cells(name, "dense", FullConfig(), arguments)))
+            print(_row(_cells(name, f"low-rank {rank}", LowRankConfig(rank=rank), arguments)))
+            print(_row(_cells(name, f"projected {rank}", ProjectedConfig(rank=rank), arguments)))
             for optimizer in arguments.optimizers:
                 print(_row(_rule_cells(name, rank, optimizer, arguments)))
     except UserError as error:
@@ -53,7 +54,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--models", nargs="+", default=["60m", "350m", "1b"], help="names in launchers/models, or paths"
     )
-    parser.add_argument("--ranks", nargs="+", type=int, default=[128, 256, 512], help="the low-rank r of each model")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[128, 256, 512], help="r of each model")
     parser.add_argument("--stage", type=int, choices=range(4), default=2, help="ZeRO stage (default: 2)")
     parser.add_argument("--processes", type=int, default=1, help="data-parallel size (default: 1)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights (default: bf16)")
@@ -71,14 +72,20 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _cells(name: str, rank: int | None, arguments: argparse.Namespace) -> list[str]:
+def _cells(name: str, title: str, parametrization: ParametrizationConfig, arguments: argparse.Namespace) -> list[str]:
     model = empty_model(read_model_config(name, Path(__file__).parent / "models"))
-    parametrize(model, FullConfig() if rank is None else LowRankConfig(rank=rank))
+    parametrize(model, parametrization)
     groups = [[p.shape for p in g.parameters.values()] for g in parameter_groups(model, OptimizerConfig())]
-    held = deepspeed_bytes(groups, stage=arguments.stage, world_size=arguments.processes, dtype=DTYPES[arguments.dtype])
+    held = deepspeed_bytes(
+        groups,
+        stage=arguments.stage,
+        world_size=arguments.processes,
+        dtype=DTYPES[arguments.dtype],
+        frozen=frozen_shapes(model),
+    )
     parts = (paper_bytes(model), held.weights, held.gradients, held.masters, held.optimizer_state, held.total)
     parameters = sum(p.numel() for p in model.parameters())
-    return [name, "dense" if rank is None else str(rank), f"{parameters:,}", *map(human_bytes, parts)]
+    return [name, title, f"{parameters:,}", *map(human_bytes, parts)]
 
 
 def _rule_cells(name: str, rank: int, optimizer: str, arguments: argparse.Namespace) -> list[str]:

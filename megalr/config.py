@@ -7,22 +7,20 @@ not a field, a value of another type or out of range is a :class:`~megalr.errors
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import math
-import types
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from megalr.errors import UserError
+from megalr.layers.base import FullConfig, ParametrizationConfig
+from megalr.layers.low_rank import LowRankConfig
+from megalr.layers.projected import ProjectedConfig
+from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.rules.base import Rule
 from megalr.rules.registry import RULES
-
-T = TypeVar("T")
-Json = Mapping[str, Any]
+from megalr.sections import Json, build, check_keys, check_targets, check_types, nearest, require
 
 # What "auto" stands for in the optimizer's "params" when transformers' TrainingArguments are at hand.
 AUTO: dict[str, Callable[[Any], Any]] = {
@@ -31,48 +29,6 @@ AUTO: dict[str, Callable[[Any], Any]] = {
     "eps": lambda arguments: arguments.adam_epsilon,
     "weight_decay": lambda arguments: arguments.weight_decay,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class FullConfig:
-    """The model as it is: every weight a dense matrix."""
-
-    type: Literal["full"] = "full"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LowRankConfig:
-    """W = (alpha / rank) * B @ A in place of every linear layer that ``target_modules`` names.
-
-    Attributes:
-        rank: r, the inner dimension; at most min(m, n) of every targeted m x n layer.
-        alpha: numerator of the fixed scale; None stands for ``rank``, that is, a scale of one.
-        target_modules: substrings of the layers' qualified names; one of them must occur. A single string is a
-            regular expression that has to match the whole name, as in transformers.
-        init: "variance_matched" gives the product the dense layer's variance, "kaiming_uniform" is the published
-            code's start (see :mod:`megalr.layers.low_rank`).
-    """
-
-    type: Literal["low_rank"] = "low_rank"
-    rank: int = 128
-    alpha: float | None = None
-    target_modules: tuple[str, ...] | str = ("attn", "mlp")
-    init: Literal["variance_matched", "kaiming_uniform"] = "variance_matched"
-
-    def __post_init__(self) -> None:
-        where = "megalr.parametrization"
-        _require(self.rank >= 1, f"{where}.rank is {self.rank}; write a whole number of at least 1")
-        _require(self.alpha is None or self.alpha > 0, f"{where}.alpha is {self.alpha}; write a positive number")
-        _check_targets(self.target_modules, f"{where}.target_modules")
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank, the constant in front of B @ A."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-
-ParametrizationConfig = FullConfig | LowRankConfig
-PARAMETRIZATIONS: dict[str, type[FullConfig] | type[LowRankConfig]] = {"full": FullConfig, "low_rank": LowRankConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +45,7 @@ class RefactorizationConfig:
     moments: Literal["reset", "transport", "keep"] = "reset"
 
     def __post_init__(self) -> None:
-        _require(self.interval >= 1, f"megalr.refactorization.interval is {self.interval}; write at least 1")
+        require(self.interval >= 1, f"megalr.refactorization.interval is {self.interval}; write at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +65,8 @@ class MomentumResetConfig:
 
     def __post_init__(self) -> None:
         where = "megalr.momentum_reset"
-        _require(self.interval >= 1, f"{where}.interval is {self.interval}; write at least 1")
-        _require(self.warmup_steps >= 0, f"{where}.warmup_steps is {self.warmup_steps}; write at least 0")
+        require(self.interval >= 1, f"{where}.interval is {self.interval}; write at least 1")
+        require(self.warmup_steps >= 0, f"{where}.warmup_steps is {self.warmup_steps}; write at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +113,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _check_adam(self.lr, self.betas, self.eps, self.weight_decay)
         if self.target_modules is not None:
-            _check_targets(self.target_modules, "optimizer.params.target_modules")
+            check_targets(self.target_modules, "optimizer.params.target_modules")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,25 +129,36 @@ class MegalrConfig:
 
     def __post_init__(self) -> None:
         low_rank = isinstance(self.parametrization, LowRankConfig)
-        _require(
+        require(
             self.refactorization is None or low_rank,
             'megalr.refactorization needs low-rank factors: add "parametrization": {"type": "low_rank", "rank": ...} '
             "or remove the section",
         )
-        _require(
+        require(
             self.momentum_reset is None or low_rank or self.momentum_reset.scope == "all",
             'megalr.momentum_reset.scope is "factors", but there are no low-rank factors: write "scope": "all"',
         )
-        _require(
+        require(
             self.momentum_reset is None or self.optimizer.rule is None,
             'megalr.momentum_reset resets AdamW alone: remove it; a rule with a basis has "moments": "reset" instead',
         )
-        _require(
+        require(
             not (low_rank and self.optimizer.rule),
             '"low_rank" factors are trained with AdamW: write "type": "AdamW" in "optimizer", or remove '
             '"megalr.parametrization" to train dense matrices with the rule',
         )
-        _require(self.exchange_bucket_bytes >= 1, "megalr.exchange_bucket_bytes must be at least 1")
+        projected = isinstance(self.parametrization, ProjectedConfig)
+        require(
+            not (projected and self.optimizer.rule),
+            'R of "projected" layers is trained with AdamW: write "type": "AdamW" in "optimizer", or remove '
+            '"megalr.parametrization" to train dense matrices with the rule',
+        )
+        require(
+            not (projected and self.momentum_reset),
+            '"projected" layers reset their moments themselves: remove "megalr.momentum_reset" and write "moments": '
+            '"reset" in "megalr.parametrization"',
+        )
+        require(self.exchange_bucket_bytes >= 1, "megalr.exchange_bucket_bytes must be at least 1")
 
     @classmethod
     def from_json(cls, config: Json | str | Path) -> MegalrConfig:
@@ -211,17 +178,17 @@ class MegalrConfig:
         if not isinstance(section, Mapping):
             raise UserError(f'"megalr" must be an object like {{"parametrization": {{...}}}}, not {section!r}')
         known = {f.name: None for f in dataclasses.fields(cls)}
-        _check_keys(section, known, "megalr")
+        check_keys(section, known, "megalr")
         values: dict[str, Any] = {k: v for k, v in section.items() if k in ("seed", "exchange_bucket_bytes")}
-        _check_types(cls, values, "megalr")
+        check_types(cls, values, "megalr")
         if "parametrization" in section:
             values["parametrization"] = _parametrization(section["parametrization"])
         if section.get("refactorization") is not None:
-            values["refactorization"] = _build(
+            values["refactorization"] = build(
                 RefactorizationConfig, section["refactorization"], "megalr.refactorization"
             )
         if section.get("momentum_reset") is not None:
-            values["momentum_reset"] = _build(MomentumResetConfig, section["momentum_reset"], "megalr.momentum_reset")
+            values["momentum_reset"] = build(MomentumResetConfig, section["momentum_reset"], "megalr.momentum_reset")
         if "optimizer" in section and "optimizer" in content:
             raise UserError('"optimizer" and "megalr.optimizer" are both given: remove one')
         optimizer = section.get("optimizer", content.get("optimizer", {"type": "AdamW"}))
@@ -273,19 +240,19 @@ def _parametrization(section: Any) -> ParametrizationConfig:
         raise UserError(f'{where} must be an object with a "type", one of: {", ".join(PARAMETRIZATIONS)}')
     kind = section["type"]
     if not isinstance(kind, str) or kind not in PARAMETRIZATIONS:
-        raise UserError(f"{where}.type is {kind!r}{_nearest(str(kind), PARAMETRIZATIONS)}")
-    return _build(PARAMETRIZATIONS[kind], section, where)
+        raise UserError(f"{where}.type is {kind!r}{nearest(str(kind), PARAMETRIZATIONS)}")
+    return build(PARAMETRIZATIONS[kind], section, where)
 
 
 def _optimizer(section: Any) -> OptimizerConfig:
     if not isinstance(section, Mapping) or "type" not in section:
         raise UserError(f'"optimizer" must be an object with a "type", one of: {", ".join(RULES)}')
-    _check_keys(section, {"type": None, "params": None}, "optimizer")
+    check_keys(section, {"type": None, "params": None}, "optimizer")
     rules = {_plain(name): rule for name, rule in RULES.items()}
     if not isinstance(section["type"], str):
         raise UserError(f"optimizer.type is {json.dumps(section['type'])}; write one of: {', '.join(RULES)}")
     if _plain(section["type"]) not in rules:
-        raise UserError(f"optimizer.type is {section['type']!r}{_nearest(str(section['type']), RULES)}")
+        raise UserError(f"optimizer.type is {section['type']!r}{nearest(str(section['type']), RULES)}")
     rule = rules[_plain(str(section["type"]))]
     params = section.get("params", {})
     where = "optimizer.params"
@@ -295,7 +262,7 @@ def _optimizer(section: Any) -> OptimizerConfig:
     own_fields = [f.name for f in dataclasses.fields(OptimizerConfig) if f.name != "rule"]
     if rule is None:
         own_fields = [name for name in own_fields if name not in ("adamw", "target_modules")]
-    _check_keys(params, dict.fromkeys(own_fields + rule_fields), where)
+    check_keys(params, dict.fromkeys(own_fields + rule_fields), where)
     unresolved = next((key for key in AUTO if params.get(key) == "auto"), None)
     if unresolved is not None:
         raise UserError(
@@ -305,13 +272,13 @@ def _optimizer(section: Any) -> OptimizerConfig:
     own: dict[str, Any] = {key: value for key, value in params.items() if key in own_fields}
     for group in ("adamw", "embedding", "norm"):
         if group in own:
-            own[group] = _build(GroupConfig, own[group], f"{where}.{group}")
-    own = {**own, **_check_types(OptimizerConfig, {k: v for k, v in own.items() if not _is_group(v)}, where)}
+            own[group] = build(GroupConfig, own[group], f"{where}.{group}")
+    own = {**own, **check_types(OptimizerConfig, {k: v for k, v in own.items() if not _is_group(v)}, where)}
     if rule is None:
         return OptimizerConfig(**own)
     given = {key: value for key, value in params.items() if key in rule_fields}
     defaults = {"lr": rule.default_lr, "eps": rule.default_eps, "betas": getattr(rule, "betas", (0.9, 0.999))}
-    return OptimizerConfig(**{**defaults, **own}, rule=_build(rule, given, where))
+    return OptimizerConfig(**{**defaults, **own}, rule=build(rule, given, where))
 
 
 def _plain(name: str) -> str:
@@ -323,94 +290,11 @@ def _is_group(value: Any) -> bool:
     return isinstance(value, GroupConfig)
 
 
-def _build(cls: type[T], section: Any, where: str) -> T:
-    """An instance of a section's dataclass from the JSON object at ``where``."""
-    if not isinstance(section, Mapping):
-        raise UserError(f"{where} must be an object, not {section!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    _check_keys(section, fields, where)
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in section and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise UserError(f'{where} needs "{missing[0]}"')
-    values = _check_types(cls, section, where)
-    return cls(**values)
-
-
-def _check_keys(section: Json, known: Mapping[str, Any], where: str) -> None:
-    for key in section:
-        if key not in known:
-            raise UserError(f'{where} has no key "{key}"{_nearest(str(key), known)}')
-
-
-def _nearest(word: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    close = close or [name for name in known if word and name.lower().startswith(word.lower())]
-    hint = f'; did you mean "{close[0]}"?' if close else ";"
-    return f"{hint} valid: {', '.join(known)}"
-
-
-def _check_types(cls: type, section: Json, where: str) -> dict[str, Any]:
-    """The section's values, lists made tuples and whole numbers made floats where a float is declared."""
-    hints = typing.get_type_hints(cls)
-    return {key: _convert(value, hints[key], f"{where}.{key}") for key, value in section.items()}
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        for option in options:
-            try:
-                return _convert(value, option, where)
-            except UserError:
-                continue
-        raise UserError(f"{where} is {json.dumps(value)}; expected {' or '.join(map(_describe, options))}")
-    if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise UserError(f"{where} is {json.dumps(value)}; expected {_describe(hint)}")
-        return value
-    if typing.get_origin(hint) is tuple:
-        items = typing.get_args(hint)
-        if isinstance(value, list | tuple) and (items[-1] is Ellipsis or len(items) == len(value)):
-            return tuple(_convert(item, items[0], where) for item in value)
-    elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    # Numbers like 1e-3 are strings in some YAML-to-JSON tools; "auto" is resolved by the launcher before this.
-    raise UserError(f"{where} is {json.dumps(value, default=str)}; expected {_describe(hint)}")
-
-
-def _describe(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(json.dumps(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        items = typing.get_args(hint)
-        count = "" if items[-1] is Ellipsis else f"{len(items)} "
-        return f"a list of {count}" + _describe(items[0]).removeprefix("a ") + "s"
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
-
-
 def _check_adam(
     lr: float | None, betas: tuple[float, float] | None, eps: float | None, weight_decay: float | None
 ) -> None:
     where = "optimizer.params"
-    _require(lr is None or lr >= 0, f"{where}: lr is {lr}; write a number of at least 0")
-    _require(betas is None or all(0 <= b < 1 for b in betas), f"{where}: betas are {betas}; both must lie in [0, 1)")
-    _require(eps is None or eps > 0, f"{where}: eps is {eps}; write a positive number")
-    _require(weight_decay is None or weight_decay >= 0, f"{where}: weight_decay is {weight_decay}; write at least 0")
-
-
-def _check_targets(patterns: tuple[str, ...] | str, where: str) -> None:
-    named = bool(patterns) and "" not in tuple(patterns)
-    _require(named, f'{where} is empty or names ""; write e.g. ["attn", "mlp"]')
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+    require(lr is None or lr >= 0, f"{where}: lr is {lr}; write a number of at least 0")
+    require(betas is None or all(0 <= b < 1 for b in betas), f"{where}: betas are {betas}; both must lie in [0, 1)")
+    require(eps is None or eps > 0, f"{where}: eps is {eps}; write a positive number")
+    require(weight_decay is None or weight_decay >= 0, f"{where}: weight_decay is {weight_decay}; write at least 0")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megalr.config import FullConfig, Json, MegalrConfig, fill_auto, read_json
 from megalr.errors import UserError
 from megalr.layers import parametrize as _parametrize
-from megalr.layers.parametrize import factor_pairs
+from megalr.layers.parametrize import factor_pairs, projected_layers
 from megalr.optim.groups import parameter_groups
 from megalr.optim.optimizer import MegalrOptimizer
 
@@ -52,13 +52,14 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
         content = fill_auto(content, training_args)
         _complete(training_args, content)
     parsed = MegalrConfig.from_json(content)
-    pairs = list(factor_pairs(model))
-    if not pairs and not isinstance(parsed.parametrization, FullConfig):
+    pairs, projected = list(factor_pairs(model)), projected_layers(model)
+    if not pairs and not projected and not isinstance(parsed.parametrization, FullConfig):
         raise UserError(
             f'the configuration asks for parametrization "{parsed.parametrization.type}", but the model has no such '
             "layer: call megalr.parametrize(model, config) before megalr.build_optimizer"
         )
-    return MegalrOptimizer(parameter_groups(model, parsed.optimizer), pairs, parsed)
+    groups = parameter_groups(model, parsed.optimizer)
+    return MegalrOptimizer(groups, parsed, pairs=pairs, projected=projected)
 
 
 def trainer_optimizer(training_args: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
@@ -155,8 +156,9 @@ def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
     state = optimizer.consolidate()
     module: nn.Module = engine.module
     trained = optimizer.prepare().layout.shapes
-    for name, parameter in module.named_parameters():
-        if name not in trained:
+    # Layers may share a frozen parameter, and each has its own name for it.
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name not in trained and not parameter.requires_grad:
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 if state is not None:
                     state[name] = parameter.detach().cpu().clone()

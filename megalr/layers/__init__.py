@@ -2,6 +2,15 @@
 
 from megalr.layers.export import densify
 from megalr.layers.low_rank import LowRankLinear
-from megalr.layers.parametrize import factor_pairs, matching, parametrize
+from megalr.layers.parametrize import factor_pairs, matching, parametrize, projected_layers
+from megalr.layers.projected import ProjectedLinear
 
-__all__ = ["LowRankLinear", "densify", "factor_pairs", "matching", "parametrize"]
+__all__ = [
+    "LowRankLinear",
+    "ProjectedLinear",
+    "densify",
+    "factor_pairs",
+    "matching",
+    "parametrize",
+    "projected_layers",
+]

@@ -1,35 +1,31 @@
-"""From factors back to ordinary dense weights, under the dense model's names."""
+"""From a parametrization's tensors back to ordinary dense weights, under the dense model's names."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from megalr.config import LowRankConfig, ParametrizationConfig
+from megalr.layers.base import FullConfig, ParametrizationConfig
 
 
 def densify(state: Mapping[str, Tensor], config: ParametrizationConfig) -> dict[str, Tensor]:
-    """A state dict in which every pair ``x.B``, ``x.A`` is replaced by ``x.weight`` = (alpha / rank) * B @ A.
+    """A state dict in which the parts of each replaced layer ``x`` have become ``x.weight``.
 
     Args:
         state: fp32 (or other) tensors by qualified name; not modified.
         config: the parametrization that the model was trained with.
 
     Returns:
-        The products in fp32 (multiplied in fp32 and not yet cast), everything else as it is.
+        The weights in fp32 (multiplied in fp32 and not yet cast), everything else as it is.
     """
-    if not isinstance(config, LowRankConfig):
+    if isinstance(config, FullConfig):
         return dict(state)
     dense: dict[str, Tensor] = {}
     for name, tensor in state.items():
         layer, _, last = name.rpartition(".")
-        if last == "A" and f"{layer}.B" in state:
-            continue
-        if last == "B" and f"{layer}.A" in state:
-            product = config.scale * (tensor.to(torch.float32) @ state[f"{layer}.A"].to(torch.float32))
-            dense[f"{layer}.weight"] = product
-        else:
+        if last not in config.parts or any(f"{layer}.{part}" not in state for part in config.parts):
             dense[name] = tensor
+        elif f"{layer}.weight" not in dense:
+            dense[f"{layer}.weight"] = config.weight({part: state[f"{layer}.{part}"] for part in config.parts})
     return dense

@@ -3,12 +3,73 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megalr.errors import UserError
+from megalr.layers.base import Parametrization
+from megalr.sections import require
 from megalr.seeding import generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(Parametrization):
+    """W = (alpha / rank) * B @ A in place of every linear layer that ``target_modules`` names.
+
+    Attributes:
+        alpha: numerator of the fixed scale; None stands for ``rank``, that is, a scale of one.
+        init: "variance_matched" gives the product the dense layer's variance, "kaiming_uniform" is the published
+            code's start.
+    """
+
+    parts: ClassVar[frozenset[str]] = frozenset({"B", "A"})
+
+    type: Literal["low_rank"] = "low_rank"
+    alpha: float | None = None
+    init: Literal["variance_matched", "kaiming_uniform"] = "variance_matched"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = "megalr.parametrization"
+        require(self.alpha is None or self.alpha > 0, f"{where}.alpha is {self.alpha}; write a positive number")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, the constant in front of B @ A."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def replace(self, layer: nn.Linear, *, seed: int, name: str) -> LowRankLinear:
+        weight = layer.weight
+        new = LowRankLinear(
+            layer.in_features,
+            layer.out_features,
+            self.rank,
+            scale=self.scale,
+            bias=layer.bias,
+            device=weight.device,
+            dtype=weight.dtype,
+        ).train(layer.training)
+        if weight.is_meta:
+            return new
+        if self.init == "variance_matched":
+            # Root mean square rather than the configuration's nominal value: it is right for any model and any start.
+            dense_std = torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).item() / weight.numel() ** 0.5
+            if dense_std == 0:
+                raise UserError(
+                    f"{name}.weight is all zeros, so there is no variance to match: initialise the model first"
+                )
+            variance_matched_(new, dense_std, seed, name)
+        else:
+            kaiming_uniform_(new, seed, name)
+        return new
+
+    def weight(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return self.scale * (parts["B"].to(torch.float32) @ parts["A"].to(torch.float32))
 
 
 class LowRankLinear(nn.Module):

@@ -5,24 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import nn
 
-from megalr.config import FullConfig, LowRankConfig, ParametrizationConfig
 from megalr.errors import UserError
-from megalr.layers.low_rank import LowRankLinear, kaiming_uniform_, variance_matched_
+from megalr.layers.base import FullConfig, Parametrization, ParametrizationConfig
+from megalr.layers.low_rank import LowRankLinear
+from megalr.layers.projected import ProjectedLinear
 
 
 def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 0) -> nn.Module:
     """Replace every ``nn.Linear`` that ``config.target_modules`` names, in place, and return the model.
 
-    Works on real tensors and on the meta device (where nothing is initialised). Each dense weight is freed as soon as
-    its factors exist, so that the peak is the dense model's size.
+    Works on real tensors and on the meta device (where nothing is initialised). What a layer does not need of its
+    dense weight is freed at once, so that the peak is the dense model's size.
 
     Args:
-        model: any module; its layers keep their qualified names, ``x.weight`` becomes ``x.B`` and ``x.A``.
+        model: any module; its layers keep their qualified names.
         config: the "parametrization" section.
-        seed: key of the factors' random start.
+        seed: key of random starts.
 
     Raises:
         UserError: a pattern matches nothing, a rank exceeds a matrix, a weight is shared, or the model was
@@ -32,15 +32,13 @@ def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 
         return model
     targets = _targets(model, config)
     for name, layer in targets.items():
-        smaller = min(layer.out_features, layer.in_features)
-        if config.rank > smaller:
-            raise UserError(
-                f"megalr.parametrization.rank is {config.rank}, but {name} is a {layer.out_features} x "
-                f"{layer.in_features} matrix: write a rank of at most {smaller}, or leave it out of target_modules"
-            )
-    for name, layer in targets.items():
+        config.check(name, layer)
+    replaced: dict[str, nn.Module] = {}
+    for name in list(targets):
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _low_rank(layer, config, seed, name))
+        replaced[name] = config.replace(targets.pop(name), seed=seed, name=name)
+        setattr(model.get_submodule(parent), child, replaced[name])
+    config.connect(replaced)
     return model
 
 
@@ -50,6 +48,11 @@ def factor_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
         if isinstance(module, LowRankLinear):
             prefix = f"{name}." if name else ""
             yield f"{prefix}B", f"{prefix}A"
+
+
+def projected_layers(model: nn.Module) -> dict[str, ProjectedLinear]:
+    """The projected layers of the model by qualified name, in its order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ProjectedLinear)}
 
 
 def matching(names: Iterable[str], patterns: tuple[str, ...] | str, where: str, what: str) -> set[str]:
@@ -85,7 +88,7 @@ def matching(names: Iterable[str], patterns: tuple[str, ...] | str, where: str, 
     return chosen
 
 
-def _targets(model: nn.Module, config: LowRankConfig) -> dict[str, nn.Linear]:
+def _targets(model: nn.Module, config: Parametrization) -> dict[str, nn.Linear]:
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = matching(linear, config.target_modules, "megalr.parametrization.target_modules", "linear layer")
     chosen = {name: layer for name, layer in linear.items() if name in names}
@@ -101,35 +104,11 @@ def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
         if hasattr(layer.weight, "ds_id"):
             raise UserError(
                 "the model was built under deepspeed.zero.Init, which has already cut its weights: build it without, "
-                "call megalr.parametrize, then deepspeed.initialize, which shards the factors (with transformers' "
+                "call megalr.parametrize, then deepspeed.initialize, which shards what it made (with transformers' "
                 "Trainer: before TrainingArguments are made)"
             )
         if len(names[id(layer.weight)]) > 1:
             shared = " and ".join(names[id(layer.weight)])
             raise UserError(
-                f"{shared} are one shared weight, which cannot be factorised: leave {name} out of target_modules"
+                f"{shared} are one shared weight, which cannot be parametrized: leave {name} out of target_modules"
             )
-
-
-def _low_rank(layer: nn.Linear, config: LowRankConfig, seed: int, name: str) -> LowRankLinear:
-    weight = layer.weight
-    new = LowRankLinear(
-        layer.in_features,
-        layer.out_features,
-        config.rank,
-        scale=config.scale,
-        bias=layer.bias,
-        device=weight.device,
-        dtype=weight.dtype,
-    ).train(layer.training)
-    if weight.is_meta:
-        return new
-    if config.init == "variance_matched":
-        # Root mean square rather than the configuration's nominal value: it is right for any model and any start.
-        dense_std = torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).item() / weight.numel() ** 0.5
-        if dense_std == 0:
-            raise UserError(f"{name}.weight is all zeros, so there is no variance to match: initialise the model first")
-        variance_matched_(new, dense_std, seed, name)
-    else:
-        kaiming_uniform_(new, seed, name)
-    return new

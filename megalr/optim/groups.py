@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from megalr.config import GroupConfig, OptimizerConfig
 from megalr.errors import UserError
-from megalr.layers import factor_pairs, matching
+from megalr.layers import factor_pairs, matching, projected_layers
 from megalr.rules.base import Rule
 
-GroupName = Literal["factors", "matrices", "trunk", "embedding", "norm"]
+GroupName = Literal["factors", "projected", "matrices", "trunk", "embedding", "norm"]
 MATRIX_DIMENSIONS = (2, 3)  # a parameter of three is a stack
 
 
@@ -40,6 +40,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
 
     - factors: the B and A of low-rank layers, with the trunk's settings. A group of their own, so that a reset of the
       factors covers whole flat buffers.
+    - projected: R of projected layers, with the trunk's settings; a group of its own, since its moments follow bases.
     - matrices: what the optimizer's rule updates, if it has one. A group of their own, so that no flat buffer holds
       anything else.
     - embedding: weights of ``nn.Embedding`` and of the output head.
@@ -50,9 +51,11 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
         UserError: the rule would get nothing, or a pattern of ``target_modules`` matches nothing.
     """
     factors = {name for pair in factor_pairs(model) for name in pair}
+    projected = {id(layer.R) for layer in projected_layers(model).values()}
     embedding = _embedding_parameters(model)
     members: dict[GroupName, dict[str, nn.Parameter]] = {
         "factors": {},
+        "projected": {},
         "matrices": {},
         "trunk": {},
         "embedding": {},
@@ -64,6 +67,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
         group: GroupName = "trunk"
         if name in factors:
             group = "factors"
+        elif id(parameter) in projected:
+            group = "projected"
         elif id(parameter) in embedding:
             group = "embedding"
         elif len(logical_shape(parameter)) < MATRIX_DIMENSIONS[0]:
@@ -80,6 +85,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
         _check_rank(config.rule, members["matrices"])
     settings: dict[GroupName, Settings] = {
         "factors": main,
+        "projected": main,
         "matrices": main,
         "trunk": rest,
         "embedding": _override(rest, config.embedding),

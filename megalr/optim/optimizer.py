@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,18 @@ from torch import Tensor, nn
 
 from megalr.config import MegalrConfig
 from megalr.errors import UserError
+from megalr.layers.projected import ProjectedConfig, ProjectedLinear
 from megalr.optim.clock import Clock
 from megalr.optim.groups import ParameterGroup
 from megalr.optim.matrices import MatrixUpdater
+from megalr.optim.projection import Projections
 from megalr.optim.refactorization import OwnedPairs, refactorize_pairs, zero_
 from megalr.partition import Exchange, Item, Shard, Unit, buckets, read_shard
 from megalr.partition.exchange import COPIES
 from megalr.rules.adamw import adamw_
 from megalr.rules.base import State
+
+PARTS = ("matrices", "projected")  # of the state dict, beside what every optimizer has
 
 
 class MegalrOptimizer(torch.optim.Optimizer):
@@ -39,13 +43,19 @@ class MegalrOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, groups: Sequence[ParameterGroup], pairs: Sequence[tuple[str, str]], config: MegalrConfig
+        self,
+        groups: Sequence[ParameterGroup],
+        config: MegalrConfig,
+        *,
+        pairs: Sequence[tuple[str, str]] = (),
+        projected: Mapping[str, ProjectedLinear] | None = None,
     ) -> None:
         """
         Args:
             groups: trainable parameters and their settings; see :func:`megalr.optim.groups.parameter_groups`.
-            pairs: qualified names of the low-rank factors, as (B, A).
             config: the events, and the exchange's bound.
+            pairs: qualified names of the low-rank factors, as (B, A).
+            projected: projected layers by qualified name.
         """
         self.config = config
         self.updates = 0
@@ -56,6 +66,9 @@ class MegalrOptimizer(torch.optim.Optimizer):
         self._pairs = list(pairs)
         self._shard: Shard | None = None
         self._matrices: MatrixUpdater | None = None
+        self._projections: Projections | None = None
+        if isinstance(config.parametrization, ProjectedConfig) and projected:
+            self._projections = Projections(projected, config.parametrization, config.seed)
         self._loaded: dict[str, Any] | None = None
         self._stepped: set[int] = set()
         self._skipping = False
@@ -88,6 +101,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
                 continue
             if group["name"] == "matrices":
                 self._update_matrices(here, group)
+            elif group["name"] == "projected":
+                self._update_projected(here, group)
             else:
                 for parameter in here.values():
                     self._update(parameter, group)
@@ -114,8 +129,10 @@ class MegalrOptimizer(torch.optim.Optimizer):
                     bucket_bytes=self.config.exchange_bucket_bytes,
                     seed=self.config.seed,
                 )
+            if self._projections is not None:
+                self._projections.attach(shard, self._exchange, self._moments)
             self._shard = shard
-            self._load_matrices()
+            self._take_over()
         return self._shard
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,10 +140,10 @@ class MegalrOptimizer(torch.optim.Optimizer):
         state = super().state_dict()
         clocks = {name: vars(clock).copy() for name, clock in self._clocks.items()}
         state["megalr"] = {"updates": self.updates, "clocks": clocks, "form": self._form()}
-        if self._matrices is not None:
-            state["megalr"]["matrices"] = self._matrices.state_dict()
-        elif self._loaded is not None:  # loaded, and no update since
-            state["megalr"]["matrices"] = self._loaded
+        if self._loaded is not None:  # and no update since
+            return {**state, "megalr": {**state["megalr"], **self._loaded}}
+        for key, part in self._stateful().items():
+            state["megalr"][key] = part.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -146,16 +163,16 @@ class MegalrOptimizer(torch.optim.Optimizer):
         self._all_groups = self.param_groups
         for group, given in zip(self.param_groups, self._groups, strict=True):
             group.update({key: value for key, value in vars(given.settings).items() if key != "lr"})
-        self._loaded = state_dict["megalr"].get("matrices", {})
-        self._load_matrices()
+        self._loaded = {key: state_dict["megalr"][key] for key in PARTS if key in state_dict["megalr"]}
+        self._take_over()
         self.updates = state_dict["megalr"]["updates"]
         self._clocks = {name: Clock(**values) for name, values in state_dict["megalr"]["clocks"].items()}
 
     def routing_table(self) -> str:
         """One line a parameter or matrix: shape, group, rule, its rank, learning rate, owner, bytes of state.
 
-        The owner is the rank that runs the rule or refactorizes the factor; what is element-wise has none. A last line
-        says how evenly the rule's state is spread over the ranks.
+        The owner is the rank that runs the rule, refactorizes the factor or computes the projected layer's basis; what
+        is element-wise has none. A last line says how evenly the rule's state is spread over the ranks.
         """
         shard = self.prepare()
         owner = {
@@ -163,6 +180,9 @@ class MegalrOptimizer(torch.optim.Optimizer):
             for unit, rank in zip(self._owned_pairs.units, self._owned_pairs.owners, strict=True)
             for name in unit.names
         }
+        bases = [] if self._projections is None else self._projections.bases
+        ranks = {f"{name}.R": layer.rank for basis in bases for name, layer in basis.layers.items()}
+        owner |= {f"{name}.R": basis.owner for basis in bases for name in basis.layers}
         rows = [("parameter", "shape", "group", "rule", "rank", "lr", "owner", "state bytes")]
         for group, given in zip(self._all_groups, self._groups, strict=True):
             lr = f"{group.get('initial_lr', group['lr']):g}"
@@ -173,7 +193,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
                 if name in shard.layout.shapes:
                     shape = " x ".join(map(str, shard.layout.shapes[name]))
                     size = f"{2 * 4 * shard.layout.numel(name):,}"
-                    rows.append((name, shape, group["name"], "adamw", "-", lr, str(owner.get(name, "-")), size))
+                    rank = str(ranks.get(name, "-"))
+                    rows.append((name, shape, group["name"], "adamw", rank, lr, str(owner.get(name, "-")), size))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self._matrices is not None and (balance := self._matrices.balance()) is not None:
@@ -194,6 +215,15 @@ class MegalrOptimizer(torch.optim.Optimizer):
             projected = f" projected to rank {'-'.join(map(str, sorted({ranks[0], ranks[-1]})))}" if ranks else ""
             size = sum(m.shape[0] * m.shape[1] for m in matrices)
             lines.append(f"{rule.name}: {len(matrices)} matrices with {size:,} elements{projected}")
+        if self._projections is not None:
+            bases = self._projections.bases
+            layers = [layer for basis in bases for layer in basis.layers.values()]
+            size = sum(layer.out_features * layer.in_features for layer in layers)
+            chosen = sorted({layer.rank for layer in layers})
+            lines.append(
+                f"projected: {len(layers)} matrices with {size:,} elements and {len(bases)} bases of rank "
+                + "-".join(map(str, sorted({chosen[0], chosen[-1]})))
+            )
         owned = {n for g in self._groups if g.name == "matrices" for n in g.parameters} if self._matrices else set()
         rest = [name for name in shard.layout.shapes if name not in owned]
         lines.append(f"adamw: {len(rest)} parameters with {sum(map(shard.layout.numel, rest)):,} elements")
@@ -216,6 +246,16 @@ class MegalrOptimizer(torch.optim.Optimizer):
         if self.config.optimizer.rule is None:
             return []
         return [p for group in self._groups if group.name == "matrices" for p in group.parameters.values()]
+
+    @property
+    def remainders(self) -> dict[str, Tensor]:
+        """What this rank keeps of projected layers' W0 beside the model's weights, by layer; not copies."""
+        return {} if self._projections is None else self._projections.remainders
+
+    @property
+    def refreshes(self) -> int:
+        """Refreshes of projected layers' bases since the start of the run; a shared basis counts once."""
+        return 0 if self._projections is None else sum(basis.refreshes for basis in self._projections.bases)
 
     @property
     def rule_calls(self) -> int:
@@ -247,14 +287,20 @@ class MegalrOptimizer(torch.optim.Optimizer):
         return not any(grad.any() for grad in grads)
 
     def _form(self) -> dict[str, Any]:
-        rule = self.config.optimizer.rule
-        return {"rule": "adamw"} if rule is None else rule.form()
+        rule, parametrization = self.config.optimizer.rule, self.config.parametrization
+        form = {"rule": "adamw"} if rule is None else rule.form()
+        return form | parametrization.form() if isinstance(parametrization, ProjectedConfig) else form
 
-    def _load_matrices(self) -> None:
+    def _stateful(self) -> dict[str, MatrixUpdater | Projections]:
+        """What keeps a state of its own, under the name that it has in :meth:`state_dict`."""
+        parts = zip(PARTS, (self._matrices, self._projections), strict=True)
+        return {key: part for key, part in parts if part is not None}
+
+    def _take_over(self) -> None:
         """Hand over what was loaded, once the layout is known: DeepSpeed loads this state before its own masters."""
         if self._loaded is not None and self._shard is not None:
-            if self._matrices is not None:
-                self._matrices.load_state_dict(self._loaded)
+            for key, part in self._stateful().items():
+                part.load_state_dict(self._loaded.get(key, {}))
             self._loaded = None
 
     def _gradients_are_finite(self, shard: Shard) -> bool:
@@ -267,18 +313,43 @@ class MegalrOptimizer(torch.optim.Optimizer):
 
     def _update_matrices(self, here: dict[int, Tensor], group: dict[str, Any]) -> None:
         assert self._matrices is not None
+        gradients = self._flat_gradients(here)
+        self._matrices.update(
+            sorted(here), gradients, lr=group["lr"], weight_decay=group["weight_decay"], updates=self.updates
+        )
+
+    def _update_projected(self, here: dict[int, Tensor], group: dict[str, Any]) -> None:
+        assert self._projections is not None
+        for parameter in here.values():
+            self._moments_of(parameter)
+        self._projections.update(
+            sorted(here),
+            self._flat_gradients(here),
+            updates=self.updates,
+            **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")},
+        )
+
+    def _flat_gradients(self, here: dict[int, Tensor]) -> list[Tensor]:
+        """The gradients of some buffers, flat, in the buffers' layout; nothing of the others."""
         gradients = [buffer[:0] for buffer in self.prepare().buffers]
         for buffer, parameter in here.items():
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             gradients[buffer] = grad.reshape(-1)
-        self._matrices.update(
-            sorted(here), gradients, lr=group["lr"], weight_decay=group["weight_decay"], updates=self.updates
-        )
+        return gradients
+
+    def _moments_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
 
     def _end_update(self) -> list[str]:
         """Count what has been done, and run the events that are due."""
         if self._skipping:
             self.skipped += 1
+            if self._projections is not None:
+                self._projections.skip_update()
             return ["skipped"]
         self.updates += 1
         for clock in self._clocks.values():
@@ -287,10 +358,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         clock = self._clocks["factors" if group["name"] == "factors" else "dense"]
-        state = self.state[parameter]
-        if not state:
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state = self._moments_of(parameter)
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         reset = self.config.momentum_reset
         adamw_(
@@ -317,6 +385,9 @@ class MegalrOptimizer(torch.optim.Optimizer):
                 self._reset(name)
                 self._clocks[name].since_reset = 0
             events.append("momentum_reset")
+        if self._projections is not None:
+            for buffer in self._projections.end_update(self.updates):
+                self.prepare().publish(buffer)
         return events
 
     def _refactorize(self, mode: str) -> None:
@@ -338,8 +409,11 @@ class MegalrOptimizer(torch.optim.Optimizer):
         self._clocks[clock].count = 0
 
     def _moments(self, key: str) -> list[Tensor]:
-        by_id = {id(parameter): state[key] for parameter, state in self.state.items()}
-        return [by_id[buffer_id].view(-1) for buffer_id in self.prepare().keys]
+        """First or second moments of all buffers, flat; empty where a buffer has none."""
+        by_id = {id(parameter): state[key] for parameter, state in self.state.items() if key in state}
+        shard = self.prepare()
+        found = zip(shard.keys, shard.buffers, strict=True)
+        return [by_id[buffer_id].view(-1) if buffer_id in by_id else buffer[:0] for buffer_id, buffer in found]
 
 
 def _words(form: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ Nothing here knows any rule.
 """
 
 from megalr.partition.exchange import Exchange, Item, buckets
-from megalr.partition.fragments import Shard, planned_layout, read_shard
+from megalr.partition.fragments import Shard, frozen_parts, planned_layout, read_shard
 from megalr.partition.layout import Fragment, Layout
 from megalr.partition.placement import Unit, imbalance, least_imbalance, place
 
@@ -16,6 +16,7 @@ __all__ = [
     "Shard",
     "Unit",
     "buckets",
+    "frozen_parts",
     "imbalance",
     "least_imbalance",
     "place",

@@ -200,6 +200,30 @@ class Exchange:
         self.bytes_moved += size
         self.bytes_sent += size if owner == self.rank else 0
 
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, in place, on every rank; returned as well."""
+        world_size = self.layout.world_size
+        if world_size == 1:
+            return tensor
+        message = tensor if self._device is None else tensor.to(self._device)
+        dist.all_reduce(message, group=self._group)
+        if message is not tensor:
+            tensor.copy_(message)
+        size = message.numel() * message.element_size()
+        self.bytes_moved += 2 * size * (world_size - 1)  # as a ring does it: a reduce-scatter and an all-gather
+        self.bytes_sent += 2 * size * (world_size - 1) // world_size
+        return tensor
+
+    def everywhere(self, name: str, field: Field) -> Tensor:
+        """A parameter's whole tensor, new, on every rank."""
+        own = self.layout.on(name, self.rank)
+        whole = torch.zeros(self.layout.numel(name), dtype=field[0].dtype, device=field[0].device)
+        for fragment in own:
+            whole[fragment.start : fragment.start + fragment.length] = _flat(field, fragment)
+        if not self.layout.is_replicated(name):
+            self.add_up(whole)
+        return whole.view(self.layout.shapes[name])
+
     def all_agree(self, mine: bool) -> bool:
         """Whether it is so on every rank."""
         if self.layout.world_size == 1:

@@ -86,6 +86,21 @@ def read_shard(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[s
     return _read_whole(named_groups, param_groups)
 
 
+def frozen_parts(parameter: Tensor) -> list[tuple[int, Tensor]]:
+    """What this rank holds of a parameter that is not trained: (first element, flat view), to be written alike.
+
+    At stage 3 that is the rank's chunk, and the whole parameter where DeepSpeed keeps it gathered; elsewhere the whole.
+    """
+    if not hasattr(parameter, "ds_id"):
+        return [(0, parameter.data.view(-1))]
+    sharded: Any = parameter
+    chunk = sharded.partition_numel()
+    start = dist.get_rank(sharded.ds_process_group) * chunk
+    own = sharded.ds_tensor.data.view(-1)[: max(0, min(chunk, sharded.ds_numel - start))]
+    gathered = parameter.numel() == sharded.ds_numel
+    return [(start, own), *([(0, parameter.data.view(-1))] if gathered else [])]
+
+
 def planned_layout(groups: Sequence[Mapping[str, tuple[int, ...]]], *, stage: int, world_size: int) -> Layout:
     """The layout that DeepSpeed makes of parameters with its default options, from their shapes alone.
 

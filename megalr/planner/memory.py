@@ -91,6 +91,11 @@ def records(model: nn.Module) -> list[ParameterRecord]:
     ]
 
 
+def frozen_shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    """The shapes of the parameters that are not trained, shared ones once."""
+    return [logical_shape(parameter) for parameter in model.parameters() if not parameter.requires_grad]
+
+
 def paper_bytes(
     parameters: nn.Module | Iterable[ParameterRecord],
     *,
@@ -100,14 +105,15 @@ def paper_bytes(
 
     That is 2 bytes for every weight, 4 for every parameter under plain Adam, and 2 for every float of state,
     projector included, of a matrix that has a rule of its own. Gradients, masters and activations do not
-    count. A low-rank model is plain Adam on its factors: 6 bytes for each of its parameters.
+    count. A low-rank model is plain Adam on its factors: 6 bytes for each of its parameters. What is frozen, such as
+    W0 and Q of projected layers, counts as the weight it is.
 
     Args:
-        parameters: a model (on the meta device, if need be) or its records.
+        parameters: a model (on the meta device, if need be), or records of trained parameters.
         treated_state: how many floats of state a parameter's own rule keeps; None for plain Adam.
     """
     listed = records(parameters) if isinstance(parameters, nn.Module) else list(parameters)
-    total = 0
+    total = 2 * sum(map(math.prod, frozen_shapes(parameters))) if isinstance(parameters, nn.Module) else 0
     for record in listed:
         state = treated_state(record) if treated_state is not None else None
         total += 2 * record.numel + 2 * (ADAM_STATE_FLOATS * record.numel if state is None else state)
@@ -125,6 +131,7 @@ def deepspeed_bytes(
     persistence_threshold: int = PERSISTENCE_THRESHOLD,
     treated: Collection[int] = (),
     treated_state: int = 0,
+    frozen: Sequence[Shape] = (),
 ) -> RankBytes:
     """Bytes that one rank holds under DeepSpeed 0.19.8 with AdamW and no offload, padding included.
 
@@ -150,8 +157,8 @@ def deepspeed_bytes(
     ``reduce_bucket_size`` elements of the communication dtype.
 
     Args:
-        groups: the shapes in each of the optimizer's param groups, in order. Trainable parameters only:
-            frozen ones and buffers come on top.
+        groups: the shapes in each of the optimizer's param groups, in order. Trainable parameters only; buffers come
+            on top.
         stage: ZeRO stage, 0 to 3.
         world_size: how many ranks share the partitions.
         rank: whose bytes. Ranks differ in the gradients of stage 2 alone.
@@ -160,6 +167,8 @@ def deepspeed_bytes(
         persistence_threshold: ``stage3_param_persistence_threshold`` of the DeepSpeed JSON.
         treated: indices of the groups that a rule of their own updates, and that so have none of Adam's moments.
         treated_state: elements of state, scalars left out, that this rank keeps for them: it depends on who owns what.
+        frozen: the shapes of parameters that are not trained. They are weights and nothing else, whole on every rank
+            except at stage 3.
 
     Raises:
         ValueError: an unknown stage, a rank outside the world, or a gradient dtype that DeepSpeed refuses.
@@ -167,6 +176,7 @@ def deepspeed_bytes(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank}, but a world of {world_size} has ranks 0 to {world_size - 1}")
     numels = [[math.prod(shape) for shape in group] for group in groups]
+    fixed = [math.prod(shape) for shape in frozen]
     gradient_dtype = gradient_dtype or dtype
     match stage:
         case 0:
@@ -188,13 +198,14 @@ def deepspeed_bytes(
                 gradients = sum(kept) * gradient_dtype.itemsize
         case 3:
             parts = [sum(math.ceil(n / world_size) for n in group) for group in numels]
-            held = sum(parts) + _gathered(numels, world_size, persistence_threshold)
+            held = sum(parts) + _gathered([*numels, fixed], world_size, persistence_threshold)
+            fixed = [math.ceil(n / world_size) for n in fixed]
             gradients = sum(parts) * gradient_dtype.itemsize
         case _:
             raise ValueError(f"stage is {stage}; ZeRO has the stages 0, 1, 2 and 3")
     plain = sum(part for index, part in enumerate(parts) if index not in treated)
     return RankBytes(
-        weights=held * dtype.itemsize,
+        weights=(held + sum(fixed)) * dtype.itemsize,
         gradients=gradients,
         masters=0 if stage == 0 and dtype == torch.float32 else 4 * sum(parts),
         optimizer_state=4 * (ADAM_STATE_FLOATS * plain + treated_state),
@@ -221,6 +232,7 @@ def expected_bytes(engine: Any) -> RankBytes:
         # No flat buffer holds both matrices of a rule and other parameters.
         treated=[index for index, group in enumerate(groups) if own.issuperset(map(id, group))],
         treated_state=engine.basic_optimizer.matrix_state_numel if own else 0,
+        frozen=frozen_shapes(engine.module),
     )
 
 
@@ -238,6 +250,7 @@ def measured_bytes(engine: Any) -> RankBytes:
     masters = _storage_bytes([getattr(optimizer, name, None) for name in MASTERS], seen)
     state = _storage_bytes(list(engine.basic_optimizer.state.values()), seen)
     state += _storage_bytes(getattr(engine.basic_optimizer, "matrix_states", {}), seen)
+    state += _storage_bytes(getattr(engine.basic_optimizer, "remainders", {}), seen)
     gradients = _storage_bytes([[p.grad, getattr(p, "grad_accum", None)] for p in parameters], seen)
     gradients += _storage_bytes([getattr(optimizer, name, None) for name in GRADIENTS], seen)
     return RankBytes(weights=weights, gradients=gradients, masters=masters, optimizer_state=state)

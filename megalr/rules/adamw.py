@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
@@ -28,15 +30,33 @@ def adamw_(
         step: t, the updates since the moments were zero, this one included; at least 1.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
     """
+    runs = ([weight], [grad], [exp_avg], [exp_avg_sq])
+    adamw_runs_(*runs, steps=[step], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def adamw_runs_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    steps: Sequence[int],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """:func:`adamw_` for many runs of one device in one call, each with a step count of its own."""
     # torch's fused kernel reads and writes each element once; the step count it advances is a copy.
-    count = torch.full((), step - 1, dtype=torch.float32, device=weight.device)  # filled there: nothing to wait for
+    device = weights[0].device
+    counts = [torch.full((), step - 1, dtype=torch.float32, device=device) for step in steps]  # nothing to wait for
     adamw(
-        [weight],
-        [grad],
-        [exp_avg],
-        [exp_avg_sq],
+        weights,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
         [],
-        [count],
+        counts,
         fused=True,
         amsgrad=False,
         beta1=betas[0],

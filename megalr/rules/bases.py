@@ -86,6 +86,47 @@ def leading_basis(
     return random_basis(matrix.shape[0], rank, generator, matrix.device)
 
 
+class SummedMatrix:
+    """A matrix that is the sum of parts held by several ranks, and is never formed: its products are added up."""
+
+    def __init__(self, part: Tensor, add_up: Callable[[Tensor], Tensor]) -> None:
+        """
+        Args:
+            part: this rank's, of the whole matrix's shape.
+            add_up: the sum over the ranks, in place.
+        """
+        self._part, self._add_up = part, add_up
+        self.shape, self.device = part.shape, part.device
+
+    @property
+    def T(self) -> SummedMatrix:  # noqa: N802  (as in torch)
+        """The transpose."""
+        return SummedMatrix(self._part.T, self._add_up)
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return self._add_up(self._part @ other)
+
+    def any(self) -> Tensor:
+        """Whether any part has an element that is not zero."""
+        return self._add_up(self._part.any().float()) > 0
+
+
+def sketched_basis(
+    grad: SummedMatrix,
+    rank: int,
+    side: Side,
+    projector: Projector,
+    *,
+    previous: Tensor | None,
+    generator: torch.Generator,
+) -> Tensor:
+    """:func:`leading_basis` of a finite gradient by "power" or "randomized", from products with thin matrices alone."""
+    matrix = grad if side == "left" else grad.T
+    if projector == "power" and previous is not None:
+        return _signed(_power(matrix, previous), previous).contiguous()
+    return _signed(_randomized(matrix, rank, generator), previous).contiguous()
+
+
 def random_basis(size: int, rank: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """(size, rank): uniformly random among orthonormal bases, the same on every device."""
     return orthonormal(torch.randn(size, rank, generator=generator)).contiguous().to(device)
@@ -98,7 +139,7 @@ def orthonormal(matrix: Tensor) -> Tensor:
     return q * signs
 
 
-def power_step(matrix: Tensor, previous: Tensor) -> Tensor:
+def power_step(matrix: Tensor | SummedMatrix, previous: Tensor) -> Tensor:
     """Q of M Mᵀ P with P = ``previous``: one step of subspace iteration.
 
     The inner factor is made orthonormal, too. That changes nothing in exact arithmetic, since triangular factors from
@@ -120,18 +161,18 @@ def _svd(grad: Tensor, rank: int, side: Side) -> Tensor:
     return u[:, :rank] if side == "left" else vh[:rank].T
 
 
-def _power(matrix: Tensor, previous: Tensor) -> Tensor:
+def _power(matrix: Tensor | SummedMatrix, previous: Tensor) -> Tensor:
     # A zero gradient has no subspace of its own.
     return power_step(matrix, previous) if matrix.any() else previous.clone()
 
 
-def _randomized(matrix: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+def _randomized(matrix: Tensor | SummedMatrix, rank: int, generator: torch.Generator) -> Tensor:
     width = min(rank + OVERSAMPLING, *matrix.shape)
     probe = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
     basis = orthonormal(matrix @ probe)
     for _ in range(POWER_STEPS):
         basis = power_step(matrix, basis)
-    inner = torch.linalg.svd(basis.T @ matrix, full_matrices=False)[0]
+    inner = torch.linalg.svd((matrix.T @ basis).T, full_matrices=False)[0]
     return basis @ inner[:, :rank]
 
 

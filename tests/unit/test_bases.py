@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megalr.rules import bases
-from megalr.rules.bases import leading_basis, orthonormal, power_step
+from megalr.rules.bases import SummedMatrix, leading_basis, orthonormal, power_step, random_basis, sketched_basis
 from megalr.seeding import generator
 
 PROJECTORS = ["svd", "eigh", "randomized", "power", "random"]
@@ -245,3 +245,32 @@ def test_where_everything_fails_the_first_basis_is_random(monkeypatch):
     for shape, side in itertools.product(SHAPES[:2], ("left", "right")):
         basis = basis_of(matrix(shape), 4, side, "svd")
         assert_orthonormal(basis, shape, 4, side)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("projector", ["power", "randomized"])
+def test_a_sum_of_parts_has_the_basis_of_the_sum(projector, side):
+    """Two halves, added up wherever a product is; the sum itself is never formed."""
+    parts = [torch.randn(12, 20, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    size, rank = (12 if side == "left" else 20), 4
+    previous = random_basis(size, rank, torch.Generator().manual_seed(2), torch.device("cpu"))
+    settings = {"previous": previous, "generator": torch.Generator().manual_seed(3)}
+    expected = leading_basis(parts[0] + parts[1], rank, side, projector, name="w", **settings)
+    settings["generator"] = torch.Generator().manual_seed(3)
+    got = sketched_basis(_TwoParts(parts), rank, side, projector, **settings)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+class _TwoParts(SummedMatrix):
+    """Both ranks of a sum in one process."""
+
+    def __init__(self, parts):
+        super().__init__(parts[0], lambda t: t)
+        self.parts = parts
+
+    @property
+    def T(self):  # noqa: N802
+        return _TwoParts([part.T for part in self.parts])
+
+    def __matmul__(self, other):
+        return sum(part @ other for part in self.parts)

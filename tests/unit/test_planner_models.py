@@ -110,13 +110,19 @@ def test_plan_has_a_row_for_each_rule():
     command += ["--processes", "8", "--optimizers", "GaLoreAdamW", "Muon"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert [row[1] for row in cells[2:]] == ["dense", "256", "GaLoreAdamW 256", "Muon"]
-    galore, muon = cells[4], cells[5]
+    assert [row[1] for row in cells[2:]] == ["dense", "low-rank 256", "projected 256", "GaLoreAdamW 256", "Muon"]
+    projected, galore, muon = cells[4:]
     assert galore[3] == "611 MB"
     # Adam's 8 bytes for embedding and head; matrices of 768 x 768 and 768 x 2048 have m r + 2 n r floats, or m n.
     matrices = 12 * (4 * 768**2 + 3 * 768 * 2048)
     adam = 8 * (134_105_856 - matrices) / 8
     galore_state = 4 * 12 * (4 * 3 * 768 * 256 + 3 * (768 + 2 * 2048) * 256) / 8
+    # Everything but the matrices trained densely, R (m, r) with all of Adam's 16 bytes; W0 and Q are weights alone.
+    trained = 134_105_856 - matrices + 12 * (4 * 768 * 256 + (768 + 2 * 2048) * 256)
+    assert megabytes(projected[7]) == pytest.approx(8 * trained / 8 / 1e6, rel=0.02)
+    assert megabytes(projected[4]) == pytest.approx(
+        2 * (trained + matrices + 12 * (6 * 768 + 2048) * 256) / 8 / 1e6, rel=0.02
+    )
     assert megabytes(galore[7]) == pytest.approx((adam + galore_state) / 1e6, rel=0.02)
     assert megabytes(muon[7]) == pytest.approx((adam + 4 * matrices / 8) / 1e6, rel=0.03)
 

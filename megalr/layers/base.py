@@ -1,0 +1,74 @@
+"""What a parametrization is: how the weight of a linear layer is represented while it is trained."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from megalr.errors import UserError
+from megalr.sections import check_targets, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullConfig:
+    """The model as it is: every weight a dense matrix."""
+
+    type: Literal["full"] = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parametrization(ABC):
+    """Another representation of every linear layer that ``target_modules`` names; the JSON's "parametrization".
+
+    Attributes:
+        type: its name in the JSON.
+        rank: r, the inner dimension; at most min(m, n) of every targeted m x n layer.
+        target_modules: substrings of the layers' qualified names; one of them must occur. A single string is a
+            regular expression that has to match the whole name, as in transformers.
+    """
+
+    # The tensors of a layer, by last name, that make up its weight.
+    parts: ClassVar[frozenset[str]]
+
+    type: str = ""
+    rank: int = 128
+    target_modules: tuple[str, ...] | str = ("attn", "mlp")
+
+    def __post_init__(self) -> None:
+        where = "megalr.parametrization"
+        require(self.rank >= 1, f"{where}.rank is {self.rank}; write a whole number of at least 1")
+        check_targets(self.target_modules, f"{where}.target_modules")
+
+    def check(self, name: str, layer: nn.Linear) -> None:
+        """Raise a UserError for a layer that cannot be represented so."""
+        smaller = min(layer.out_features, layer.in_features)
+        if self.rank > smaller:
+            raise UserError(
+                f"megalr.parametrization.rank is {self.rank}, but {name} is a {layer.out_features} x "
+                f"{layer.in_features} matrix: write a rank of at most {smaller}, or leave it out of target_modules"
+            )
+
+    @abstractmethod
+    def replace(self, layer: nn.Linear, *, seed: int, name: str) -> nn.Module:
+        """The layer's replacement.
+
+        Args:
+            layer: real, or on the meta device, where nothing is initialised; what the replacement keeps of it is
+                taken over, not copied.
+            seed: the run's seed.
+            name: the layer's qualified name; with the seed the key of any random number.
+        """
+
+    def connect(self, layers: Mapping[str, nn.Module]) -> None:  # noqa: B027  (most have nothing to share)
+        """Let replaced layers, given by qualified name, know each other."""
+
+    @abstractmethod
+    def weight(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The dense weight (m, n), multiplied and kept in fp32, from a layer's :attr:`parts` by last name."""
+
+
+ParametrizationConfig = FullConfig | Parametrization

@@ -1,0 +1,301 @@
+"""The projected linear layer, W = W0 + R Qᵀ: GaLore's training with everything that is trained r wide.
+
+Between two refreshes GaLore (arXiv 2403.03507) is plain Adam on R in W = W0 + R Qᵀ, with Q fixed. As a layer, R is an
+ordinary parameter: its gradient, the reduction of it, its moments and its master are m x r, and any ZeRO stage cuts it
+anywhere. W0 takes R Qᵀ when Q is refreshed; :mod:`megalr.optim.projection` does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megalr.layers.base import Parametrization
+from megalr.rules.bases import Projector, Side, random_basis
+from megalr.sections import require
+from megalr.seeding import generator
+
+# Layers of one parent that read the same input, under the names that they have in the models of transformers.
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedConfig(Parametrization):
+    """W = W0 + R Qᵀ in place of every linear layer that ``target_modules`` names; W0 and Q are frozen.
+
+    Attributes:
+        side: "input" has Q (n, r) on the side of the layer's input, W = W0 + R Qᵀ with R (m, r), and saves x Q for
+            the backward pass; "output" has P (m, r), W = W0 + P R with R (r, n), and saves x; "std" takes for each
+            matrix the shorter side, as GaLore does.
+        update_proj_gap: updates between two refreshes of a layer's basis.
+        projector: how the basis is computed; see :func:`megalr.rules.bases.leading_basis`. "random" needs no gradient.
+        random_from: updates after which bases are random whatever the projector is (GoLore, arXiv 2410.11289).
+        moments: what R's moments become at a refresh: "keep" leaves them, "reset" zeroes them and their count,
+            "transport" rotates them into the new basis.
+        stagger: layers refresh one after the other, spread over the gap, and start with random bases. False: all at
+            updates 0, gap, 2 gap, ..., as GaLore does.
+        share_basis: layers that read the same input keep one Q, from their stacked gradients, and save one x Q.
+        compute: "low_rank" computes x W0ᵀ + (x Q) Rᵀ, "materialized" forms W0 + R Qᵀ for each pass and frees it,
+            "auto" takes what needs fewer operations for the tokens at hand.
+        merge_rounding: how W0 + R Qᵀ becomes W0 in a model of 16 bits: to "nearest", "stochastic"ally, or to nearest
+            with the "remainder" kept in 16 bits more, sharded over the ranks.
+    """
+
+    parts: ClassVar[frozenset[str]] = frozenset({"weight", "R", "basis"})
+
+    type: Literal["projected"] = "projected"
+    side: Literal["input", "std", "output"] = "input"
+    update_proj_gap: int = 200
+    projector: Projector = "svd"
+    random_from: int | None = None
+    moments: Literal["keep", "reset", "transport"] = "keep"
+    stagger: bool = True
+    share_basis: bool = False
+    compute: Literal["auto", "low_rank", "materialized"] = "auto"
+    merge_rounding: Literal["nearest", "stochastic", "remainder"] = "nearest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where, gap = "megalr.parametrization", self.update_proj_gap
+        require(gap >= 1, f"{where}.update_proj_gap is {gap}; write a whole number of at least 1")
+        require(
+            self.random_from is None or self.random_from >= 0,
+            f"{where}.random_from is {self.random_from}; write a number of updates",
+        )
+        require(
+            not self.share_basis or self.side == "input",
+            f'{where}.share_basis needs a basis of the input: write "side": "input", or "share_basis": false',
+        )
+
+    def side_of(self, shape: Sequence[int]) -> Side:
+        """Which side of an m x n matrix the basis is on: "right" is the input's."""
+        if self.side == "std":
+            return "right" if shape[0] >= shape[1] else "left"
+        return "right" if self.side == "input" else "left"
+
+    def form(self) -> dict[str, str | int | bool]:
+        """What decides what the optimizer's state looks like."""
+        return {"parametrization": self.type, "rank": self.rank, "side": self.side, "share_basis": self.share_basis}
+
+    def replace(self, layer: nn.Linear, *, seed: int, name: str) -> ProjectedLinear:
+        side = self.side_of(layer.weight.shape)
+        size = layer.in_features if side == "right" else layer.out_features
+        weight = layer.weight
+        if weight.is_meta:
+            basis = weight.new_empty(size, self.rank)
+        else:
+            basis = random_basis(size, self.rank, generator(seed, f"{name}.weight", side, 0), weight.device)
+        new = ProjectedLinear(weight, basis.to(weight.dtype), layer.bias, side=side, compute=self.compute)
+        return new.train(layer.training)
+
+    def connect(self, layers: Mapping[str, nn.Module]) -> None:
+        if not self.share_basis:
+            return
+        by_name = {name: layer for name, layer in layers.items() if isinstance(layer, ProjectedLinear)}
+        for name, first in by_name.items():
+            parent, dot, last = name.rpartition(".")
+            names = next((names for names in SAME_INPUT if last == names[0]), ())
+            group = [by_name[f"{parent}{dot}{n}"] for n in names if f"{parent}{dot}{n}" in by_name]
+            group = [layer for layer in group if layer.in_features == first.in_features]
+            if len(group) > 1:
+                latents = SharedLatent(len(group))
+                for layer in group:
+                    layer.basis, layer.latents = first.basis, latents
+
+    def weight(self, parts: Mapping[str, Tensor]) -> Tensor:
+        w, r, basis = (parts[key].to(torch.float32) for key in ("weight", "R", "basis"))
+        right = self.side_of(w.shape) == "right"
+        return torch.addmm(w, r, basis.T) if right else torch.addmm(w, basis, r)
+
+
+class ProjectedLinear(nn.Module):
+    """y = x (W0 + R Qᵀ)ᵀ + bias, or with W = W0 + P R, in place of ``nn.Linear``; of the weight R alone is trained.
+
+    Attributes:
+        weight: W0, (out_features, in_features), model dtype, frozen.
+        R: (out_features, r) for a basis on the right, (r, in_features) for one on the left, model dtype.
+        basis: Q, (in_features, r), or P, (out_features, r), orthonormal columns, model dtype, frozen. Layers of a
+            group that reads the same input share one parameter.
+        bias: (out_features,) or None.
+        side: where the basis is.
+        latents: what the group shares besides; None for a layer on its own.
+        collecting: whether backward passes add up the gradient of the whole weight, for a refresh.
+        full_gradient: (out_features, in_features), fp32, what they have added up so far; None before the first.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        basis: Tensor,
+        bias: nn.Parameter | None,
+        *,
+        side: Side,
+        compute: Literal["auto", "low_rank", "materialized"] = "auto",
+    ) -> None:
+        """
+        Args:
+            weight: the dense layer's parameter; it becomes W0. R is trained if it was, and starts at zero.
+            basis: see above.
+            bias: the dense layer's.
+            side: where the basis is.
+            compute: see :class:`ProjectedConfig`.
+        """
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.rank = basis.shape[1]
+        self.side: Side = side
+        self.compute = compute
+        shape = (self.out_features, self.rank) if side == "right" else (self.rank, self.in_features)
+        self.R = nn.Parameter(weight.new_zeros(shape), requires_grad=weight.requires_grad)
+        self.weight = weight.requires_grad_(False)
+        self.basis = nn.Parameter(basis, requires_grad=False)
+        self.register_parameter("bias", bias)
+        self.latents: SharedLatent | None = None
+        self.collecting = False
+        self.full_gradient: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x of shape (..., in_features)."""
+        y: Tensor = _Projected.apply(x, self.R, self.bias, self._latent(x), self)
+        if self.collecting and torch.is_grad_enabled() and y.requires_grad:
+            y = _Collect.apply(y, x.detach(), self)
+        return y
+
+    def materializes(self, tokens: int) -> bool:
+        """Whether W is formed for an input of so many tokens.
+
+        That costs m·n·r operations in the forward pass and as many in the backward pass. It saves (x Q) Rᵀ in the
+        first, and (dy R) Qᵀ in the second: for each token (2 m + n)·r with Q, (m + 2 n)·r with P.
+        """
+        m, n = self.out_features, self.in_features
+        saved = 2 * m + n if self.side == "right" else m + 2 * n
+        return self.compute == "materialized" or (self.compute == "auto" and tokens * saved > 2 * m * n)
+
+    def materialized(self) -> Tensor:
+        """W0 + R Qᵀ, or W0 + P R: (m, n), new."""
+        left, right = (self.R, self.basis.T) if self.side == "right" else (self.basis, self.R)
+        return torch.addmm(self.weight, left, right)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows of this layer."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"basis={'input' if self.side == 'right' else 'output'}, bias={self.bias is not None}"
+        )
+
+    def _latent(self, x: Tensor) -> Tensor | None:
+        """x Q, (tokens, r), which the gradient of R needs; no gradient flows through it."""
+        if self.side == "left":
+            return None
+        if self.latents is None:
+            return _latent(x, self.basis)
+        return self.latents.of(x, self)
+
+
+class SharedLatent:
+    """x Q of layers that read the same x: computed by the first of them, let go of after the last."""
+
+    def __init__(self, members: int) -> None:
+        """
+        Args:
+            members: how many layers there are.
+        """
+        self._members = members
+        self._served: set[int] = set()
+        self._key: tuple[Any, ...] = ()
+        # x itself is held, too: nothing else can lie at its address meanwhile, so the key cannot be mistaken.
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def of(self, x: Tensor, layer: ProjectedLinear) -> Tensor:
+        """x Q for one of the layers; under DeepSpeed each gets a view of x of its own."""
+        key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype)
+        if self._held is None or self._key != key or id(layer) in self._served:
+            self._key, self._served = key, set()
+            self._held = (x.detach(), _latent(x, layer.basis))
+        latent = self._held[1]
+        self._served.add(id(layer))
+        if len(self._served) == self._members:
+            self._held = None
+        return latent
+
+
+@torch.no_grad()
+def _latent(x: Tensor, basis: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]) @ basis
+
+
+class _Projected(torch.autograd.Function):
+    """The layer's two passes. The weights are read from the layer, not saved: ZeRO-3 takes them away in between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, r: Tensor, bias: Tensor | None, latent: Tensor | None, layer: ProjectedLinear
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        materialize = layer.materializes(flat.shape[0])
+        if materialize:
+            y = flat @ layer.materialized().T
+        elif latent is not None:
+            y = (flat @ layer.weight.T).addmm_(latent, r.T)
+        else:
+            y = (flat @ layer.weight.T).addmm_(flat @ r.T, layer.basis.T)
+        if bias is not None:
+            y += bias
+        ctx.layer, ctx.materialize, ctx.shape = layer, materialize, x.shape
+        ctx.save_for_backward(x if latent is None else latent)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layer: ProjectedLinear = ctx.layer
+        dy = grads[0].reshape(-1, layer.out_features)
+        (kept,) = ctx.saved_tensors
+        right = layer.side == "right"
+        dx = dr = dbias = None
+        low = None if right else dy @ layer.basis  # (tokens, r)
+        if ctx.needs_input_grad[0]:
+            if ctx.materialize:
+                dx = dy @ layer.materialized()
+            elif low is None:
+                dx = (dy @ layer.weight).addmm_(dy @ layer.R, layer.basis.T)
+            else:
+                dx = (dy @ layer.weight).addmm_(low, layer.R)
+            dx = dx.view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            dr = dy.T @ kept if low is None else low.T @ kept.reshape(-1, layer.in_features)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.sum(0)
+        return dx, dr, dbias, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Hands on y, and adds dyᵀ x to the layer's full gradient when dy comes by."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, layer: ProjectedLinear) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layer: ProjectedLinear = ctx.layer
+        (x,) = ctx.saved_tensors
+        dy, flat = grads[0].reshape(-1, layer.out_features), x.reshape(-1, layer.in_features)
+        if layer.collecting:
+            if layer.full_gradient is None:
+                layer.full_gradient = (dy.T @ flat).float()
+            elif layer.full_gradient.dtype == dy.dtype:
+                layer.full_gradient.addmm_(dy.T, flat)
+            else:
+                layer.full_gradient += dy.T @ flat
+        return grads[0], None, None

@@ -1,0 +1,13 @@
+"""The parametrizations by the name that the JSON's "parametrization" section gives as "type"."""
+
+from __future__ import annotations
+
+from megalr.layers.base import FullConfig, Parametrization
+from megalr.layers.low_rank import LowRankConfig
+from megalr.layers.projected import ProjectedConfig
+
+PARAMETRIZATIONS: dict[str, type[FullConfig] | type[Parametrization]] = {
+    "full": FullConfig,
+    "low_rank": LowRankConfig,
+    "projected": ProjectedConfig,
+}

@@ -1,0 +1,361 @@
+"""Bases of projected layers: refreshed from full gradients, with W0 taking over what R has learnt.
+
+A refresh at update t gives what GaLore's gives, and no other update has the gradient of a whole matrix:
+
+1. During update t the layer's backward passes add up the gradient G of the whole weight beside that of R.
+2. G, or its products with thin matrices alone where the projector needs no more, is summed over the ranks.
+3. One rank computes the basis, all receive it, and W0 takes R Qᵀ.
+4. R starts again at zero; its moments are kept, reset or transported; its gradient becomes G Q with the new Q.
+
+What DeepSpeed delivers as R's gradient is s G Q with the *old* Q, where s stands for averaging, loss scale and
+clipping. Both are known here, so s is measured instead of computed from settings; and where the two are not parallel,
+as after an update that DeepSpeed has skipped, G is not this update's and the refresh waits for the next.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalr.layers.projected import ProjectedConfig, ProjectedLinear
+from megalr.optim.groups import logical_shape
+from megalr.optim.merging import Merging
+from megalr.partition import Exchange, Fragment, Shard, frozen_parts
+from megalr.partition.exchange import Field
+from megalr.rules.adam import rotate_moments
+from megalr.rules.adamw import adamw_runs_
+from megalr.rules.base import State, tensor
+from megalr.rules.bases import Projector, Side, SummedMatrix, leading_basis, random_basis, sketched_basis
+from megalr.seeding import generator
+
+logger = logging.getLogger(__name__)
+
+PARALLEL = 0.98  # the least squared cosine between the two gradients of R; rounding to bf16 leaves more than 0.999
+SKETCHING: tuple[Projector, ...] = ("power", "randomized")  # need no more of G than products with thin matrices
+COUNTS = ("refreshes", "count", "decay", "due")
+
+
+@dataclass(eq=False)
+class Basis:
+    """A basis, and the layers that have it: one, or those of a group that reads the same input.
+
+    Attributes:
+        name: of the first layer's weight; keys random numbers.
+        layers: by qualified name, those whose R is trained.
+        phase: updates ≡ phase modulo the gap are due for a refresh.
+        owner: the rank that computes the basis.
+        due: whether a refresh is due and has not been made.
+        refreshes: made so far.
+        count: updates since R's moments were zero.
+        decay: what weight decay has left of W0 since W0 last took R Qᵀ; applied to it when it does so again.
+    """
+
+    name: str
+    layers: dict[str, ProjectedLinear]
+    phase: int = 0
+    owner: int = 0
+    due: bool = False
+    refreshes: int = 0
+    count: int = 0
+    decay: float = 1.0
+    side: Side = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.side = self.any_layer.side
+
+    @property
+    def any_layer(self) -> ProjectedLinear:
+        """One of the layers, for what they share."""
+        return next(iter(self.layers.values()))
+
+    def collect(self, collecting: bool) -> None:
+        """Have the layers add up their full gradients from now on, or stop that; drop what they have."""
+        for layer in self.layers.values():
+            layer.collecting, layer.full_gradient = collecting, None
+
+
+class Projections:
+    """The bases of a model's projected layers, and AdamW on their R.
+
+    Attributes:
+        bases: all of them, in the model's order.
+    """
+
+    def __init__(self, layers: Mapping[str, ProjectedLinear], config: ProjectedConfig, seed: int) -> None:
+        """
+        Args:
+            layers: the model's, by qualified name; those whose R is not trained are left alone.
+            config: the "parametrization" section.
+            seed: key of random bases.
+        """
+        self.bases: list[Basis] = []
+        by_basis: dict[int, Basis] = {}
+        for name, layer in layers.items():
+            if not layer.R.requires_grad:
+                continue
+            if id(layer.basis) not in by_basis:
+                by_basis[id(layer.basis)] = Basis(f"{name}.weight", {name: layer})
+                self.bases.append(by_basis[id(layer.basis)])
+            else:
+                by_basis[id(layer.basis)].layers[name] = layer
+        self._config, self._seed = config, seed
+        self._renewed: dict[str, Tensor] = {}  # by layer: the gradient in the new basis, until R's buffer is stepped
+        self._kept = 1.0  # what the last update's weight decay left of a weight
+        for index, basis in enumerate(self.bases):
+            basis.phase = index * config.update_proj_gap // len(self.bases) if config.stagger else 0
+            basis.refreshes = int(self._projector(0) == "random")  # it started with one
+        self._plan(0)
+
+    def attach(self, shard: Shard, exchange: Exchange, moments: Callable[[str], Field]) -> None:
+        """Take note of what lies where, once it is known.
+
+        Args:
+            shard: the masters.
+            exchange: over their ranks.
+            moments: gives the flat buffers of "exp_avg" or "exp_avg_sq", in the masters' layout.
+        """
+        self._shard, self._exchange, self._moments = shard, exchange, moments
+        for index, basis in enumerate(self.bases):
+            basis.owner = index % shard.layout.world_size
+        self._merging = Merging(self._config.merge_rounding, shard, exchange, self._seed)
+
+    def update(
+        self,
+        which: Sequence[int],
+        gradients: Field,
+        *,
+        updates: int,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        """Refresh the bases that are due, then AdamW on all R that lie in some of the flat buffers; collective.
+
+        Args:
+            which: the buffers, the same on every rank.
+            gradients: flat, in the buffers' layout; modified where a basis is new.
+            updates: made so far.
+            lr, betas, eps, weight_decay: AdamW's.
+        """
+        here = [basis for basis in self.bases if any(self._buffer(name) in which for name in basis.layers)]
+        self._refresh([basis for basis in here if basis.due], which, gradients, updates)
+        runs: list[tuple[Fragment, int]] = []
+        for basis in here:
+            for name in basis.layers:
+                if self._buffer(name) not in which:
+                    continue
+                own = self._shard.layout.on(f"{name}.R", self._shard.rank)
+                if name in self._renewed:
+                    _write(self._renewed.pop(name), gradients, own)
+                runs += [(fragment, basis.count + 1) for fragment in own]
+        if runs:
+            fields = (self._shard.buffers, gradients, self._moments("exp_avg"), self._moments("exp_avg_sq"))
+            weights, grads, *moments = ([_view(flat, fragment) for fragment, _ in runs] for flat in fields)
+            steps = [step for _, step in runs]
+            adamw_runs_(weights, grads, *moments, steps=steps, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self._kept = 1 - lr * weight_decay
+
+    def end_update(self, updates: int) -> list[int]:
+        """Count an update, make the refreshes that need no gradient, have layers prepare for those that do.
+
+        Args:
+            updates: made so far, this one included.
+
+        Returns:
+            The flat buffers that a refresh has changed.
+        """
+        for basis in self.bases:
+            basis.count += 1
+            basis.decay *= self._kept
+        self._plan(updates)
+        if self._projector(updates) != "random":
+            return []
+        due = [basis for basis in self.bases if basis.due]
+        for basis in due:
+            old = self._whole(basis.any_layer.basis)
+            self._adopt(basis, old, self._new_basis(basis, old, None, updates))
+        return sorted({self._buffer(name) for basis in due for name in basis.layers})
+
+    def skip_update(self) -> None:
+        """The update that is under way is not made: forget its gradients."""
+        for basis in self.bases:
+            basis.collect(basis.due)
+
+    @property
+    def remainders(self) -> dict[str, Tensor]:
+        """What this rank keeps of each W0 beside the model's, by layer."""
+        return self._merging.remainders
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts by basis, and what this rank keeps of each W0 beside the model's."""
+        return {
+            "bases": {basis.name: {key: getattr(basis, key) for key in COUNTS} for basis in self.bases},
+            "remainders": dict(self._merging.remainders),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, at the same stage and world size."""
+        for basis in self.bases:
+            for key in COUNTS:
+                setattr(basis, key, state["bases"][basis.name][key])
+            basis.collect(basis.due)
+        self._merging.remainders = dict(state["remainders"])
+
+    def _plan(self, updates: int) -> None:
+        """Note whose turn it is at the next update."""
+        for basis in self.bases:
+            started_random = not updates and basis.refreshes
+            basis.due |= updates % self._config.update_proj_gap == basis.phase and not started_random
+            basis.collect(basis.due)
+
+    def _projector(self, updates: int) -> Projector:
+        start = self._config.random_from
+        return "random" if start is not None and updates >= start else self._config.projector
+
+    def _buffer(self, layer: str) -> int:
+        return self._shard.layout.of(f"{layer}.R")[0].buffer
+
+    def _refresh(self, due: Sequence[Basis], which: Sequence[int], gradients: Field, updates: int) -> None:
+        """Refresh some bases from the gradients that their layers have added up."""
+        if not due:
+            return
+        full = {basis: {name: _take_gradient(layer) for name, layer in basis.layers.items()} for basis in due}
+        finite = [all(bool(torch.isfinite(grad).all()) for grad in parts.values()) for parts in full.values()]
+        agreed = self._exchange.add_up(torch.tensor(finite, dtype=torch.float32)) == self._shard.layout.world_size
+        if self._config.projector not in SKETCHING:
+            for grad in (grad for parts in full.values() for grad in parts.values()):
+                self._exchange.add_up(grad)
+        fresh: list[tuple[Basis, float, Tensor, Tensor]] = []
+        for basis, usable in zip(due, agreed.tolist(), strict=True):
+            old = self._whole(basis.any_layer.basis)
+            scale = self._scale(basis, old, full[basis], which, gradients) if usable else None
+            if scale is None:
+                logger.warning("%s: the refresh waits, the full gradient is not of this update alone", basis.name)
+                basis.collect(True)
+                del full[basis]
+                continue
+            fresh.append((basis, scale, old, self._new_basis(basis, old, list(full[basis].values()), updates)))
+        for basis, scale, old, found in fresh:
+            new = self._adopt(basis, old, found)
+            for name, grad in full.pop(basis).items():
+                self._renewed[name] = self._low(grad, new, basis.side).mul_(scale)
+
+    def _scale(
+        self, basis: Basis, old: Tensor, full: Mapping[str, Tensor], which: Sequence[int], gradients: Field
+    ) -> float | None:
+        """What DeepSpeed has multiplied the summed gradients with; None when they are not those that it has summed."""
+        products: list[Tensor] = []
+        for name, grad in full.items():
+            if self._buffer(name) not in which:
+                continue
+            expected = self._low(grad, old, basis.side).reshape(-1)
+            for f in self._shard.layout.on(f"{name}.R", self._shard.rank):
+                delivered = _view(gradients, f)
+                part = expected[f.start : f.start + f.length].to(delivered.device)
+                products.append(torch.stack([delivered.dot(part), part.dot(part), delivered.dot(delivered)]))
+        device = gradients[which[0]].device
+        sums = torch.stack(products).sum(0) if products else torch.zeros(3, device=device)
+        if not self._shard.layout.is_replicated(f"{next(iter(full))}.R"):
+            self._exchange.add_up(sums)
+        both, expected_square, delivered_square = sums.tolist()
+        if expected_square == delivered_square == 0:
+            return 0.0
+        if both <= 0 or both * both < PARALLEL * expected_square * delivered_square:
+            return None
+        return float(both / expected_square)
+
+    def _low(self, grad: Tensor, basis: Tensor, side: Side) -> Tensor:
+        """G Q or Pᵀ G of the gradient of all ranks."""
+        low = grad @ basis if side == "right" else basis.T @ grad
+        return self._exchange.add_up(low) if self._config.projector in SKETCHING else low
+
+    def _new_basis(self, basis: Basis, old: Tensor, full: list[Tensor] | None, updates: int) -> Tensor:
+        """A new basis where this rank is the owner, or all have to work on it; else memory for it."""
+        size, rank = old.shape
+        random = generator(self._seed, basis.name, basis.side, basis.refreshes)
+        previous = old if basis.refreshes else None
+        projector = self._projector(updates)
+        if full is not None and projector in SKETCHING:
+            summed = SummedMatrix(_stack(full), self._exchange.add_up)
+            return sketched_basis(summed, rank, basis.side, projector, previous=previous, generator=random)
+        if basis.owner != self._shard.rank:
+            return torch.empty_like(old)
+        if full is None:
+            return random_basis(size, rank, random, old.device)
+        stack = _stack(full)
+        return leading_basis(stack, rank, basis.side, projector, previous=previous, generator=random, name=basis.name)
+
+    def _adopt(self, basis: Basis, old: Tensor, found: Tensor) -> Tensor:
+        """Make the owner's basis everyone's: W0 takes over R, R becomes zero, moments follow; returns the new basis."""
+        self._exchange.share(found, basis.owner)
+        new = found.to(basis.any_layer.basis.dtype).float()  # as the model has it
+        right = basis.side == "right"
+        for name, layer in basis.layers.items():
+            r = self._exchange.everywhere(f"{name}.R", self._shard.buffers).to(old.device)
+            learnt = r @ old.T if right else old @ r
+            self._merging.take(name, layer.weight, learnt, decay=basis.decay, count=basis.refreshes)
+            own = self._shard.layout.on(f"{name}.R", self._shard.rank)
+            for fragment in own:
+                _view(self._shard.buffers, fragment).zero_()
+            if basis.count:
+                self._carry_moments(name, own, new.T @ old, left=not right)
+        for start, part in frozen_parts(basis.any_layer.basis):
+            part.copy_(new.reshape(-1)[start : start + part.numel()])
+        if self._config.moments == "reset":
+            basis.count = 0
+        basis.refreshes, basis.decay, basis.due = basis.refreshes + 1, 1.0, False
+        basis.collect(False)
+        return new
+
+    def _carry_moments(self, name: str, own: Sequence[Fragment], turn: Tensor, *, left: bool) -> None:
+        fields = {key: self._moments(key) for key in ("exp_avg", "exp_avg_sq")}
+        match self._config.moments:
+            case "reset":
+                for fragment in own:
+                    for flat in fields.values():
+                        _view(flat, fragment).zero_()
+            case "transport":
+                state: State = {key: self._exchange.everywhere(f"{name}.R", flat) for key, flat in fields.items()}
+                rotate_moments(state, turn.to(fields["exp_avg"][0].device), left=left)
+                for key, flat in fields.items():
+                    _write(tensor(state, key), flat, own)
+
+    def _whole(self, parameter: Tensor) -> Tensor:
+        """A frozen parameter, whole, fp32, new."""
+        start, part = frozen_parts(parameter)[-1]
+        shape = logical_shape(parameter)
+        if part.numel() == math.prod(shape):
+            return part.float().view(shape).clone()
+        whole = torch.zeros(math.prod(shape), device=part.device)
+        whole[start : start + part.numel()] = part
+        return self._exchange.add_up(whole).view(shape)
+
+
+def _take_gradient(layer: ProjectedLinear) -> Tensor:
+    """The full gradient that a layer has added up; zeros where no backward pass came by."""
+    grad, layer.full_gradient = layer.full_gradient, None
+    if grad is None:
+        return torch.zeros(layer.out_features, layer.in_features, device=frozen_parts(layer.weight)[0][1].device)
+    return grad
+
+
+def _stack(gradients: list[Tensor]) -> Tensor:
+    return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+
+
+def _view(flat: Field, fragment: Fragment) -> Tensor:
+    return flat[fragment.buffer][fragment.offset : fragment.offset + fragment.length]
+
+
+def _write(whole: Tensor, flat: Field, own: Sequence[Fragment]) -> None:
+    """Put a whole tensor's values where this rank's fragments of it are."""
+    values = whole.reshape(-1)
+    for fragment in own:
+        _view(flat, fragment).copy_(values[fragment.start : fragment.start + fragment.length])

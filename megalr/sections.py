@@ -1,0 +1,104 @@
+"""From a JSON object to a frozen dataclass: known keys, declared types, and messages that say what to write."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from megalr.errors import UserError
+
+T = TypeVar("T")
+Json = Mapping[str, Any]
+
+
+def build(cls: type[T], section: Any, where: str) -> T:
+    """An instance of a section's dataclass from the JSON object at ``where``."""
+    if not isinstance(section, Mapping):
+        raise UserError(f"{where} must be an object, not {section!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    check_keys(section, fields, where)
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in section and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f'{where} needs "{missing[0]}"')
+    values = check_types(cls, section, where)
+    return cls(**values)
+
+
+def check_keys(section: Json, known: Mapping[str, Any], where: str) -> None:
+    """Refuse a key that is not known, and name the one that may have been meant."""
+    for key in section:
+        if key not in known:
+            raise UserError(f'{where} has no key "{key}"{nearest(str(key), known)}')
+
+
+def nearest(word: str, known: Mapping[str, Any]) -> str:
+    """The end of a message about an unknown word: the closest known one, and all of them."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = close or [name for name in known if word and name.lower().startswith(word.lower())]
+    hint = f'; did you mean "{close[0]}"?' if close else ";"
+    return f"{hint} valid: {', '.join(known)}"
+
+
+def check_types(cls: type, section: Json, where: str) -> dict[str, Any]:
+    """The section's values, lists made tuples and whole numbers made floats where a float is declared."""
+    hints = typing.get_type_hints(cls)
+    return {key: _convert(value, hints[key], f"{where}.{key}") for key, value in section.items()}
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        for option in options:
+            try:
+                return _convert(value, option, where)
+            except UserError:
+                continue
+        raise UserError(f"{where} is {json.dumps(value)}; expected {' or '.join(map(_describe, options))}")
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise UserError(f"{where} is {json.dumps(value)}; expected {_describe(hint)}")
+        return value
+    if typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        if isinstance(value, list | tuple) and (items[-1] is Ellipsis or len(items) == len(value)):
+            return tuple(_convert(item, items[0], where) for item in value)
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    # Numbers like 1e-3 are strings in some YAML-to-JSON tools; "auto" is resolved by the launcher before this.
+    raise UserError(f"{where} is {json.dumps(value, default=str)}; expected {_describe(hint)}")
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(json.dumps(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        count = "" if items[-1] is Ellipsis else f"{len(items)} "
+        return f"a list of {count}" + _describe(items[0]).removeprefix("a ") + "s"
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def check_targets(patterns: tuple[str, ...] | str, where: str) -> None:
+    """Refuse ``target_modules`` that name nothing."""
+    named = bool(patterns) and "" not in tuple(patterns)
+    require(named, f'{where} is empty or names ""; write e.g. ["attn", "mlp"]')
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a UserError unless the condition holds."""
+    if not condition:
+        raise UserError(message)
