@@ -123,7 +123,21 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     if getattr(scheduler, "last_batch_iteration", None) == -1:
         scheduler.step()
     optimizer.prepare()
+    _announce_updates(results[0], optimizer)
     return results
+
+
+def _announce_updates(engine: Any, optimizer: MegalrOptimizer) -> None:
+    """Tell the optimizer when the first micro-batch of an update begins; of skipped updates DeepSpeed tells it nothing."""
+    begun = -1
+
+    def before_forward(*_: Any) -> None:
+        nonlocal begun
+        if engine.micro_steps != begun and engine.micro_steps % engine.gradient_accumulation_steps() == 0:
+            begun = engine.micro_steps
+            optimizer.begin_update()
+
+    engine.module.register_forward_pre_hook(before_forward)
 
 
 def deepspeed_section(content: Json) -> dict[str, Any]:

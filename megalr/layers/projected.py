@@ -163,7 +163,8 @@ class ProjectedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (..., in_features)."""
-        y: Tensor = _Projected.apply(x, self.R, self.bias, self._latent(x), self)
+        materialize = self.materializes(x.numel() // self.in_features)
+        y: Tensor = _Projected.apply(x, self.R, self.bias, self._latent(x, materialize), self, materialize)
         if self.collecting and torch.is_grad_enabled() and y.requires_grad:
             y = _Collect.apply(y, x.detach(), self)
         return y
@@ -190,9 +191,9 @@ class ProjectedLinear(nn.Module):
             f"basis={'input' if self.side == 'right' else 'output'}, bias={self.bias is not None}"
         )
 
-    def _latent(self, x: Tensor) -> Tensor | None:
-        """x Q, (tokens, r), which the gradient of R needs; no gradient flows through it."""
-        if self.side == "left":
+    def _latent(self, x: Tensor, materialize: bool) -> Tensor | None:
+        """x Q, (tokens, r), where it is needed: for y without W, and for R's gradient. No gradient flows through it."""
+        if self.side == "left" or (materialize and not torch.is_grad_enabled()):
             return None
         if self.latents is None:
             return _latent(x, self.basis)
@@ -236,10 +237,15 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, r: Tensor, bias: Tensor | None, latent: Tensor | None, layer: ProjectedLinear
+        ctx: Any,
+        x: Tensor,
+        r: Tensor,
+        bias: Tensor | None,
+        latent: Tensor | None,
+        layer: ProjectedLinear,
+        materialize: bool,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        materialize = layer.materializes(flat.shape[0])
         if materialize:
             y = flat @ layer.materialized().T
         elif latent is not None:
@@ -273,7 +279,7 @@ class _Projected(torch.autograd.Function):
             dr = dy.T @ kept if low is None else low.T @ kept.reshape(-1, layer.in_features)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
-        return dx, dr, dbias, None, None
+        return dx, dr, dbias, None, None, None
 
 
 class _Collect(torch.autograd.Function):

@@ -110,6 +110,15 @@ class MegalrOptimizer(torch.optim.Optimizer):
             self._stepped.clear()
             self.last_events = self._end_update()
 
+    def begin_update(self) -> None:
+        """Forget what backward passes have left in projected layers for an update that was skipped.
+
+        To be called before the first backward pass of an update where somebody else skips updates, as DeepSpeed does;
+        without it a refresh that meets such remains is put off by one update.
+        """
+        if self._projections is not None:
+            self._projections.forget_gradients()
+
     def prepare(self) -> Shard:
         """Read what lies where, choose owners; done once, on first use after ``deepspeed.initialize``."""
         if self._shard is None:
@@ -348,8 +357,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         """Count what has been done, and run the events that are due."""
         if self._skipping:
             self.skipped += 1
-            if self._projections is not None:
-                self._projections.skip_update()
+            self.begin_update()
             return ["skipped"]
         self.updates += 1
         for clock in self._clocks.values():

@@ -183,8 +183,8 @@ class Projections:
             self._adopt(basis, old, self._new_basis(basis, old, None, updates))
         return sorted({self._buffer(name) for basis in due for name in basis.layers})
 
-    def skip_update(self) -> None:
-        """The update that is under way is not made: forget its gradients."""
+    def forget_gradients(self) -> None:
+        """What the layers have added up so far is of no update that will be made."""
         for basis in self.bases:
             basis.collect(basis.due)
 
@@ -234,7 +234,7 @@ class Projections:
                 self._exchange.add_up(grad)
         fresh: list[tuple[Basis, float, Tensor, Tensor]] = []
         for basis, usable in zip(due, agreed.tolist(), strict=True):
-            old = self._whole(basis.any_layer.basis)
+            old = self._whole(basis.any_layer.basis).to(next(iter(full[basis].values())).device)
             scale = self._scale(basis, old, full[basis], which, gradients) if usable else None
             if scale is None:
                 logger.warning("%s: the refresh waits, the full gradient is not of this update alone", basis.name)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import deepspeed
 import torch.distributed as dist
 from torch import Tensor
 
 import megalr
 from megalr.config import MegalrConfig
+from megalr.engine import deepspeed_section
 from megalr.layers import densify
 from tests.distributed import rule_training
 from tests.distributed.odd_model import odd_model
@@ -80,10 +82,17 @@ def resume(stage: int, folder: str, cut: int = 7, model: str = "odd", **changes:
     return lost_by_resuming(lambda: engine_of(config, model), data, cut, folder, everything)
 
 
-def poison(stage: int, at: int, only_rank: int | None, **changes: Any) -> tuple[list[str], list[str]]:
-    """Updates, one of them with a gradient that is not finite; what it changed, and what the next did not."""
-    engine = engine_of(projected_configuration(stage, **changes))
-    data = rule_training.batches(at + 2)
+def poison(
+    stage: int, at: int, only_rank: int | None, steps: int = STEPS, **changes: Any
+) -> tuple[list[str], dict[str, Tensor] | None, int]:
+    """Updates, one of them with a gradient that is not finite.
+
+    Returns:
+        What the bad update changed, by name; dense fp32 weights at the end, on rank 0; refreshes.
+    """
+    config = projected_configuration(stage, **changes)
+    engine = engine_of(config)
+    data = rule_training.batches(steps)
     run_steps(engine, data[:at])
     before = everything(engine)
     parameter = dict(engine.module.named_parameters())["mlp_tall.R"]
@@ -101,7 +110,27 @@ def poison(stage: int, at: int, only_rank: int | None, **changes: Any) -> tuple[
     after = everything(engine)
     changed = [key for key, held in before.items() if not same(held, after[key])]
     run_steps(engine, data[at + 1 :])
-    last = everything(engine)
-    still = [key for key, held in after.items() if key.startswith("master") and same(held, last[key])]
+    refreshes = engine.basic_optimizer.refreshes
+    state = megalr.consolidated_state_dict(engine)
     engine.destroy()
-    return changed, still
+    dense = None if state is None else densify(state, MegalrConfig.from_json(config).parametrization)
+    return changed, dense, refreshes
+
+
+def refreshes_without_engine(bad: int) -> list[int]:
+    """Refreshes made after each update by an optimizer that nobody tells of an update that DeepSpeed skips."""
+    config = projected_configuration(2)
+    model = odd_model()
+    megalr.parametrize(model, config)
+    optimizer = megalr.build_optimizer(model, config)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_section(config))[0]
+    counts = []
+    for index, ids in enumerate(rule_training.batches(8)):
+        spoil = dict(engine.module.named_parameters())["mlp_tall.R"].register_hook(
+            lambda grad, index=index: grad * float("inf") if index == bad else grad
+        )
+        run_steps(engine, [ids])
+        spoil.remove()
+        counts.append(optimizer.refreshes)
+    engine.destroy()
+    return counts

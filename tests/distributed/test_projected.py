@@ -16,6 +16,8 @@ pytestmark = pytest.mark.distributed
 STAGES = (0, 1, 2, 3)
 WORLDS = (1, 2, 3, 4)
 LAYERS = len(projecting.ODD["target_modules"])
+# Staggered over five updates, each of the four layers is refreshed at least twice in twelve.
+EXPECTED_REFRESHES = sum(len(range(i * 5 // LAYERS, projecting.STEPS, 5)) for i in range(LAYERS))
 
 
 @functools.cache
@@ -37,8 +39,7 @@ REST = [(stage, world, 4 if (stage + world) % 2 else 1) for stage in STAGES for 
 def test_equals_one_plain_process(ranks, stage, world, accumulation):
     results = ranks(world).run("tests.distributed.projecting:train", stage, accumulation)
     assert_same_weights(results[0][0], reference())
-    # Staggered over five updates, each of the four layers is refreshed at least twice in twelve.
-    assert {refreshes for _, refreshes in results} == {sum(len(range(i * 5 // LAYERS, 12, 5)) for i in range(LAYERS))}
+    assert {refreshes for _, refreshes in results} == {EXPECTED_REFRESHES}
 
 
 SETTINGS = {
@@ -137,17 +138,28 @@ def test_resume_of_bf16_with_remainders_is_bitwise(ranks, stage, tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("at", [5, 6], ids=["refresh due", "no refresh due"])
+@pytest.mark.parametrize("at", [5, 7], ids=["refresh due", "no refresh due"])
 @pytest.mark.parametrize("only_rank", [None, 1])
-def test_a_skipped_update_changes_nothing(ranks, stage, at, only_rank):
-    for changed, still in ranks(2).run("tests.distributed.projecting:poison", stage, at, only_rank):
-        assert changed == []
-        assert still == []
+def test_a_skipped_update_changes_nothing_and_leaves_nothing_behind(ranks, stage, at, only_rank):
+    """The layers have added up the bad gradient when the update is skipped, by us at stage 0, else by DeepSpeed."""
+    results = ranks(2).run("tests.distributed.projecting:poison", stage, at, only_rank)
+    data = rule_training.batches(projecting.STEPS)
+    del data[at]
+    expected = plain_projected(odd_model(), data, projecting.ODD, projecting.ADAMW, clip=training.CLIPPING)
+    assert [changed for changed, _, _ in results] == [[], []]
+    assert_same_weights(results[0][1], expected)
+
+
+def test_without_an_engine_to_ask_a_refresh_waits_for_clean_gradients(ranks):
+    """Bases are due at updates 0, 1, 2, 3 of every five. The sixth batch is bad, and update 5 its successor's."""
+    for counts in ranks(2).run("tests.distributed.projecting:refreshes_without_engine", 5):
+        assert counts == [1, 2, 3, 4, 4, 4, 4, 6]
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "remainder"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_stays_close(ranks, stage, rounding):
     changes = {"bf16": {"enabled": True}, "section": {"merge_rounding": rounding}}
-    got = ranks(2).run("tests.distributed.projecting:train", stage, **changes)[0][0]
+    got, refreshes = ranks(2).run("tests.distributed.projecting:train", stage, **changes)[0]
     assert_same_weights(got, reference(), tolerance=5e-2)
+    assert refreshes == EXPECTED_REFRESHES
