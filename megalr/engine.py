@@ -128,7 +128,7 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
 
 
 def _announce_updates(engine: Any, optimizer: MegalrOptimizer) -> None:
-    """Tell the optimizer when the first micro-batch of an update begins; of skipped updates DeepSpeed tells it nothing."""
+    """Tell the optimizer when the first micro-batch of an update begins; DeepSpeed tells it nothing of skipped ones."""
     begun = -1
 
     def before_forward(*_: Any) -> None:

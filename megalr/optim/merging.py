@@ -23,14 +23,17 @@ class Merging:
             itself in bf16; flat. The share is everything at stage 0, where every rank keeps everything.
     """
 
-    def __init__(self, rounding: str, shard: Shard, exchange: Exchange, seed: int) -> None:
+    def __init__(
+        self, rounding: str, shard: Shard, exchange: Exchange, seed: int, remainders: dict[str, Tensor]
+    ) -> None:
         """
         Args:
             rounding: "nearest", "stochastic" or "remainder"; a model in fp32 needs none.
             shard, exchange: of the masters.
             seed: key of stochastic rounding.
+            remainders: what was loaded from a checkpoint, or empty; modified.
         """
-        self.remainders: dict[str, Tensor] = {}
+        self.remainders = remainders
         self._rounding, self._seed = rounding, seed
         self._shard, self._exchange = shard, exchange
 

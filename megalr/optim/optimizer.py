@@ -21,8 +21,6 @@ from megalr.partition.exchange import COPIES
 from megalr.rules.adamw import adamw_
 from megalr.rules.base import State
 
-PARTS = ("matrices", "projected")  # of the state dict, beside what every optimizer has
-
 
 class MegalrOptimizer(torch.optim.Optimizer):
     """A rule on the matrices and AdamW on the rest, with weight refactorization and momentum reset of low-rank factors.
@@ -141,7 +139,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
             if self._projections is not None:
                 self._projections.attach(shard, self._exchange, self._moments)
             self._shard = shard
-            self._take_over()
+            self._load_matrices()
         return self._shard
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,10 +147,12 @@ class MegalrOptimizer(torch.optim.Optimizer):
         state = super().state_dict()
         clocks = {name: vars(clock).copy() for name, clock in self._clocks.items()}
         state["megalr"] = {"updates": self.updates, "clocks": clocks, "form": self._form()}
-        if self._loaded is not None:  # and no update since
-            return {**state, "megalr": {**state["megalr"], **self._loaded}}
-        for key, part in self._stateful().items():
-            state["megalr"][key] = part.state_dict()
+        if self._matrices is not None:
+            state["megalr"]["matrices"] = self._matrices.state_dict()
+        elif self._loaded is not None:  # loaded, and no update since
+            state["megalr"]["matrices"] = self._loaded
+        if self._projections is not None:
+            state["megalr"]["projected"] = self._projections.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -172,8 +172,10 @@ class MegalrOptimizer(torch.optim.Optimizer):
         self._all_groups = self.param_groups
         for group, given in zip(self.param_groups, self._groups, strict=True):
             group.update({key: value for key, value in vars(given.settings).items() if key != "lr"})
-        self._loaded = {key: state_dict["megalr"][key] for key in PARTS if key in state_dict["megalr"]}
-        self._take_over()
+        self._loaded = state_dict["megalr"].get("matrices", {})
+        self._load_matrices()
+        if self._projections is not None:
+            self._projections.load_state_dict(state_dict["megalr"]["projected"])
         self.updates = state_dict["megalr"]["updates"]
         self._clocks = {name: Clock(**values) for name, values in state_dict["megalr"]["clocks"].items()}
 
@@ -300,16 +302,11 @@ class MegalrOptimizer(torch.optim.Optimizer):
         form = {"rule": "adamw"} if rule is None else rule.form()
         return form | parametrization.form() if isinstance(parametrization, ProjectedConfig) else form
 
-    def _stateful(self) -> dict[str, MatrixUpdater | Projections]:
-        """What keeps a state of its own, under the name that it has in :meth:`state_dict`."""
-        parts = zip(PARTS, (self._matrices, self._projections), strict=True)
-        return {key: part for key, part in parts if part is not None}
-
-    def _take_over(self) -> None:
+    def _load_matrices(self) -> None:
         """Hand over what was loaded, once the layout is known: DeepSpeed loads this state before its own masters."""
         if self._loaded is not None and self._shard is not None:
-            for key, part in self._stateful().items():
-                part.load_state_dict(self._loaded.get(key, {}))
+            if self._matrices is not None:
+                self._matrices.load_state_dict(self._loaded)
             self._loaded = None
 
     def _gradients_are_finite(self, shard: Shard) -> bool:

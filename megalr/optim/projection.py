@@ -85,6 +85,8 @@ class Projections:
 
     Attributes:
         bases: all of them, in the model's order.
+        remainders: what this rank keeps of each W0 beside the model's, by layer; see
+            :class:`~megalr.optim.merging.Merging`.
     """
 
     def __init__(self, layers: Mapping[str, ProjectedLinear], config: ProjectedConfig, seed: int) -> None:
@@ -104,6 +106,7 @@ class Projections:
                 self.bases.append(by_basis[id(layer.basis)])
             else:
                 by_basis[id(layer.basis)].layers[name] = layer
+        self.remainders: dict[str, Tensor] = {}
         self._config, self._seed = config, seed
         self._renewed: dict[str, Tensor] = {}  # by layer: the gradient in the new basis, until R's buffer is stepped
         self._kept = 1.0  # what the last update's weight decay left of a weight
@@ -123,7 +126,7 @@ class Projections:
         self._shard, self._exchange, self._moments = shard, exchange, moments
         for index, basis in enumerate(self.bases):
             basis.owner = index % shard.layout.world_size
-        self._merging = Merging(self._config.merge_rounding, shard, exchange, self._seed)
+        self._merging = Merging(self._config.merge_rounding, shard, exchange, self._seed, self.remainders)
 
     def update(
         self,
@@ -188,16 +191,11 @@ class Projections:
         for basis in self.bases:
             basis.collect(basis.due)
 
-    @property
-    def remainders(self) -> dict[str, Tensor]:
-        """What this rank keeps of each W0 beside the model's, by layer."""
-        return self._merging.remainders
-
     def state_dict(self) -> dict[str, Any]:
         """Counts by basis, and what this rank keeps of each W0 beside the model's."""
         return {
             "bases": {basis.name: {key: getattr(basis, key) for key in COUNTS} for basis in self.bases},
-            "remainders": dict(self._merging.remainders),
+            "remainders": dict(self.remainders),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -206,7 +204,8 @@ class Projections:
             for key in COUNTS:
                 setattr(basis, key, state["bases"][basis.name][key])
             basis.collect(basis.due)
-        self._merging.remainders = dict(state["remainders"])
+        self.remainders.clear()
+        self.remainders.update(state["remainders"])
 
     def _plan(self, updates: int) -> None:
         """Note whose turn it is at the next update."""

@@ -21,6 +21,10 @@ OPTIMIZERS = {
         {"type": "AdamW", "params": AUTO},
         {"parametrization": {"type": "low_rank", "rank": 5}, "refactorization": {"interval": 4}},
     ),
+    "projected": (
+        {"type": "AdamW", "params": AUTO},
+        {"parametrization": {"type": "projected", "rank": 5, "update_proj_gap": 3, "share_basis": True}},
+    ),
 }
 
 
@@ -38,7 +42,10 @@ def every(names, daily):
     return pytest.mark.parametrize(("name", "stage"), marked)
 
 
-@every(OPTIMIZERS, [*(("GaLore", stage) for stage in (0, 1, 2, 3)), ("Muon", 3), ("AdamW", 1), ("low rank", 2)])
+@every(
+    OPTIMIZERS,
+    [*(("GaLore", stage) for stage in (0, 1, 2, 3)), ("Muon", 3), ("AdamW", 1), ("low rank", 2), ("projected", 3)],
+)
 def test_the_three_ways_train_the_same_weights(ranks, model, name, stage):
     optimizer, section = OPTIMIZERS[name]
     results = {
@@ -61,7 +68,7 @@ def test_the_three_ways_train_the_same_weights(ranks, model, name, stage):
             assert error <= tolerance, f"{way}, {tensor}: {error:.1e}"
 
 
-@every(["GaLore", "low rank"], [("GaLore", 0), ("GaLore", 3), ("low rank", 2)])
+@every(["GaLore", "low rank", "projected"], [("GaLore", 0), ("GaLore", 3), ("low rank", 2), ("projected", 3)])
 def test_trainer_resumes_bitwise_and_evaluation_changes_nothing(ranks, model, tmp_path, name, stage):
     run = ranks(2).run(f"{WORKER}:trainer_resume", model, str(tmp_path), stage, *OPTIMIZERS[name])
     assert run == [[], []]

@@ -11,7 +11,11 @@ import types
 import pytest
 import torch
 
+import megalr
+from megalr.config import MegalrConfig
+from megalr.layers import densify
 from megalr.rules.galore import GaLore
+from tests.distributed import training
 from tests.unit.rule_runs import drifting_gradients
 
 pytestmark = [
@@ -118,6 +122,41 @@ def test_same_weights_with_a_rank_beyond_the_matrix(shape, proj_type, fixed_sign
     gradients = drifting_gradients(shape, 30)
     expected = package_weight(gradients, rank=30, proj_type=proj_type)
     assert relative(megalr_weight(gradients, rank=30, proj_type=proj_type), expected) < 1e-5
+
+
+@pytest.mark.parametrize("compute", ["low_rank", "materialized"])
+def test_projected_layers_train_the_same_model(compute, fixed_signs):
+    """Twelve updates with three bases: the package, megalr's rule and projected layers end with the same weights."""
+    params = {"lr": LR * SCALE, "eps": 1e-30, "embedding": {"lr": 1e-3}, "norm": {"lr": 1e-3}}
+    settings = {"rank": 5, "update_proj_gap": 5, "stagger": False, "target_modules": ["attn", "mlp"]}
+    rule = {"optimizer": {"type": "GaLoreAdamW", "params": {**params, **settings, "scale": 1.0}}}
+    section = {"type": "projected", "side": "std", "moments": "keep", "compute": compute, **settings}
+    layers = {"optimizer": {"type": "AdamW", "params": params}, "megalr": {"parametrization": section}}
+    found = []
+    for config in (rule, layers):
+        model = megalr.parametrize(training.dense_model(), config)
+        _train(model, megalr.build_optimizer(model, config))
+        parametrization = MegalrConfig.from_json(config).parametrization
+        found.append(densify({n: w.detach() for n, w in model.named_parameters()}, parametrization))
+    model = training.dense_model()
+    chosen = [w for n, w in model.named_parameters() if w.ndim == 2 and ("attn" in n or "mlp" in n)]
+    rest = [w for w in model.parameters() if all(w is not matrix for matrix in chosen)]
+    projection = {"rank": 5, "update_proj_gap": 5, "scale": 1.0, "proj_type": "std"}
+    groups = [{"params": rest, "lr": 1e-3}, {"params": chosen, "lr": LR * SCALE, **projection}]
+    _train(model, importlib.import_module("galore_torch").GaLoreAdamW(groups, eps=1e-30))
+    expected = {n: w.detach() for n, w in model.named_parameters()}
+    start = training.dense_model().state_dict()
+    for weights in found:
+        assert weights.keys() == expected.keys()
+        assert max(relative(weights[n], w) for n, w in expected.items()) < 1e-4
+    assert min(relative(w, start[n]) for n, w in expected.items()) > 1e-3
+
+
+def _train(model, optimizer):
+    for ids in training.batches(12):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (12, 13), (1, 9)])
