@@ -1,4 +1,4 @@
-"""The pretraining program with the ready configurations of the rules, on the embedded text."""
+"""The pretraining program with the ready configurations of rules and projected layers, on the embedded text."""
 
 import json
 import shutil
@@ -30,14 +30,14 @@ def train(ranks, tmp_path_factory):
 
 def test_the_promised_configurations_are_there():
     galore = {f"zero{stage}_galore.json" for stage in range(4)}
-    others = {f"zero{stage}_{rule}.json" for stage in (2, 3) for rule in ("fira", "apollo", "muon")}
+    others = {f"zero{stage}_{rule}.json" for stage in (2, 3) for rule in ("fira", "apollo", "muon", "projected")}
     assert set(CONFIGS) == galore | others
 
 
 def routes(run):
-    """The columns of the routing table's lines about matrices."""
+    """The columns of the routing table's lines about matrices, or about R of projected layers."""
     lines = (run / "routing.txt").read_text().splitlines()
-    return [line.split() for line in lines if " matrices " in line]
+    return [line.split() for line in lines if " matrices " in line or " projected " in line]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -47,7 +47,8 @@ def test_ready_configuration_learns(train, name):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["perplexity"] < 0.9 * summary["perplexity_untrained"]
     rule = name.removesuffix(".json").split("_")[1]
-    assert [route[5] for route in routes(run)] == [rule] * 14  # seven in each of two layers
+    expected = ["projected", "adamw"] if rule == "projected" else ["matrices", rule]
+    assert [route[4:6] for route in routes(run)] == [expected] * 14  # seven in each of two layers
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -68,15 +69,24 @@ def test_exchanged_bytes_are_noted(train):
     assert max(exchanged("zero2_muon.json")) < 4 * sum(sizes)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_resume_is_bitwise(ranks, train, stage):
-    whole = train(f"zero{stage}_galore.json")
+RESUMED = [
+    "zero0_galore.json",
+    "zero2_galore.json",
+    "zero3_galore.json",
+    "zero2_projected.json",
+    "zero3_projected.json",
+]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resume_is_bitwise(ranks, train, name):
+    whole = train(name)
     resumed = whole.with_name(f"{whole.name} resumed")
     shutil.copytree(whole, resumed)
     shutil.rmtree(resumed / f"checkpoints/step{STEPS}")
     (resumed / "checkpoints/latest").write_text("step4")
     (resumed / "summary.json").unlink()
-    config = ["--deepspeed", str(ROOT / "ds_configs" / f"zero{stage}_galore.json"), "--save-every", "4"]
+    config = ["--deepspeed", str(ROOT / "ds_configs" / name), "--save-every", "4"]
     flags = [*config, *small_run(whole.parent), "--steps", str(STEPS), "--output", str(resumed), "--resume"]
     ranks(2).run(TRAIN, flags, str(whole.parent))
     assert losses(resumed) == losses(whole)
