@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tests.distributed import rule_training, test_rules
+from tests.distributed import rule_training, test_projected, test_rules
 from tests.distributed.harness import RankPool
 from tests.distributed.test_training import STAGES, reference_weights, relative_errors
 
 WORLDS = (1, 2, 3, 4)
 ACCUMULATIONS = (1, 4)
+PROJECTED = {
+    "input": {},
+    "std": {"section": {"side": "std"}},
+    "input, shared": {"model": "llama", "section": {"share_basis": True, "rank": 4}},
+}
 
 HEAD = """# Equivalence
 
@@ -21,15 +26,21 @@ process: without DeepSpeed, without megalr's optimizer, every method written a s
 `tests/reference.py`. Gradients are clipped, everything is fp32, and shapes are odd, so that partition boundaries cut
 matrices in mid-row. Columns: processes x accumulation steps.
 
-Both tables are printed by `python -m tests.distributed.equivalence`. `make test` holds a selection of the first below
-1e-4, and `make test-all` all of it (`tests/distributed/test_rules.py`); the second is held by
-`tests/distributed/test_training.py`.
+The tables are printed by `python -m tests.distributed.equivalence`. `make test` holds selections of them below 1e-4,
+and `make test-all` all that they show: `tests/distributed/test_rules.py`, `test_projected.py` and `test_training.py`.
 """
 RULES_HEAD = """
 ## Rules on dense matrices
 
 Twelve updates, in which every basis is refreshed at least twice. The model has wide, tall and square matrices, one with
 a single row, two that are smaller than the rank, and a stack of three (`tests/distributed/odd_model.py`).
+"""
+PROJECTED_HEAD = """
+## Projected layers
+
+Twelve updates, in which every basis is refreshed at least twice, on the wide, tall and square matrices of the same
+model; and on a LLaMA whose layers share bases. The reference is `tests/plain_projected.py`, which sees whole weights
+and whole gradients.
 """
 FACTORS_HEAD = """
 ## Low-rank factors
@@ -43,6 +54,7 @@ def main() -> None:
     """Run every combination and print the tables as Markdown."""
     columns = [(world, accumulation) for world in WORLDS for accumulation in ACCUMULATIONS]
     rules: dict[tuple[str, int, int, int], float] = {}
+    projected: dict[tuple[str, int, int, int], float] = {}
     factors: dict[tuple[int, int, int], float] = {}
     for world in WORLDS:
         with RankPool(world) as pool:
@@ -52,6 +64,11 @@ def main() -> None:
                         got = pool.run(test_rules.TRAIN, stage, rule, accumulation)[0][0]
                         error, _ = test_rules.largest_error(got, test_rules.plain_weights(rule))
                         rules[rule, stage, world, accumulation] = error
+                    for title, case in PROJECTED.items():
+                        got = pool.run("tests.distributed.projecting:train", stage, accumulation, **case)[0][0]
+                        model, section = case.get("model", "odd"), case.get("section", {})
+                        expected = test_projected.reference(model, **section)
+                        projected[title, stage, world, accumulation] = max(relative_errors(got, expected).values())
                     if 24 % (world * accumulation) == 0:  # sequences of an update
                         got = pool.run("tests.distributed.training:train", stage, accumulation)[0]
                         error = max(relative_errors(got, reference_weights()).values())
@@ -59,6 +76,9 @@ def main() -> None:
     print(HEAD + RULES_HEAD)
     lines = [(rule, stage) for rule in rule_training.RULES for stage in STAGES]
     _table(("rule", "ZeRO stage"), lines, columns, lambda line, column: rules[*line, *column])
+    print(PROJECTED_HEAD)
+    cases = [(title, stage) for title in PROJECTED for stage in STAGES]
+    _table(("side", "ZeRO stage"), cases, columns, lambda line, column: projected[*line, *column])
     print(FACTORS_HEAD)
     known = [column for column in columns if (0, *column) in factors]
     _table(("ZeRO stage",), [(stage,) for stage in STAGES], known, lambda line, column: factors[*line, *column])
