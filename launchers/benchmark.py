@@ -1,6 +1,7 @@
 """Benchmarks: tables in Markdown, and the raw numbers with --output.
 
 python launchers/benchmark.py optimizer --models 60m --steps 50
+python launchers/benchmark.py projected --no-time
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from megalr.benchmarks import optimizer
+from megalr.benchmarks import optimizer, projected
 from megalr.errors import UserError
 
 # Modules of megalr.benchmarks, each of which declares its flags and runs.
-BENCHMARKS = {"optimizer": optimizer}
+BENCHMARKS = {"optimizer": optimizer, "projected": projected}
 
 
 def main() -> int:

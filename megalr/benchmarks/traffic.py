@@ -49,20 +49,35 @@ def measure(world_size: int = WORLD_SIZE, timeout: float = TIMEOUT) -> dict[str,
     Raises:
         UserError: a process failed or took too long.
     """
+    ranks = from_ranks("megalr.benchmarks.traffic_rank", world_size, timeout)
+    return {title: [rank[title] for rank in ranks] for title in SETTINGS}
+
+
+def from_ranks(module: str, world_size: int, timeout: float, arguments: Sequence[str] = ()) -> list[Any]:
+    """Run a module on fresh processes, and return what each has written to RANK.json in the folder that all are given.
+
+    Args:
+        module: run as ``python -m module FOLDER *arguments`` with the environment of a rank.
+        world_size: how many.
+        timeout: seconds after which they are killed.
+        arguments: see above.
+
+    Raises:
+        UserError: a process failed or took too long.
+    """
     with tempfile.TemporaryDirectory(prefix="traffic-") as name:
         folder = Path(name)
         processes = []
         try:
             for rank in range(world_size):
-                processes.append(_start(folder, rank, world_size))
+                processes.append(_start(module, arguments, folder, rank, world_size))
             _wait(processes, folder, timeout)
         finally:
             for process in processes:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        ranks = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world_size)]
-    return {title: [rank[title] for rank in ranks] for title in SETTINGS}
+        return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world_size)]
 
 
 def report(counted: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -91,11 +106,16 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _start(folder: Path, rank: int, world_size: int) -> subprocess.Popen[bytes]:
+def import_path() -> str:
+    """A PYTHONPATH by which a child process finds the megalr that this one runs."""
     root = str(Path(megalr.__file__).parents[1])
+    return os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _start(module: str, arguments: Sequence[str], folder: Path, rank: int, world_size: int) -> subprocess.Popen[bytes]:
     env = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": import_path(),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
@@ -108,7 +128,7 @@ def _start(folder: Path, rank: int, world_size: int) -> subprocess.Popen[bytes]:
     }
     with open(folder / f"{rank}.log", "wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "megalr.benchmarks.traffic_rank", str(folder)],
+            [sys.executable, "-m", module, str(folder), *arguments],
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -34,7 +34,15 @@ PERSISTENT = 100  # numbers up to which a parameter is not cut: norms are whole 
 
 
 def main(folder: Path) -> None:
-    """Join the others through a file, which unlike a port nobody can take; count; write what was counted."""
+    """Count, and write what was counted."""
+    rank = join(folder)
+    counted = {title: count(kind, reduce_scatter) for title, (kind, reduce_scatter) in SETTINGS.items()}
+    (folder / f"{rank}.json").write_text(json.dumps(counted), encoding="utf-8")
+    torch.distributed.barrier()
+
+
+def join(folder: Path) -> int:
+    """Join the others through a file, which unlike a port nobody can take; this process's rank."""
     # An op for tensor-parallel inference that DeepSpeed would otherwise compile here, for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -45,9 +53,7 @@ def main(folder: Path) -> None:
         auto_mpi_discovery=False,
         verbose=False,
     )
-    counted = {title: count(kind, reduce_scatter) for title, (kind, reduce_scatter) in SETTINGS.items()}
-    (folder / f"{rank}.json").write_text(json.dumps(counted), encoding="utf-8")
-    torch.distributed.barrier()
+    return rank
 
 
 def count(kind: str, reduce_scatter: bool) -> dict[str, Any]:
