@@ -38,6 +38,7 @@ setup(
         "numpy>=2.0",
         "pyarrow>=21.0",
         "psutil>=5.9",
+        "pyyaml>=6.0",
         "tqdm>=4.66.3",
         "matplotlib>=3.9",
         "tensorboard>=2.18",

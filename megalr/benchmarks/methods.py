@@ -1,0 +1,156 @@
+"""Methods: every method of a recipe trains the same model on the same text, each at the best of its learning rates.
+
+Each run is one process of launchers/pretrain.py. Its result becomes a line of results.jsonl in the output folder and is
+not computed again: a benchmark that was killed goes on when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megalr.benchmarks.methods_report import write_report
+from megalr.benchmarks.processes import Ended, run_processes
+from megalr.benchmarks.results import Results, best_run, result, score
+from megalr.benchmarks.runs import Recipe, Run
+from megalr.errors import UserError
+from megalr.training.arguments import positive
+from megalr.training.run_folder import RunFolder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument(
+        "--recipe", type=Path, required=True, metavar="FILE.yaml", help="what to train, see launchers/recipes"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="results, table and figures; may hold some already"
+    )
+    parser.add_argument(
+        "--jobs", type=positive, default=1, metavar="N", help="runs at a time, each with one thread (default: 1)"
+    )
+    parser.add_argument("--keep-runs", action="store_true", help="keep the runs' folders, checkpoints included")
+    parser.add_argument("--report", action="store_true", help="train nothing: report what is there so far")
+
+
+def run(arguments: argparse.Namespace, models: Path) -> None:
+    """Train what is missing, then write and print the table.
+
+    Args:
+        arguments: of :func:`add_arguments`.
+        models: the folder of the named shapes; the launcher lies beside it.
+
+    Raises:
+        UserError: the recipe cannot be run, or one of its runs has failed.
+    """
+    recipe = Recipe(arguments.recipe, models)
+    output: Path = arguments.output.expanduser().absolute()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: name a folder")
+    results = Results(output / "results.jsonl")
+    if not arguments.report:
+        output.mkdir(parents=True, exist_ok=True)
+        with _locked(output):
+            trainer = Trainer(results, output / "runs", models.parent / "pretrain.py", arguments.jobs)
+            trainer.keep = arguments.keep_runs
+            try:
+                trainer.train_all(recipe)
+            except KeyboardInterrupt:
+                print("\nstopped; the same command goes on from here", flush=True)
+                raise SystemExit(130) from None
+    elif not output.is_dir():
+        raise UserError(f"there is no folder {output} to report on")
+    print(f"\n{write_report(recipe, results.rows(), output)}")
+
+
+class Trainer:
+    """Runs what has no result yet.
+
+    Attributes:
+        keep: leave the runs' folders where they are.
+    """
+
+    def __init__(self, results: Results, folder: Path, launcher: Path, jobs: int) -> None:
+        """
+        Args:
+            results: what is known, and where to note more.
+            folder: of the runs' folders.
+            launcher: ``launchers/pretrain.py``.
+            jobs: runs at a time.
+        """
+        self.keep = False
+        self._results, self._folder, self._launcher, self._jobs = results, folder, launcher, jobs
+        self._done = self._all = 0
+
+    def train_all(self, recipe: Recipe) -> None:
+        """First every method's grid, then the best rate of each with the other seeds."""
+        settings = recipe.settings
+        grid = [run for method in recipe.methods for run in recipe.grid(method)]
+        others = len(set(settings.seeds) - {settings.grid_seed})
+        self._done, self._all = 0, len(grid) + others * len(recipe.methods)
+        self._train(grid)
+        rows = self._results.rows()
+        repeats: list[Run] = []
+        for method in recipe.methods:
+            best = best_run(recipe.grid(method), rows)
+            assert best is not None
+            if math.isinf(score(rows[best.key])):
+                print(f"{method.name}: every learning rate diverged; not repeated with other seeds", flush=True)
+                self._all -= others
+                continue
+            repeats += [run for run in recipe.repeats(method, best.lr) if run.seed != settings.grid_seed]
+        self._train(repeats)
+
+    def _train(self, runs: list[Run]) -> None:
+        rows = self._results.rows()
+        missing: dict[str, Run] = {}
+        for one in runs:
+            if one.key in rows or one.key in missing:
+                self._done += 1
+            else:
+                missing[one.key] = one
+        if len(missing) < len(runs):
+            print(f"{len(runs) - len(missing)} of {len(runs)} runs are in the results already", flush=True)
+        self._folder.mkdir(exist_ok=True)
+        commands = {key: self._command(one) for key, one in missing.items()}
+        for ended in run_processes(commands, self._folder, self._jobs):
+            self._note(missing[ended.name], ended)
+
+    def _command(self, one: Run) -> list[str]:
+        """The launcher's flags; what a killed benchmark left of the run is deleted by it."""
+        config = self._folder / f"{one.folder}.json"
+        config.write_text(json.dumps(one.config, indent=2) + "\n", encoding="utf-8")
+        output = str(self._folder / one.folder)
+        return [str(self._launcher), "--deepspeed", str(config), *one.flags, "--output", output, "--overwrite"]
+
+    def _note(self, one: Run, ended: Ended) -> None:
+        folder = RunFolder(self._folder / one.folder)
+        row = result(one, folder, ended)
+        self._results.append(row)
+        self._done += 1
+        perplexity = f"perplexity {score(row):,.2f}"
+        if row["tokens_per_second"]:
+            perplexity += f", {row['tokens_per_second']:,.0f} tokens/s"
+        print(f"[{self._done}/{self._all}] {one.title}: {perplexity}, {ended.seconds:.0f} s", flush=True)
+        if not self.keep:
+            folder.clear()
+            (self._folder / f"{one.folder}.json").unlink(missing_ok=True)
+            if folder.path.is_dir() and not any(folder.path.iterdir()):
+                folder.path.rmdir()
+            ended.log.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second benchmark out of the folder; the lock ends with the process, however that ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another benchmark is writing to {folder}: wait for it, or name another folder") from error
+        yield

@@ -1,0 +1,248 @@
+"""What comes out of a comparison of methods: a table in Markdown and two figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megalr.benchmarks.markdown import table
+from megalr.benchmarks.results import best_run, score
+from megalr.benchmarks.runs import Recipe, Run
+from megalr.layers import parametrize
+from megalr.optim.matrices import state_numel
+from megalr.planner import ParameterRecord, deepspeed_bytes, frozen_shapes, human_bytes, paper_bytes
+from megalr.planner.report import TEXT_COLOR
+from megalr.training.models import empty_model
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLUMNS = (
+    "method",
+    "perplexity",
+    "best rate",
+    "the grid's perplexities",
+    "trained parameters",
+    "papers' memory",
+    "DeepSpeed's memory",
+    "tokens/s",
+)
+SHOWN_FROM = 0.1  # of the tokens: losses before would squeeze what differs into the lower edge
+DPI = 150
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a method holds, by formula.
+
+    Attributes:
+        trained: parameters.
+        papers: bytes as the papers count them, see :func:`megalr.planner.paper_bytes`.
+        deepspeed: bytes that one process holds alone, see :func:`megalr.planner.deepspeed_bytes`.
+    """
+
+    trained: int
+    papers: int
+    deepspeed: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of a method.
+
+    Attributes:
+        name: of the method.
+        grid: perplexity by learning rate; None where it has not been trained yet.
+        rate: the best one; None while the grid is incomplete.
+        results: of the best rate's runs, by seed; those that are missing are left out.
+        seeds: how many there should be.
+        memory: by formula.
+    """
+
+    name: str
+    grid: dict[float, float | None]
+    rate: float | None
+    results: dict[int, Mapping[str, Any]]
+    seeds: int
+    memory: Memory
+
+    @property
+    def perplexities(self) -> list[float]:
+        """Of the best rate's runs."""
+        return [score(result) for result in self.results.values()]
+
+    @property
+    def mean(self) -> float:
+        """Of the perplexities; infinite where one is, NaN where there are none."""
+        found = self.perplexities
+        return sum(found) / len(found) if found else math.nan
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether the best of several rates is the smallest or the largest, so that a better one may lie beyond."""
+        return len(self.grid) > 1 and self.rate in (min(self.grid), max(self.grid))
+
+
+def write_report(recipe: Recipe, results: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
+    """Write ``table.md``, ``curves.png`` and ``memory.png``.
+
+    Args:
+        recipe: decides which results belong here.
+        results: rows of ``results.jsonl`` by key.
+        folder: where to write.
+
+    Returns:
+        The table and a few lines about it.
+    """
+    rows = [_row(recipe, method_index, results) for method_index in range(len(recipe.methods))]
+    text = report(recipe, rows)
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    _figure(folder / "curves.png", rows, _draw_curves)
+    _figure(folder / "memory.png", rows, _draw_memory)
+    return text
+
+
+def report(recipe: Recipe, rows: Sequence[Row]) -> str:
+    """The table in Markdown, with what one has to know to read it."""
+    settings = recipe.settings
+    seeds = ", ".join(map(str, settings.seeds))
+    lines = [
+        f"{settings.model}, {settings.steps:,} steps of {settings.batch_size} sequences of {settings.sequence_length} "
+        f"tokens. Perplexity on held-out text: mean (and range) over seeds {seeds} at the learning rate that was best "
+        f"at seed {settings.grid_seed}. Memory: weights and optimizer state in bf16, as the papers count; and what "
+        "DeepSpeed holds in one process, gradients included.",
+        "",
+        table(COLUMNS, [_cells(row) for row in rows]),
+    ]
+    if edge := [row.name for row in rows if row.at_the_edge]:
+        lines += ["", f"\\* the best rate is at the edge of its grid, a better one may lie beyond: {', '.join(edge)}."]
+    missing = sum(value is None for row in rows for value in row.grid.values())
+    missing += sum(row.seeds - len(row.results) for row in rows if row.rate is not None and math.isfinite(_best(row)))
+    if missing or any(row.rate is None for row in rows):
+        lines += ["", f"Incomplete: at least {missing} runs have no result yet."]
+    return "\n".join(lines)
+
+
+def method_memory(one: Run, recipe: Recipe) -> Memory:
+    """Parameters and bytes of a run's method, by the planner's formulas."""
+    config = one.megalr
+    rule = config.optimizer.rule
+    model = parametrize(empty_model(recipe.model), config.parametrization)
+    groups = one.groups(recipe.model)
+    treated = [index for index, group in enumerate(groups) if group.name == "matrices"] if rule else []
+    state: dict[str, int] = {}
+    for index in treated:
+        for name, parameter in groups[index].parameters.items():
+            assert rule is not None
+            state[name] = state_numel(rule, (parameter.shape[0], parameter.shape[1]))
+
+    def own_state(record: ParameterRecord) -> int | None:
+        return state.get(record.name)
+
+    held = deepspeed_bytes(
+        [[tuple(parameter.shape) for parameter in group.parameters.values()] for group in groups],
+        stage=(one.resolved.get("zero_optimization") or {}).get("stage", 0),
+        world_size=1,
+        dtype=torch.bfloat16 if (one.resolved.get("bf16") or {}).get("enabled") else torch.float32,
+        treated=treated,
+        treated_state=sum(state.values()),
+        frozen=frozen_shapes(model),
+    )
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Memory(trained, paper_bytes(model, treated_state=own_state), held.total)
+
+
+def _row(recipe: Recipe, index: int, results: Mapping[str, Mapping[str, Any]]) -> Row:
+    method = recipe.methods[index]
+    grid = recipe.grid(method)
+    best = best_run(grid, results)
+    repeats = [] if best is None else recipe.repeats(method, best.lr)
+    return Row(
+        name=method.name,
+        grid={run.lr: score(results[run.key]) if run.key in results else None for run in grid},
+        rate=None if best is None else best.lr,
+        results={run.seed: results[run.key] for run in repeats if run.key in results},
+        seeds=len(repeats),
+        memory=method_memory(grid[0], recipe),
+    )
+
+
+def _best(row: Row) -> float:
+    return min((value for value in row.grid.values() if value is not None), default=math.nan)
+
+
+def _cells(row: Row) -> list[str]:
+    found = row.perplexities
+    perplexity = "-"
+    if found:
+        perplexity = f"{row.mean:,.2f}"
+        if len(found) > 1:
+            perplexity += f" ({min(found):,.2f} to {max(found):,.2f})"
+        if len(found) < row.seeds and math.isfinite(_best(row)):
+            perplexity += f", {len(found)} of {row.seeds} seeds"
+    speeds = [speed for result in row.results.values() if (speed := result["tokens_per_second"])]
+    grid = [f"{rate:g}: {'-' if value is None else f'{value:,.2f}'}" for rate, value in row.grid.items()]
+    return [
+        row.name,
+        perplexity,
+        "-" if row.rate is None else f"{row.rate:g}" + " \\*" * row.at_the_edge,
+        "; ".join(grid),
+        f"{row.memory.trained:,}",
+        human_bytes(row.memory.papers),
+        human_bytes(row.memory.deepspeed),
+        f"{sum(speeds) / len(speeds):,.0f}" if speeds else "-",
+    ]
+
+
+def _figure(path: Path, rows: Sequence[Row], draw: Any) -> None:
+    # Not pyplot: it keeps global state and picks a backend by the display.
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    palette = colormaps["tab20" if len(rows) > 10 else "tab10"]
+    shown = 0
+    for index, row in enumerate(rows):
+        if any(map(math.isfinite, row.perplexities)):
+            draw(axes, row, palette(index % palette.N))
+            shown += 1
+    if shown:
+        axes.grid(color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=TEXT_COLOR)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside right upper", edgecolor="none", labelcolor=TEXT_COLOR, fontsize=9)
+    else:
+        axes.set_axis_off()
+        figure.text(0.5, 0.5, "no measurements yet", ha="center", va="center", color=TEXT_COLOR)
+    figure.savefig(path)
+
+
+def _draw_curves(axes: Axes, row: Row, color: Any) -> None:
+    """The training loss, mean over the seeds that did not diverge."""
+    curves = [result["curve"] for result in row.results.values() if math.isfinite(score(result))]
+    length = min(map(len, curves))
+    tokens = [curves[0][point][0] for point in range(length)]
+    losses = [sum(curve[point][1] for curve in curves) / len(curves) for point in range(length)]
+    first = next((point for point in range(length) if tokens[point] >= SHOWN_FROM * tokens[-1]), 0)
+    axes.plot(tokens[first:], losses[first:], color=color, linewidth=1.4, label=f"{row.name}, {row.rate:g}")
+    axes.set_xlabel("training tokens", color=TEXT_COLOR)
+    axes.set_ylabel("training loss (nats per token)", color=TEXT_COLOR)
+
+
+def _draw_memory(axes: Axes, row: Row, color: Any) -> None:
+    """Perplexity, with the range over seeds, against the papers' memory."""
+    found = [value for value in row.perplexities if math.isfinite(value)]
+    mean = sum(found) / len(found)
+    reach = [[mean - min(found)], [max(found) - mean]]
+    axes.errorbar(row.memory.papers / 1e6, mean, yerr=reach, color=color, fmt="o", capsize=3, label=row.name)
+    axes.set_xlabel("weights and optimizer state in bf16, as the papers count (MB)", color=TEXT_COLOR)
+    axes.set_ylabel("held-out perplexity", color=TEXT_COLOR)

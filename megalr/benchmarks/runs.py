@@ -1,0 +1,231 @@
+"""The trainings that a recipe asks for, and what makes two of them the same.
+
+A recipe in which methods would train embeddings, head or norms differently is refused: a comparison must not be won
+there.
+"""
+
+from __future__ import annotations
+
+import copy
+import glob
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megalr.benchmarks.recipe import Method, read_recipe
+from megalr.config import MegalrConfig
+from megalr.errors import UserError
+from megalr.layers import parametrize
+from megalr.optim.groups import ParameterGroup, Settings, parameter_groups
+from megalr.training.arguments import DEFAULT_BATCH_SIZE, DEFAULT_STEPS, LARGEST_DEFAULT_MICRO_BATCH
+from megalr.training.ds_config import Request, resolve
+from megalr.training.models import empty_model, read_model_config
+from megalr.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+SHARED_GROUPS = ("embedding", "norm")
+VERSIONS_OF = ("torch", "deepspeed", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training.
+
+    Attributes:
+        method, lr, seed: which.
+        config: the DeepSpeed JSON for the launcher.
+        resolved: the same without "auto".
+        flags: of the launcher, without the JSON and the output.
+        inputs: everything else that the result depends on: the model's shape, the text, versions.
+    """
+
+    method: str
+    lr: float
+    seed: int
+    config: dict[str, Any]
+    resolved: dict[str, Any]
+    flags: tuple[str, ...]
+    inputs: dict[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        """Names the run: equal if and only if everything that determines it is equal. The method's name does not."""
+        content = {"config": self.resolved, "inputs": self.inputs, "lr": self.lr, "seed": self.seed}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def megalr(self) -> MegalrConfig:
+        """The typed view of the JSON."""
+        return MegalrConfig.from_json(self.resolved)
+
+    @property
+    def rank(self) -> int | None:
+        """Of the projection or factorization; None for a method without one."""
+        config = self.megalr
+        rank = getattr(config.parametrization, "rank", None) or getattr(config.optimizer.rule, "rank", None)
+        return None if rank is None else int(rank)
+
+    def groups(self, shape: LlamaConfig) -> list[ParameterGroup]:
+        """The method's trainable parameters, of a model without numbers."""
+        config = self.megalr
+        return parameter_groups(parametrize(empty_model(shape), config.parametrization), config.optimizer)
+
+    @property
+    def title(self) -> str:
+        """For lines of progress."""
+        return f"{self.method}, learning rate {self.lr:g}, seed {self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """A file name that differs from all other runs'."""
+        return f"{re.sub('[^A-Za-z0-9]+', '-', self.method).strip('-')}-{self.lr:g}-{self.seed}-{self.key}"
+
+
+class Recipe:
+    """A recipe that has been checked; every run that it can ask for has been built once.
+
+    Attributes:
+        settings, methods: what it says.
+        model: the shape, a transformers configuration.
+    """
+
+    def __init__(self, path: Path, models: Path) -> None:
+        """
+        Args:
+            path: of the YAML file.
+            models: the folder of the named shapes.
+
+        Raises:
+            UserError: whatever would fail in a run, or make runs incomparable.
+        """
+        content = read_recipe(path)
+        self.settings, self.methods, self._text = content.settings, content.methods, content.text
+        here = content.folder
+        shape = here / Path(self.settings.model).expanduser()
+        self._model = str(shape) if shape.is_file() else self.settings.model
+        self.model = read_model_config(self._model, models)
+        self._train, self._validation = (
+            [_beside(name, here) for name in names] for names in (content.text.train, content.text.validation)
+        )
+        tokenizer = content.text.tokenizer
+        self._tokenizer = None if tokenizer is None else _beside(tokenizer, here)
+        self._inputs = self._read_inputs()
+        self._check()
+
+    def run(self, method: Method, lr: float, seed: int) -> Run:
+        """The training of a method with a learning rate and a seed."""
+        config = copy.deepcopy(method.config)
+        config["optimizer"].setdefault("params", {})["lr"] = lr
+        settings = self.settings
+        cuda = torch.cuda.is_available()
+        request = Request(
+            world_size=1,
+            bf16_is_fast=cuda and torch.cuda.is_bf16_supported(including_emulation=False),
+            batch_size=settings.batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            steps=settings.steps,
+            seed=seed,
+            default_batch_size=DEFAULT_BATCH_SIZE,
+            default_steps=DEFAULT_STEPS,
+            largest_micro_batch=LARGEST_DEFAULT_MICRO_BATCH,
+            default_rank=max(1, self.model.hidden_size // 4),
+        )
+        resolved = resolve(config, request).config
+        flags = [*self._flags(), "--seed", str(seed)]
+        inputs = {**self._inputs, "device": "cuda" if cuda else "cpu"}
+        return Run(
+            method=method.name,
+            lr=lr,
+            seed=seed,
+            config=config,
+            resolved=resolved,
+            flags=tuple(flags),
+            inputs=inputs,
+        )
+
+    def grid(self, method: Method) -> list[Run]:
+        """The runs that choose a method's learning rate."""
+        return [self.run(method, lr, self.settings.grid_seed) for lr in method.rates]
+
+    def repeats(self, method: Method, lr: float) -> list[Run]:
+        """The runs that the table averages."""
+        return [self.run(method, lr, seed) for seed in self.settings.seeds]
+
+    def _flags(self) -> list[str]:
+        settings = self.settings
+        flags = ["--model", self._model, "--steps", str(settings.steps), "--batch-size", str(settings.batch_size)]
+        flags += ["--sequence-length", str(settings.sequence_length)]
+        if settings.micro_batch_size is not None:
+            flags += ["--micro-batch-size", str(settings.micro_batch_size)]
+        for name, value in vars(self._text).items():
+            if value is not None and name not in ("train", "validation", "tokenizer"):
+                flags += [f"--{name.replace('_', '-')}", str(value)]
+        flags += [] if self._tokenizer is None else ["--tokenizer", self._tokenizer]
+        for flag, names in (("--dataset", self._train), ("--eval-dataset", self._validation)):
+            flags += [flag, *names] if names else []
+        # Checkpoints and evaluations on the way would cost time that is no method's.
+        return [*flags, "--eval-every", str(settings.steps), "--save-every", str(settings.steps)]
+
+    def _read_inputs(self) -> dict[str, Any]:
+        return {
+            **{k: v for k, v in vars(self.settings).items() if k not in ("model", "seeds", "grid_seed")},
+            "model": self.model.to_dict(),
+            "text": {k: v for k, v in vars(self._text).items() if k not in ("train", "validation", "tokenizer")},
+            "train": [_fingerprint(name) for name in self._train],
+            "validation": [_fingerprint(name) for name in self._validation],
+            "tokenizer": None if self._tokenizer is None else _fingerprint(self._tokenizer),
+            "versions": {"megalr": __version__, **{name: version(name) for name in VERSIONS_OF}},
+        }
+
+    def _check(self) -> None:
+        """Build every method once, on the meta device, and hold their treatment of the shared parts equal."""
+        shared: dict[str, tuple[str, Settings]] = {}
+        for method in self.methods:
+            for run in self.grid(method):
+                try:
+                    groups = run.groups(self.model)
+                except UserError as error:
+                    raise UserError(f'method "{method.name}": {error}') from error
+                for group in groups:
+                    if group.name in SHARED_GROUPS:
+                        _compare(group, run, *shared.setdefault(group.name, (run.title, group.settings)))
+
+
+def _compare(group: ParameterGroup, run: Run, other: str, settings: Settings) -> None:
+    for key, value in vars(settings).items():
+        mine = getattr(group.settings, key)
+        if mine != value:
+            raise UserError(
+                f'the {key} of the group "{group.name}" would be {mine} with {run.title}, but {value} with {other}: '
+                f"write optimizer.params.{group.name}.{key} in the base, the same for all"
+            )
+
+
+def _beside(name: str, folder: Path) -> str:
+    """The name as a path beside the recipe if there is such a file, folder or glob; else as it is."""
+    path = folder / Path(name).expanduser()
+    pattern = str(Path(glob.escape(str(folder))) / Path(name).expanduser())
+    return str(path) if path.exists() else pattern if glob.glob(pattern) else name
+
+
+def _fingerprint(name: str) -> str:
+    """Of the content of a file, a folder or what a glob finds; of anything else the name."""
+    path = Path(name)
+    found = sorted(path.rglob("*")) if path.is_dir() else [Path(file) for file in sorted(glob.glob(name))] or [path]
+    files = [file for file in found if file.is_file()]
+    if not files:
+        return name
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(f"{file.name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\0".encode())
+    return digest.hexdigest()
