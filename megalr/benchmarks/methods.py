@@ -117,9 +117,10 @@ class Trainer:
         if len(missing) < len(runs):
             print(f"{len(runs) - len(missing)} of {len(runs)} runs are in the results already", flush=True)
         self._folder.mkdir(exist_ok=True)
-        commands = {key: self._command(one) for key, one in missing.items()}
+        by_folder = {one.folder: one for one in missing.values()}
+        commands = {name: self._command(one) for name, one in by_folder.items()}
         for ended in run_processes(commands, self._folder, self._jobs):
-            self._note(missing[ended.name], ended)
+            self._note(by_folder[ended.name], ended)
 
     def _command(self, one: Run) -> list[str]:
         """The launcher's flags; what a killed benchmark left of the run is deleted by it."""

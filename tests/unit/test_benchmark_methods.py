@@ -1,0 +1,370 @@
+"""The comparison of methods: its recipes, what makes two runs the same, what it resumes, chooses and reports."""
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megalr.benchmarks import methods
+from megalr.benchmarks.methods_report import COLUMNS, method_memory
+from megalr.benchmarks.results import Results, best_run
+from megalr.benchmarks.runs import Recipe
+from megalr.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SHAPE = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+SHAPE |= {"model_type": "llama", "vocab_size": 4096, "max_position_embeddings": 64}
+
+# In place of launchers/pretrain.py. What comes of a run follows from its rate and seed; a line is kept of every start.
+FAKE = """
+import json, pathlib, sys, time
+flags = sys.argv[1:]
+value = lambda flag: flags[flags.index(flag) + 1]
+folder = pathlib.Path(value("--output"))
+params = json.loads(pathlib.Path(value("--deepspeed")).read_text())["optimizer"]["params"]
+lr, seed = params["lr"], int(value("--seed"))
+with (pathlib.Path(__file__).parent / "starts").open("a") as file:
+    file.write(f"{lr:g} {seed}\\n")
+folder.mkdir(parents=True, exist_ok=True)
+time.sleep(params.get("weight_decay", 0.0))
+row = lambda step, loss: json.dumps({"step": step, "tokens": 8 * step, "loss": loss}) + "\\n"
+if lr == 7:
+    print("something is broken")
+    sys.exit(2)
+if lr == 9:
+    (folder / "metrics.jsonl").write_text(row(1, 5.0) + row(2, float("nan")))
+    print("error: the loss is nan at step 2")
+    sys.exit(2)
+(folder / "metrics.jsonl").write_text("".join(row(step, 6 - step / 100) for step in range(1, 251)))
+perplexity = 100 + abs(lr - 0.02) * 1000 + seed
+(folder / "summary.json").write_text(json.dumps({"perplexity": perplexity, "tokens_per_second": 1234.5}))
+"""
+
+
+def content(**changes):
+    base = {
+        "optimizer": {"params": {"eps": 1e-8, "embedding": {"lr": 1e-2}, "norm": {"lr": 3e-3}}},
+        "zero_optimization": {"stage": 2},
+    }
+    projected = {"parametrization": {"type": "projected", "rank": 4}}
+    given = {
+        "model": "small.json",
+        "steps": 3,
+        "batch_size": 2,
+        "sequence_length": 16,
+        "seeds": [0, 1, 2],
+        "base": base,
+        "methods": {
+            "AdamW": {"optimizer": {"type": "AdamW"}, "learning_rates": [0.01, 0.02, 0.04]},
+            "projected": {"optimizer": {"type": "AdamW"}, "megalr": projected, "learning_rates": [0.01, 0.02, 9]},
+        },
+    }
+    return {key: value for key, value in {**given, **changes}.items() if value is not None}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a recipe into a folder with a space in its name, beside the model's shape."""
+    folder = tmp_path / "a recipe"
+    folder.mkdir()
+    (folder / "small.json").write_text(json.dumps(SHAPE))
+
+    def _write(raw=None, **changes):
+        path = folder / "recipe.yaml"
+        path.write_text(raw or yaml.safe_dump(content(**changes), sort_keys=False))
+        return path
+
+    return _write
+
+
+@pytest.fixture
+def launchers(tmp_path):
+    folder = tmp_path / "launchers"
+    (folder / "models").mkdir(parents=True)
+    (folder / "pretrain.py").write_text(FAKE)
+    return folder
+
+
+def compare(recipe, launchers, *flags):
+    parser = argparse.ArgumentParser()
+    methods.add_arguments(parser)
+    output = recipe.parent / "out put"
+    methods.run(parser.parse_args(["--recipe", str(recipe), "--output", str(output), *flags]), launchers / "models")
+    return output
+
+
+def starts(launchers):
+    return (launchers / "starts").read_text().splitlines()
+
+
+def method(**optimizer):
+    return {"optimizer": optimizer or {"type": "AdamW"}, "learning_rates": [0.01]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stepps": 3}, 'did you mean "steps"'),
+        ({"steps": None}, 'needs "steps"'),
+        ({"steps": 0}, "steps is 0"),
+        ({"base": None}, 'needs "base"'),
+        ({"base": "none.json"}, "no DeepSpeed configuration"),
+        ({"base": {"optimizer": {"params": {"lr": 1}}}}, "the base sets optimizer.params.lr"),
+        ({"methods": {}}, 'needs "methods"'),
+        ({"model": "gone"}, "no model called gone"),
+        ({"seeds": [1, 1]}, "names one twice"),
+        ({"text": {"trian": ["x"]}}, 'did you mean "train"'),
+        ({"methods": {"a": {"optimizer": {"type": "AdamW"}}}}, "needs learning_rates"),
+        ({"methods": {"a": {"learning_rates": [1]}}}, 'needs "optimizer"'),
+        ({"methods": {"a": method(type="AdamV")}}, "method \"a\": optimizer.type is 'AdamV'"),
+        ({"methods": {"a": method(type="AdamW", params={"embedding": {"lr": 1}})}}, "optimizer.params.embedding"),
+        ({"methods": {"a": method(type="AdamW", params={"norm": {"lr": 1}})}}, "optimizer.params.norm"),
+        ({"methods": {"a": method(type="Muon", params={"adamw": {"lr": 1}})}}, "optimizer.params.adamw"),
+        ({"methods": {"a": method(type="AdamW", params={"lr": 1})}}, 'write "learning_rates" instead'),
+        ({"methods": {"a": method(type="AdamW", params={"eps": 1e-6})}}, "which the base sets for all"),
+        ({"methods": {"a": {**method(), "learning_rates": [1, 1]}}}, "twice"),
+        ({"methods": {"a": {**method(), "learning_rates": ["x"]}}}, "positive numbers"),
+        ({"methods": {"a": {**method(), "megalr": {"seed": 1}}}}, "recipe's seeds"),
+        ({"methods": {"a": {**method(), "megalr": {"parametrization": {"type": "projected", "rank": 99}}}}}, "99"),
+    ],
+)
+def test_mistakes_in_a_recipe(write, launchers, changes, words):
+    with pytest.raises(UserError) as error:
+        Recipe(write(**changes), launchers / "models")
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("steps: [", "not valid YAML"), ("- 1", "must hold a mapping"), ("steps: 1\nsteps: 2", "comes twice")],
+)
+def test_what_is_no_recipe(write, launchers, text, words):
+    with pytest.raises(UserError, match=words):
+        Recipe(write(text), launchers / "models")
+    with pytest.raises(UserError, match="no recipe at"):
+        Recipe(write(text).parent / "none.yaml", launchers / "models")
+
+
+def test_methods_that_would_train_norms_differently_are_refused(write, launchers):
+    base = {"optimizer": {"params": {"embedding": {"lr": 1e-2}}}}  # so norms follow the method's rate
+    with pytest.raises(UserError, match=r"write optimizer\.params\.norm\.lr in the base"):
+        Recipe(write(base=base), launchers / "models")
+    base["optimizer"]["params"]["norm"] = {"lr": 1e-2}
+    both = {"a": method(), "b": method(type="GaLoreAdamW", params={"rank": 4})}  # whose eps is 1e-6 by default
+    with pytest.raises(UserError, match=r"write optimizer\.params\.embedding\.eps in the base"):
+        Recipe(write(base=base, methods=both), launchers / "models")
+
+
+def test_numbers_without_a_dot_are_numbers(write, launchers):
+    path = write()
+    path.write_text(path.read_text().replace("0.04", "4e-2"))
+    assert Recipe(path, launchers / "models").methods[0].rates == (0.01, 0.02, 0.04)
+
+
+def test_the_shipped_recipe_is_valid():
+    recipe = Recipe(ROOT / "launchers" / "recipes" / "projected.yaml", ROOT / "launchers" / "models")
+    assert len(recipe.methods) == 11
+    assert {run.rank for m in recipe.methods for run in recipe.grid(m)} == {None, 16, 32}
+
+
+def test_the_key_names_what_determines_a_run(write, launchers):
+    def keys(**changes):
+        recipe = Recipe(write(**changes), launchers / "models")
+        return [run.key for m in recipe.methods for run in recipe.grid(m)]
+
+    first = keys()
+    assert len(set(first)) == len(first) == 6
+    assert keys() == first
+    assert keys(seeds=[0, 5]) == first
+    renamed = dict(zip(("x", "y"), content()["methods"].values(), strict=True))
+    assert keys(methods=renamed) == first
+    for change in ({"steps": 4}, {"batch_size": 4}, {"sequence_length": 8}, {"grid_seed": 1}):
+        assert not set(first) & set(keys(**change))
+    base = {**content()["base"], "gradient_clipping": 2.0}
+    assert not set(first) & set(keys(base=base))
+
+
+def test_the_key_follows_the_text_and_the_shape_not_their_names(write, launchers):
+    path = write(text={"train": ["words.txt"]})
+    text = path.parent / "words.txt"
+
+    def key():
+        recipe = Recipe(path, launchers / "models")
+        assert str(text) in recipe.run(recipe.methods[0], 1.0, 0).flags
+        return recipe.run(recipe.methods[0], 1.0, 0).key
+
+    text.write_text("one")
+    first = key()
+    text.write_text("two")
+    assert key() != first
+    text.write_text("one")
+    assert key() == first
+    (path.parent / "small.json").write_text(json.dumps({**SHAPE, "intermediate_size": 44}))
+    assert key() != first
+
+
+def test_a_comparison_from_start_to_end(write, launchers, capsys):
+    output = compare(write(), launchers, "--jobs", "2")
+    assert sorted(starts(launchers)) == sorted(
+        ["0.01 0", "0.02 0", "0.04 0", "0.02 1", "0.02 2", "0.01 0", "0.02 0", "9 0", "0.02 1", "0.02 2"]
+    )
+    rows = list(Results(output / "results.jsonl").rows().values())
+    assert len(rows) == 10
+    (diverged,) = (row for row in rows if row["perplexity"] is None)
+    assert (diverged["lr"], diverged["reason"]) == (9, "diverged: the loss is nan at step 2")
+    finished = next(row for row in rows if row["lr"] == 0.02 and row["method"] == "projected" and row["seed"] == 2)
+    assert (finished["rank"], finished["perplexity"], finished["reason"]) == (4, 102, "finished")
+    assert len(finished["last_losses"]) == 10
+    assert len(finished["curve"]) <= 100
+    assert finished["curve"][-1][0] == 8 * 250
+    assert not list((output / "runs").iterdir())
+
+    printed = capsys.readouterr().out
+    assert "[10/10]" in printed
+    assert "projected, learning rate 9, seed 0: perplexity inf" in printed
+    table = (output / "table.md").read_text()
+    assert table in printed + "\n"
+    assert "| AdamW | 101.00 (100.00 to 102.00) | 0.02 | 0.01: 110.00; 0.02: 100.00; 0.04: 120.00 |" in table
+    assert "0.01: 110.00; 0.02: 100.00; 9: inf |" in table
+    assert "Incomplete" not in table
+    assert "edge" not in table
+    assert all(f" {column} " in table for column in COLUMNS)
+    for figure in ("curves.png", "memory.png"):
+        assert (output / figure).stat().st_size > 10_000
+
+
+def test_a_second_start_trains_only_what_is_missing(write, launchers, capsys):
+    output = compare(write(), launchers)
+    before = len(starts(launchers))
+    results = output / "results.jsonl"
+    assert compare(write(), launchers) == output
+    assert len(starts(launchers)) == before
+    lines = results.read_text().splitlines()
+    results.write_text("\n".join([*lines[:-1], lines[-1][:50]]))  # as a kill leaves it
+    compare(write(), launchers)
+    assert len(starts(launchers)) == before + 1
+    assert len(Results(results).rows()) == 10
+    more = content()["methods"] | {"third": {"optimizer": {"type": "Muon"}, "learning_rates": [0.03]}}
+    compare(write(methods=more), launchers)
+    assert starts(launchers)[before + 1 :] == ["0.03 0", "0.03 1", "0.03 2"]
+    assert "9 of 10 runs" not in capsys.readouterr().out
+
+
+def test_a_failure_stops_and_shows_the_last_lines(write, launchers):
+    broken = {"a": {**method(), "learning_rates": [0.01, 7, 0.02]}}
+    with pytest.raises(UserError, match="failed with exit code 2(.|\n)*something is broken"):
+        compare(write(methods=broken), launchers)
+    assert starts(launchers) == ["0.01 0", "7 0"]
+
+
+def test_every_rate_diverged(write, launchers, capsys):
+    output = compare(write(methods={"a": {**method(), "learning_rates": [9]}}), launchers)
+    assert "| a | inf | 9 | 9: inf |" in (output / "table.md").read_text()
+    assert starts(launchers) == ["9 0"]
+    assert "every learning rate diverged" in capsys.readouterr().out
+
+
+def test_a_report_of_what_is_there_so_far(write, launchers, capsys):
+    with pytest.raises(UserError, match="there is no folder"):
+        compare(write(), launchers, "--report")
+    recipe = Recipe(write(), launchers / "models")
+    output = write().parent / "out put"
+    output.mkdir()
+    compare(write(), launchers, "--report")
+    assert "Incomplete" in (output / "table.md").read_text()
+    results = Results(output / "results.jsonl")
+    for lr, perplexity in ((0.01, 50.0), (0.02, 60.0), (0.04, None)):
+        key = recipe.run(recipe.methods[0], lr, 0).key
+        results.append({"key": key, "perplexity": perplexity, "tokens_per_second": 10.0, "curve": [[8, 5.0]]})
+    compare(write(), launchers, "--report")
+    table = (output / "table.md").read_text()
+    assert "| AdamW | 50.00, 1 of 3 seeds | 0.01 \\* | 0.01: 50.00; 0.02: 60.00; 0.04: inf |" in table
+    assert "a better one may lie beyond: AdamW." in table
+    assert "Incomplete: at least 5 runs" in table
+    assert not (launchers / "starts").exists()
+
+
+def test_the_best_rate(write, launchers):
+    recipe = Recipe(write(), launchers / "models")
+    grid = recipe.grid(recipe.methods[0])
+
+    def best(*perplexities):
+        rows = {run.key: {"perplexity": value} for run, value in zip(grid, perplexities, strict=False)}
+        found = best_run(grid, rows)
+        return None if found is None else found.lr
+
+    assert best(3.0, 2.0, 2.0) == 0.02
+    assert best(None, None, 9.0) == 0.04
+    assert best(None, None, None) == 0.01
+    assert best(1.0, 2.0) is None
+
+
+def test_memory_follows_from_the_formulas(write, launchers):
+    given = content()["methods"] | {"galore": method(type="GaLoreAdamW", params={"rank": 4})}
+    recipe = Recipe(write(methods=given), launchers / "models")
+    dense, projected, galore = (method_memory(recipe.grid(m)[0], recipe) for m in recipe.methods)
+    assert dense.papers == 6 * dense.trained == 6 * galore.trained
+    assert dense.deepspeed == 20 * dense.trained  # weights, gradients, masters, two moments
+    assert projected.trained < dense.trained
+    assert projected.papers < dense.papers
+    assert galore.papers < dense.papers
+    assert math.isclose(galore.deepspeed - dense.deepspeed, 2 * (galore.papers - dense.papers), rel_tol=1e-9)
+
+
+def test_a_killed_benchmark_takes_its_runs_with_it_and_keeps_others_out(write, launchers):
+    slow = {"a": {**method(type="AdamW", params={"weight_decay": 600.0}), "learning_rates": [0.01]}}
+    path = write(methods=slow, seeds=[0])
+    shutil.copy(ROOT / "launchers" / "benchmark.py", launchers)
+    command = [sys.executable, launchers / "benchmark.py", "methods", "--recipe", path, "--output", path.parent / "out"]
+    with subprocess.Popen([*command]) as process:
+        try:
+            _wait_for((launchers / "starts").exists)
+            again = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert again.returncode == 2
+            assert "another benchmark is writing" in again.stderr
+        finally:
+            process.kill()
+    _wait_for(lambda: not _running("--output", str(path.parent / "out" / "runs")))
+    assert not (path.parent / "out" / "results.jsonl").exists()
+
+
+def _wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def _running(*words):
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = file.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        found += [line] if all(word in line for word in words) else []
+    return found
+
+
+@pytest.mark.slow
+def test_two_methods_for_a_few_steps(write, launchers):
+    shutil.copy(ROOT / "launchers" / "pretrain.py", launchers)
+    given = content()["methods"]
+    for section in given.values():
+        section["learning_rates"] = section["learning_rates"][:1]
+    text = {"max_train_tokens": 20000, "max_eval_tokens": 1000}
+    output = compare(write(methods=given, seeds=[0], text=text), launchers, "--keep-runs")
+    rows = Results(output / "results.jsonl").rows().values()
+    assert {row["reason"] for row in rows} == {"finished"}
+    assert len({row["perplexity"] for row in rows}) == 2
+    recipe = Recipe(write(methods=given, seeds=[0], text=text), launchers / "models")
+    for each, row in zip(recipe.methods, rows, strict=True):
+        assert sum(row["bytes_per_rank"].values()) == method_memory(recipe.grid(each)[0], recipe).deepspeed
+    assert len(list((output / "runs").glob("*/summary.json"))) == 2
