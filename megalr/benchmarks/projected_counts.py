@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -198,7 +199,7 @@ def saved_bytes(model: nn.Module, ids: Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in kept:
             seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operation's own output, as it is, would keep the operation alive for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(input_ids=ids, labels=ids).loss
@@ -216,7 +217,10 @@ def random_tokens(config: LlamaConfig, sequences: int, length: int, seed: int = 
 def _saved(config: LlamaConfig, method: str, rank: int, sequences: int, length: int) -> int:
     model = build_model(config, seed=0)
     prepare(model, method, rank, gap=1)
-    return saved_bytes(model, random_tokens(config, sequences, length))
+    saved = saved_bytes(model, random_tokens(config, sequences, length))
+    del model
+    gc.collect()  # a model is in cycles with its own modules, and the next one may be as large
+    return saved
 
 
 def _with_layers(config: LlamaConfig, layers: int) -> LlamaConfig:
