@@ -283,7 +283,11 @@ class Projections:
         projector = self._projector(updates)
         if full is not None and projector in SKETCHING:
             summed = SummedMatrix(_stack(full), self._exchange.add_up)
-            return sketched_basis(summed, rank, basis.side, projector, previous=previous, generator=random)
+            found = sketched_basis(summed, rank, basis.side, projector, previous=previous, generator=random)
+            if torch.isfinite(found).all():
+                return found
+            logger.warning("%s: %s gave a basis that is not finite; the old one stays", basis.name, projector)
+            return old.clone()  # the owner's word counts, so ranks need not agree
         if basis.owner != self._shard.rank:
             return torch.empty_like(old)
         if full is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -134,3 +135,26 @@ def refreshes_without_engine(bad: int) -> list[int]:
         counts.append(optimizer.refreshes)
     engine.destroy()
     return counts
+
+
+def overflowing(stage: int) -> tuple[bool, int]:
+    """Train with full gradients that are finite but overflow in products; whether bases stay finite, and refreshes."""
+    config = projected_configuration(stage, section={"projector": "power", "stagger": False})
+    engine = engine_of(config)
+    optimizer = engine.basic_optimizer
+    original = optimizer._projections._scale
+    data = rule_training.batches(6)
+    run_steps(engine, data[:5])
+
+    def enlarged(basis: Any, old: Tensor, full: dict[str, Tensor], *rest: Any) -> float | None:
+        scale = original(basis, old, full, *rest)
+        for grad in full.values():
+            grad.fill_(3e38)
+        return 0.0 if scale is not None else None
+
+    optimizer._projections._scale = enlarged
+    run_steps(engine, data[5:])
+    refreshes = optimizer.refreshes
+    state = megalr.consolidated_state_dict(engine)
+    engine.destroy()
+    return state is None or all(bool(torch.isfinite(w).all()) for n, w in state.items() if "basis" in n), refreshes

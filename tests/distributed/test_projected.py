@@ -156,6 +156,13 @@ def test_without_an_engine_to_ask_a_refresh_waits_for_clean_gradients(ranks):
         assert counts == [1, 2, 3, 4, 4, 4, 4, 6]
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_basis_that_is_not_finite_is_not_taken(ranks, stage):
+    for finite, refreshes in ranks(2).run("tests.distributed.projecting:overflowing", stage):
+        assert finite
+        assert refreshes == 2 * LAYERS
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "remainder"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_stays_close(ranks, stage, rounding):
