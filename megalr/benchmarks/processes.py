@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import megalr
+from megalr.benchmarks.traffic import import_path
 
 POLL_SECONDS = 0.1
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
@@ -75,10 +75,8 @@ def run_processes(commands: Mapping[str, Sequence[str]], folder: Path, jobs: int
 
 
 def _start(name: str, command: Sequence[str], folder: Path) -> _Started:
-    here = str(Path(megalr.__file__).parents[1])  # the children run this megalr, installed or not
     environment = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
-    paths = [here, *filter(None, [environment.get("PYTHONPATH")])]
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": import_path()}
     log = folder / f"{name}.log"
     with log.open("wb") as file:
         process = subprocess.Popen(

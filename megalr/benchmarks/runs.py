@@ -24,9 +24,9 @@ from megalr.config import MegalrConfig
 from megalr.errors import UserError
 from megalr.layers import parametrize
 from megalr.optim.groups import ParameterGroup, Settings, parameter_groups
-from megalr.training.arguments import DEFAULT_BATCH_SIZE, DEFAULT_STEPS, LARGEST_DEFAULT_MICRO_BATCH
-from megalr.training.ds_config import Request, resolve
+from megalr.training.ds_config import resolve
 from megalr.training.models import empty_model, read_model_config
+from megalr.training.plan import request_for
 from megalr.version import __version__
 
 if TYPE_CHECKING:
@@ -125,20 +125,8 @@ class Recipe:
         """The training of a method with a learning rate and a seed."""
         config = copy.deepcopy(method.config)
         config["optimizer"].setdefault("params", {})["lr"] = lr
-        settings = self.settings
         cuda = torch.cuda.is_available()
-        request = Request(
-            world_size=1,
-            bf16_is_fast=cuda and torch.cuda.is_bf16_supported(including_emulation=False),
-            batch_size=settings.batch_size,
-            micro_batch_size=settings.micro_batch_size,
-            steps=settings.steps,
-            seed=seed,
-            default_batch_size=DEFAULT_BATCH_SIZE,
-            default_steps=DEFAULT_STEPS,
-            largest_micro_batch=LARGEST_DEFAULT_MICRO_BATCH,
-            default_rank=max(1, self.model.hidden_size // 4),
-        )
+        request = request_for(self.settings, self.model, seed=seed, world_size=1, on_gpu=cuda)
         resolved = resolve(config, request).config
         flags = [*self._flags(), "--seed", str(seed)]
         inputs = {**self._inputs, "device": "cuda" if cuda else "cpu"}

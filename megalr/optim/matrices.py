@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalr.errors import UserError
 from megalr.partition import Exchange, Fragment, Item, Layout, Shard, Unit, buckets, imbalance, least_imbalance, place
-from megalr.partition.exchange import Field, Scattering
+from megalr.partition.exchange import Field, Scattering, run_of
 from megalr.rules.base import Basis, Rule, Shape, State, tensors_of
 
 # While one round is computed there may be, each as large as a round: its gradients, one after the other replaced by its
@@ -125,7 +125,7 @@ class MatrixUpdater:
                 masters[buffer].mul_(1 - lr * weight_decay)
 
         def apply(fragment: Fragment, update: Tensor) -> None:
-            master = masters[fragment.buffer][fragment.offset : fragment.offset + fragment.length]
+            master = run_of(masters, fragment)
             master.add_(update.to(master.device), alpha=-lr)
 
         cut, local = self._plan(tuple(which))
@@ -283,7 +283,7 @@ class MatrixUpdater:
 
     @staticmethod
     def _view(field: Field, fragment: Fragment, shape: Shape) -> Tensor:
-        return field[fragment.buffer][fragment.offset : fragment.offset + fragment.length].view(shape)
+        return run_of(field, fragment).view(shape)
 
 
 def _form(value: Tensor | int) -> tuple[int, ...] | str:

@@ -27,7 +27,7 @@ from megalr.layers.projected import ProjectedConfig, ProjectedLinear
 from megalr.optim.groups import logical_shape
 from megalr.optim.merging import Merging
 from megalr.partition import Exchange, Fragment, Shard, frozen_parts
-from megalr.partition.exchange import Field
+from megalr.partition.exchange import Field, run_of
 from megalr.rules.adam import rotate_moments
 from megalr.rules.adamw import adamw_runs_
 from megalr.rules.base import State, tensor
@@ -160,7 +160,7 @@ class Projections:
                 runs += [(fragment, basis.count + 1) for fragment in own]
         if runs:
             fields = (self._shard.buffers, gradients, self._moments("exp_avg"), self._moments("exp_avg_sq"))
-            weights, grads, *moments = ([_view(flat, fragment) for fragment, _ in runs] for flat in fields)
+            weights, grads, *moments = ([run_of(flat, fragment) for fragment, _ in runs] for flat in fields)
             steps = [step for _, step in runs]
             adamw_runs_(weights, grads, *moments, steps=steps, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self._kept = 1 - lr * weight_decay
@@ -187,7 +187,7 @@ class Projections:
         return sorted({self._buffer(name) for basis in due for name in basis.layers})
 
     def forget_gradients(self) -> None:
-        """What the layers have added up so far is of no update that will be made."""
+        """Drop what the layers have added up, and have those add up from now on whose basis is due."""
         for basis in self.bases:
             basis.collect(basis.due)
 
@@ -203,7 +203,7 @@ class Projections:
         for basis in self.bases:
             for key in COUNTS:
                 setattr(basis, key, state["bases"][basis.name][key])
-            basis.collect(basis.due)
+        self.forget_gradients()
         self.remainders.clear()
         self.remainders.update(state["remainders"])
 
@@ -212,7 +212,7 @@ class Projections:
         for basis in self.bases:
             started_random = not updates and basis.refreshes
             basis.due |= updates % self._config.update_proj_gap == basis.phase and not started_random
-            basis.collect(basis.due)
+        self.forget_gradients()
 
     def _projector(self, updates: int) -> Projector:
         start = self._config.random_from
@@ -256,7 +256,7 @@ class Projections:
                 continue
             expected = self._low(grad, old, basis.side).reshape(-1)
             for f in self._shard.layout.on(f"{name}.R", self._shard.rank):
-                delivered = _view(gradients, f)
+                delivered = run_of(gradients, f)
                 part = expected[f.start : f.start + f.length].to(delivered.device)
                 products.append(torch.stack([delivered.dot(part), part.dot(part), delivered.dot(delivered)]))
         device = gradients[which[0]].device
@@ -306,7 +306,7 @@ class Projections:
             self._merging.take(name, layer.weight, learnt, decay=basis.decay, count=basis.refreshes)
             own = self._shard.layout.on(f"{name}.R", self._shard.rank)
             for fragment in own:
-                _view(self._shard.buffers, fragment).zero_()
+                run_of(self._shard.buffers, fragment).zero_()
             if basis.count:
                 self._carry_moments(name, own, new.T @ old, left=not right)
         for start, part in frozen_parts(basis.any_layer.basis):
@@ -323,7 +323,7 @@ class Projections:
             case "reset":
                 for fragment in own:
                     for flat in fields.values():
-                        _view(flat, fragment).zero_()
+                        run_of(flat, fragment).zero_()
             case "transport":
                 state: State = {key: self._exchange.everywhere(f"{name}.R", flat) for key, flat in fields.items()}
                 rotate_moments(state, turn.to(fields["exp_avg"][0].device), left=left)
@@ -353,12 +353,8 @@ def _stack(gradients: list[Tensor]) -> Tensor:
     return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
 
 
-def _view(flat: Field, fragment: Fragment) -> Tensor:
-    return flat[fragment.buffer][fragment.offset : fragment.offset + fragment.length]
-
-
 def _write(whole: Tensor, flat: Field, own: Sequence[Fragment]) -> None:
     """Put a whole tensor's values where this rank's fragments of it are."""
     values = whole.reshape(-1)
     for fragment in own:
-        _view(flat, fragment).copy_(values[fragment.start : fragment.start + fragment.length])
+        run_of(flat, fragment).copy_(values[fragment.start : fragment.start + fragment.length])

@@ -141,7 +141,7 @@ class Exchange:
         }
 
         def read(k: int, fragment: Fragment) -> Tensor:
-            return _flat(fields[k], fragment)
+            return run_of(fields[k], fragment)
 
         def write(k: int, fragment: Fragment, value: Tensor) -> None:
             whole[fragment.name][k][fragment.start : fragment.start + fragment.length].copy_(value)
@@ -159,7 +159,7 @@ class Exchange:
         """
 
         def write(field: Field, fragment: Fragment, value: Tensor) -> None:
-            _flat(field, fragment).copy_(value)
+            run_of(field, fragment).copy_(value)
 
         self.start_scatter(items, values, [partial(write, field) for field in fields], like=fields[0][0]).wait()
 
@@ -219,7 +219,7 @@ class Exchange:
         own = self.layout.on(name, self.rank)
         whole = torch.zeros(self.layout.numel(name), dtype=field[0].dtype, device=field[0].device)
         for fragment in own:
-            whole[fragment.start : fragment.start + fragment.length] = _flat(field, fragment)
+            whole[fragment.start : fragment.start + fragment.length] = run_of(field, fragment)
         if not self.layout.is_replicated(name):
             self.add_up(whole)
         return whole.view(self.layout.shapes[name])
@@ -320,5 +320,6 @@ def _nothing() -> None:
     """What arrives where nothing travels."""
 
 
-def _flat(field: Field, fragment: Fragment) -> Tensor:
+def run_of(field: Field, fragment: Fragment) -> Tensor:
+    """The elements of one of this rank's fragments, as a view of its flat buffer."""
     return field[fragment.buffer][fragment.offset : fragment.offset + fragment.length]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -43,6 +43,22 @@ _COSMETIC_KEYS = (
     "use_cache",
     "_name_or_path",
 )
+
+
+class Sizes(Protocol):
+    """Sizes as they were asked for; None stands for the JSON's or the default."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Sequences of an update."""
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Sequences of one pass on one process."""
+
+    @property
+    def steps(self) -> int | None:
+        """Updates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,24 +142,32 @@ def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, s
     )
 
 
-def _default_model(ranks: Ranks) -> str:
-    return "60m" if ranks.device.type == "cuda" else "tiny"
-
-
-def _request(arguments: PretrainArguments, model: LlamaConfig, ranks: Ranks, output: str = ".") -> Request:
+def request_for(
+    sizes: Sizes, model: LlamaConfig, *, seed: int | None, world_size: int, on_gpu: bool, output: str = "."
+) -> Request:
+    """What "auto" is resolved from: sizes that were asked for, the model, the processes, the program's defaults."""
     return Request(
-        world_size=ranks.world_size,
-        bf16_is_fast=ranks.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
-        batch_size=arguments.batch_size,
-        micro_batch_size=arguments.micro_batch_size,
-        steps=arguments.steps,
-        seed=arguments.seed,
+        world_size=world_size,
+        bf16_is_fast=on_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
+        batch_size=sizes.batch_size,
+        micro_batch_size=sizes.micro_batch_size,
+        steps=sizes.steps,
+        seed=seed,
         default_batch_size=DEFAULT_BATCH_SIZE,
         default_steps=DEFAULT_STEPS,
         largest_micro_batch=LARGEST_DEFAULT_MICRO_BATCH,
         default_rank=max(1, model.hidden_size // 4),
         output=output,
     )
+
+
+def _default_model(ranks: Ranks) -> str:
+    return "60m" if ranks.device.type == "cuda" else "tiny"
+
+
+def _request(arguments: PretrainArguments, model: LlamaConfig, ranks: Ranks, output: str = ".") -> Request:
+    on_gpu = ranks.device.type == "cuda"
+    return request_for(arguments, model, seed=arguments.seed, world_size=ranks.world_size, on_gpu=on_gpu, output=output)
 
 
 def _folder_and_notes(arguments: PretrainArguments) -> tuple[RunFolder, Notes | None, bool]:
