@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FOLDER", help="results, table and figures; may hold some already"
     )
+    parser.add_argument("--dataset", nargs="+", metavar="TEXT", help="train on this instead of the recipe's text")
+    parser.add_argument("--eval-dataset", nargs="+", metavar="TEXT", help="with --dataset: the held-out text")
     parser.add_argument(
         "--jobs", type=positive, default=1, metavar="N", help="runs at a time, each with one thread (default: 1)"
     )
@@ -48,7 +50,10 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
     Raises:
         UserError: the recipe cannot be run, or one of its runs has failed.
     """
-    recipe = Recipe(arguments.recipe, models)
+    if arguments.eval_dataset and not arguments.dataset:
+        raise UserError("--eval-dataset goes with --dataset: name the text to train on, too")
+    text = (arguments.dataset, arguments.eval_dataset or ()) if arguments.dataset else None
+    recipe = Recipe(arguments.recipe, models, text)
     output: Path = arguments.output.expanduser().absolute()
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: name a folder")

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -98,11 +99,12 @@ class Recipe:
         model: the shape, a transformers configuration.
     """
 
-    def __init__(self, path: Path, models: Path) -> None:
+    def __init__(self, path: Path, models: Path, text: tuple[Sequence[str], Sequence[str]] | None = None) -> None:
         """
         Args:
             path: of the YAML file.
             models: the folder of the named shapes.
+            text: to train on and to hold out instead of the recipe's, as in the launcher's flags.
 
         Raises:
             UserError: whatever would fail in a run, or make runs incomparable.
@@ -113,8 +115,10 @@ class Recipe:
         shape = here / Path(self.settings.model).expanduser()
         self._model = str(shape) if shape.is_file() else self.settings.model
         self.model = read_model_config(self._model, models)
-        self._train, self._validation = (
-            [_beside(name, here) for name in names] for names in (content.text.train, content.text.validation)
+        given = content.text
+        self._train, self._validation = text or (
+            [_beside(name, here) for name in given.train],
+            [_beside(name, here) for name in given.validation],
         )
         tokenizer = content.text.tokenizer
         self._tokenizer = None if tokenizer is None else _beside(tokenizer, here)

@@ -210,6 +210,19 @@ def test_the_key_follows_the_text_and_the_shape_not_their_names(write, launchers
     assert key() != first
 
 
+def test_another_text_from_the_command_line(write, launchers, tmp_path):
+    recipe = write(text={"train": ["words.txt"], "validation": ["kept.txt"], "max_eval_tokens": 7})
+    other = tmp_path / "other.txt"
+    other.write_text("one")
+    read = Recipe(recipe, launchers / "models", ([str(other)], ()))
+    one = read.run(read.methods[0], 1.0, 0)
+    assert one.flags[one.flags.index("--dataset") + 1] == str(other)
+    assert "--eval-dataset" not in one.flags  # the recipe's would be of another text
+    assert one.flags[one.flags.index("--max-eval-tokens") + 1] == "7"
+    with pytest.raises(UserError, match="name the text to train on"):
+        compare(recipe, launchers, "--eval-dataset", str(other))
+
+
 def test_a_comparison_from_start_to_end(write, launchers, capsys):
     output = compare(write(), launchers, "--jobs", "2")
     assert sorted(starts(launchers)) == sorted(
