@@ -86,12 +86,12 @@ def _start(name: str, command: Sequence[str], folder: Path) -> _Started:
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,  # Ctrl-C is for this program, which then ends them
-            preexec_fn=_die_with_parent(),  # noqa: PLW1509  (one system call, which takes no lock)
+            preexec_fn=die_with_parent(),  # noqa: PLW1509  (one system call, which takes no lock)
         )
     return _Started(name, process, log, time.monotonic())
 
 
-def _die_with_parent() -> Callable[[], object] | None:
+def die_with_parent() -> Callable[[], object] | None:
     """Has the kernel kill a child when this process is gone, even by SIGKILL, which nobody can catch."""
     if not sys.platform.startswith("linux"):
         return None

@@ -28,11 +28,11 @@ STAGE = 2
 FP32 = 4  # bytes
 # DeepSpeed's and megalr's votes and norms, all-reduced in every step, whatever the model and the method.
 VOTES = 16  # bytes
-# Of each basis in a refresh: one vote on its gradients, one on their being zero, three scalar products.
-REFRESH_SCALARS = 5
-# R's size is all-reduced so often in a refresh: G Q_old to compare with what was delivered, the same as the first
-# half of the power step, R itself for the merge, and G Q with the new basis.
-REFRESH_PASSES = 4
+# Of each basis in a refresh: one vote on its gradients, three scalar products.
+REFRESH_SCALARS = 4
+# R's size is all-reduced so often in a refresh: G Q_old, which is compared with what was delivered and begins the power
+# step, R itself for the merge, and G Q with the new basis.
+REFRESH_PASSES = 3
 
 
 @dataclass(frozen=True, kw_only=True)

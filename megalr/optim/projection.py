@@ -234,34 +234,34 @@ class Projections:
         fresh: list[tuple[Basis, float, Tensor, Tensor]] = []
         for basis, usable in zip(due, agreed.tolist(), strict=True):
             old = self._whole(basis.any_layer.basis).to(next(iter(full[basis].values())).device)
-            scale = self._scale(basis, old, full[basis], which, gradients) if usable else None
+            low = {name: self._low(grad, old, basis.side) for name, grad in full[basis].items()} if usable else {}
+            scale = self._scale(low, which, gradients) if usable else None
             if scale is None:
                 logger.warning("%s: the refresh waits, the full gradient is not of this update alone", basis.name)
                 basis.collect(True)
                 del full[basis]
                 continue
-            fresh.append((basis, scale, old, self._new_basis(basis, old, list(full[basis].values()), updates)))
+            parts = [(full[basis][name], low[name]) for name in basis.layers]
+            fresh.append((basis, scale, old, self._new_basis(basis, old, parts, updates)))
         for basis, scale, old, found in fresh:
             new = self._adopt(basis, old, found)
             for name, grad in full.pop(basis).items():
                 self._renewed[name] = self._low(grad, new, basis.side).mul_(scale)
 
-    def _scale(
-        self, basis: Basis, old: Tensor, full: Mapping[str, Tensor], which: Sequence[int], gradients: Field
-    ) -> float | None:
+    def _scale(self, low: Mapping[str, Tensor], which: Sequence[int], gradients: Field) -> float | None:
         """What DeepSpeed has multiplied the summed gradients with; None when they are not those that it has summed."""
         products: list[Tensor] = []
-        for name, grad in full.items():
+        for name, product in low.items():
             if self._buffer(name) not in which:
                 continue
-            expected = self._low(grad, old, basis.side).reshape(-1)
+            expected = product.reshape(-1)
             for f in self._shard.layout.on(f"{name}.R", self._shard.rank):
                 delivered = run_of(gradients, f)
                 part = expected[f.start : f.start + f.length].to(delivered.device)
                 products.append(torch.stack([delivered.dot(part), part.dot(part), delivered.dot(delivered)]))
         device = gradients[which[0]].device
         sums = torch.stack(products).sum(0) if products else torch.zeros(3, device=device)
-        if not self._shard.layout.is_replicated(f"{next(iter(full))}.R"):
+        if not self._shard.layout.is_replicated(f"{next(iter(low))}.R"):
             self._exchange.add_up(sums)
         both, expected_square, delivered_square = sums.tolist()
         if expected_square == delivered_square == 0:
@@ -275,24 +275,33 @@ class Projections:
         low = grad @ basis if side == "right" else basis.T @ grad
         return self._exchange.add_up(low) if self._config.projector in SKETCHING else low
 
-    def _new_basis(self, basis: Basis, old: Tensor, full: list[Tensor] | None, updates: int) -> Tensor:
-        """A new basis where this rank is the owner, or all have to work on it; else memory for it."""
+    def _new_basis(self, basis: Basis, old: Tensor, parts: list[tuple[Tensor, Tensor]] | None, updates: int) -> Tensor:
+        """A new basis where this rank is the owner, or all have to work on it; else memory for it.
+
+        Args:
+            basis, updates: as elsewhere.
+            old: the basis that it had.
+            parts: of each layer its full gradient and that times the old basis; None for a random basis.
+        """
         size, rank = old.shape
         random = generator(self._seed, basis.name, basis.side, basis.refreshes)
         previous = old if basis.refreshes else None
         projector = self._projector(updates)
-        if full is not None and projector in SKETCHING:
-            summed = SummedMatrix(_stack(full), self._exchange.add_up)
-            found = sketched_basis(summed, rank, basis.side, projector, previous=previous, generator=random)
+        if parts is not None and projector in SKETCHING:
+            summed = SummedMatrix(_stack([grad for grad, _ in parts]), self._exchange.add_up)
+            product = _stack([low if basis.side == "right" else low.T for _, low in parts])
+            found = sketched_basis(
+                summed, rank, basis.side, projector, previous=previous, product=product, generator=random
+            )
             if torch.isfinite(found).all():
                 return found
             logger.warning("%s: %s gave a basis that is not finite; the old one stays", basis.name, projector)
             return old.clone()  # the owner's word counts, so ranks need not agree
         if basis.owner != self._shard.rank:
             return torch.empty_like(old)
-        if full is None:
+        if parts is None:
             return random_basis(size, rank, random, old.device)
-        stack = _stack(full)
+        stack = _stack([grad for grad, _ in parts])
         return leading_basis(stack, rank, basis.side, projector, previous=previous, generator=random, name=basis.name)
 
     def _adopt(self, basis: Basis, old: Tensor, found: Tensor) -> Tensor:
@@ -349,8 +358,8 @@ def _take_gradient(layer: ProjectedLinear) -> Tensor:
     return grad
 
 
-def _stack(gradients: list[Tensor]) -> Tensor:
-    return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+def _stack(matrices: list[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 
 def _write(whole: Tensor, flat: Field, own: Sequence[Fragment]) -> None:

@@ -106,10 +106,6 @@ class SummedMatrix:
     def __matmul__(self, other: Tensor) -> Tensor:
         return self._add_up(self._part @ other)
 
-    def any(self) -> Tensor:
-        """Whether any part has an element that is not zero."""
-        return self._add_up(self._part.any().float()) > 0
-
 
 def sketched_basis(
     grad: SummedMatrix,
@@ -118,12 +114,21 @@ def sketched_basis(
     projector: Projector,
     *,
     previous: Tensor | None,
+    product: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """:func:`leading_basis` of a finite gradient by "power" or "randomized", from products with thin matrices alone."""
+    """:func:`leading_basis` of a finite gradient by "power" or "randomized", from products with thin matrices alone.
+
+    Args:
+        grad, rank, side, projector, previous, generator: see there.
+        product: G P or Gᵀ P of the previous basis P, (m, r) or (n, r), which the first half of a power step needs;
+            not looked at without a previous basis.
+    """
     matrix = grad if side == "left" else grad.T
     if projector == "power" and previous is not None:
-        return _signed(_power(matrix, previous), previous).contiguous()
+        # A zero gradient has no subspace of its own.
+        new = orthonormal(matrix @ orthonormal(product)) if product.any() else previous.clone()
+        return _signed(new, previous).contiguous()
     return _signed(_randomized(matrix, rank, generator), previous).contiguous()
 
 
@@ -161,7 +166,7 @@ def _svd(grad: Tensor, rank: int, side: Side) -> Tensor:
     return u[:, :rank] if side == "left" else vh[:rank].T
 
 
-def _power(matrix: Tensor | SummedMatrix, previous: Tensor) -> Tensor:
+def _power(matrix: Tensor, previous: Tensor) -> Tensor:
     # A zero gradient has no subspace of its own.
     return power_step(matrix, previous) if matrix.any() else previous.clone()
 

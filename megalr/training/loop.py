@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalr.data import Batches, Examples
 from megalr.training.checkpoints import Notes, load_checkpoint, save_checkpoint
@@ -173,7 +173,12 @@ class Loop:
     @property
     def parameters(self) -> int:
         """How many the model has, over all ranks."""
-        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.engine.module.parameters())
+        return sum(map(_numel, self.engine.module.parameters()))
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many of them are not frozen."""
+        return sum(_numel(parameter) for parameter in self.engine.module.parameters() if parameter.requires_grad)
 
     @property
     def tokens_per_second(self) -> float:
@@ -249,3 +254,7 @@ class Loop:
         start = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - start
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves parameters empty

@@ -1,11 +1,14 @@
 """The equivalence tables: the largest relative error of any weight against one plain PyTorch process.
 
-python -m tests.distributed.equivalence > docs/equivalence.md
+python -m tests.distributed.equivalence docs/equivalence.md
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
 
 from tests.distributed import rule_training, test_projected, test_rules
 from tests.distributed.harness import RankPool
@@ -26,8 +29,9 @@ process: without DeepSpeed, without megalr's optimizer, every method written a s
 `tests/reference.py`. Gradients are clipped, everything is fp32, and shapes are odd, so that partition boundaries cut
 matrices in mid-row. Columns: processes x accumulation steps.
 
-The tables are printed by `python -m tests.distributed.equivalence`. `make test` holds selections of them below 1e-4,
-and `make test-all` all that they show: `tests/distributed/test_rules.py`, `test_projected.py` and `test_training.py`.
+`python -m tests.distributed.equivalence docs/equivalence.md` makes the tables. `make test` holds selections of
+them below 1e-4, and `make test-all` all that they show: `tests/distributed/test_rules.py`, `test_projected.py` and
+`test_training.py`.
 """
 RULES_HEAD = """
 ## Rules on dense matrices
@@ -50,8 +54,8 @@ compared as their product, because singular vectors have no sign of their own.
 """
 
 
-def main() -> None:
-    """Run every combination and print the tables as Markdown."""
+def main(path: Path) -> None:
+    """Run every combination and write the tables as Markdown."""
     columns = [(world, accumulation) for world in WORLDS for accumulation in ACCUMULATIONS]
     rules: dict[tuple[str, int, int, int], float] = {}
     projected: dict[tuple[str, int, int, int], float] = {}
@@ -73,15 +77,16 @@ def main() -> None:
                         got = pool.run("tests.distributed.training:train", stage, accumulation)[0]
                         error = max(relative_errors(got, reference_weights()).values())
                         factors[stage, world, accumulation] = error
-    print(HEAD + RULES_HEAD)
-    lines = [(rule, stage) for rule in rule_training.RULES for stage in STAGES]
-    _table(("rule", "ZeRO stage"), lines, columns, lambda line, column: rules[*line, *column])
-    print(PROJECTED_HEAD)
-    cases = [(title, stage) for title in PROJECTED for stage in STAGES]
-    _table(("side", "ZeRO stage"), cases, columns, lambda line, column: projected[*line, *column])
-    print(FACTORS_HEAD)
-    known = [column for column in columns if (0, *column) in factors]
-    _table(("ZeRO stage",), [(stage,) for stage in STAGES], known, lambda line, column: factors[*line, *column])
+    with path.open("w", encoding="utf-8") as file, redirect_stdout(file):
+        print(HEAD + RULES_HEAD)
+        lines = [(rule, stage) for rule in rule_training.RULES for stage in STAGES]
+        _table(("rule", "ZeRO stage"), lines, columns, lambda line, column: rules[*line, *column])
+        print(PROJECTED_HEAD)
+        cases = [(title, stage) for title in PROJECTED for stage in STAGES]
+        _table(("side", "ZeRO stage"), cases, columns, lambda line, column: projected[*line, *column])
+        print(FACTORS_HEAD)
+        known = [column for column in columns if (0, *column) in factors]
+        _table(("ZeRO stage",), [(stage,) for stage in STAGES], known, lambda line, column: factors[*line, *column])
 
 
 def _table(
@@ -97,4 +102,6 @@ def _table(
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) != 2:
+        sys.exit((__doc__ or "").strip())
+    main(Path(sys.argv[1]))

@@ -23,6 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from megalr.benchmarks.processes import die_with_parent
+
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT = 120.0  # seconds for imports and rendezvous, on a machine that is busy
 LAST_WORDS = 3.0  # seconds that the other ranks have to report once one has failed
@@ -196,6 +198,7 @@ class _Rank:
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # so that kill() reaches what the process started
+                preexec_fn=die_with_parent(),  # noqa: PLW1509  (a worker in a collective does not look at its input)
             )
         return cls(number, process, ours, log)
 

@@ -49,6 +49,7 @@ def test_ready_configuration_learns(train, name):
     rule = name.removesuffix(".json").split("_")[1]
     expected = ["projected", "adamw"] if rule == "projected" else ["matrices", rule]
     assert [route[4:6] for route in routes(run)] == [expected] * 14  # seven in each of two layers
+    assert (summary["trained_parameters"] < summary["parameters"]) == (rule == "projected")  # W0 and bases are frozen
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from megalr.benchmarks.processes import die_with_parent
+
 ROOT = Path(__file__).parents[2]
 PRETRAIN = ROOT / "launchers" / "pretrain.py"
 EVALUATE = ROOT / "launchers" / "evaluate.py"
@@ -125,6 +127,7 @@ def started(command: Sequence[str | Path], folder: Path) -> Iterator[subprocess.
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        preexec_fn=die_with_parent(),  # noqa: PLW1509  (one system call, which takes no lock)
     )
     try:
         yield process

@@ -257,8 +257,18 @@ def test_a_sum_of_parts_has_the_basis_of_the_sum(projector, side):
     settings = {"previous": previous, "generator": torch.Generator().manual_seed(3)}
     expected = leading_basis(parts[0] + parts[1], rank, side, projector, name="w", **settings)
     settings["generator"] = torch.Generator().manual_seed(3)
-    got = sketched_basis(_TwoParts(parts), rank, side, projector, **settings)
+    whole = parts[0] + parts[1]
+    product = (whole.T if side == "left" else whole) @ previous
+    got = sketched_basis(_TwoParts(parts), rank, side, projector, product=product, **settings)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_sum_that_is_zero_keeps_its_basis():
+    previous = random_basis(20, 4, torch.Generator().manual_seed(2), torch.device("cpu"))
+    zero = _TwoParts([torch.zeros(12, 20)] * 2)
+    product, random = torch.zeros(12, 4), torch.Generator()
+    basis = sketched_basis(zero, 4, "right", "power", previous=previous, product=product, generator=random)
+    torch.testing.assert_close(basis, previous)
 
 
 class _TwoParts(SummedMatrix):

@@ -66,7 +66,7 @@ def test_what_projected_layers_send(method, bases, count):
     sent = mean_sent(groups, 4, GAP)
     assert sent.reduced == 2 * 3 / 4 * (4 * R + 16)
     assert sent.gathered == 3 * R
-    refreshed = 2 * 3 / 4 * 4 * (4 * R + bases + 5 * count) + 3 / 4 * 4 * bases
+    refreshed = 2 * 3 / 4 * 4 * (3 * R + bases + 4 * count) + 3 / 4 * 4 * bases
     assert sent.refreshes == pytest.approx(refreshed / GAP)
     ranks = [sent_by_formula(groups, 4, rank, GAP) for rank in range(4)]
     assert sum(rank.total for rank in ranks) / 4 == pytest.approx(sent.total)
