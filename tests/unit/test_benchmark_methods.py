@@ -168,10 +168,15 @@ def test_numbers_without_a_dot_are_numbers(write, launchers):
     assert Recipe(path, launchers / "models").methods[0].rates == (0.01, 0.02, 0.04)
 
 
-def test_the_shipped_recipe_is_valid():
-    recipe = Recipe(ROOT / "launchers" / "recipes" / "projected.yaml", ROOT / "launchers" / "models")
-    assert len(recipe.methods) == 11
-    assert {run.rank for m in recipe.methods for run in recipe.grid(m)} == {None, 16, 32}
+@pytest.mark.parametrize(("name", "count", "ranks"), [("projected", 11, {None, 16, 32}), ("merge_rounding", 3, {32})])
+def test_the_shipped_recipes_are_valid(name, count, ranks):
+    recipe = Recipe(ROOT / "launchers" / "recipes" / f"{name}.yaml", ROOT / "launchers" / "models")
+    assert len(recipe.methods) == count
+    assert {run.rank for m in recipe.methods for run in recipe.grid(m)} == ranks
+
+
+def test_every_shipped_recipe_is_tested():
+    assert {path.stem for path in (ROOT / "launchers" / "recipes").glob("*.yaml")} == {"projected", "merge_rounding"}
 
 
 def test_the_key_names_what_determines_a_run(write, launchers):
