@@ -142,17 +142,16 @@ def overflowing(stage: int) -> tuple[bool, int]:
     config = projected_configuration(stage, section={"projector": "power", "stagger": False})
     engine = engine_of(config)
     optimizer = engine.basic_optimizer
-    original = optimizer._projections._scale
+    original = optimizer._projections._new_basis
     data = rule_training.batches(6)
     run_steps(engine, data[:5])
 
-    def enlarged(basis: Any, old: Tensor, full: dict[str, Tensor], *rest: Any) -> float | None:
-        scale = original(basis, old, full, *rest)
-        for grad in full.values():
+    def enlarged(basis: Any, old: Tensor, parts: list[tuple[Tensor, Tensor]], updates: int) -> Tensor:
+        for grad, _ in parts:
             grad.fill_(3e38)
-        return 0.0 if scale is not None else None
+        return original(basis, old, parts, updates)
 
-    optimizer._projections._scale = enlarged
+    optimizer._projections._new_basis = enlarged
     run_steps(engine, data[5:])
     refreshes = optimizer.refreshes
     state = megalr.consolidated_state_dict(engine)
