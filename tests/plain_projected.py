@@ -33,7 +33,7 @@ def plain_projected(
     weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
     linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     targets = [n for n in weights if n in linear and any(t in n for t in section["target_modules"])]
-    units = _units(targets, section.get("share_basis", False))
+    units = _units(targets, section.get("share_basis", section.get("side", "input") == "input"))
     gap = section["update_proj_gap"]
     stagger = section.get("stagger", True)
     phases = [i * gap // len(units) if stagger else 0 for i in range(len(units))]

@@ -39,7 +39,8 @@ class ProjectedConfig(Parametrization):
             "transport" rotates them into the new basis.
         stagger: layers refresh one after the other, spread over the gap, and start with random bases. False: all at
             updates 0, gap, 2 gap, ..., as GaLore does.
-        share_basis: layers that read the same input keep one Q, from their stacked gradients, and save one x Q.
+        share_basis: layers that read the same input keep one Q, from their stacked gradients, and save one x Q. None:
+            they do where the basis is the input's.
         compute: "low_rank" computes x W0ᵀ + (x Q) Rᵀ, "materialized" forms W0 + R Qᵀ for each pass and frees it,
             "auto" takes what needs fewer operations for the tokens at hand.
         merge_rounding: how W0 + R Qᵀ becomes W0 in a model of 16 bits: to "nearest", "stochastic"ally, or to nearest
@@ -55,7 +56,7 @@ class ProjectedConfig(Parametrization):
     random_from: int | None = None
     moments: Literal["keep", "reset", "transport"] = "keep"
     stagger: bool = True
-    share_basis: bool = False
+    share_basis: bool | None = None
     compute: Literal["auto", "low_rank", "materialized"] = "auto"
     merge_rounding: Literal["nearest", "stochastic", "remainder"] = "nearest"
 
@@ -78,9 +79,14 @@ class ProjectedConfig(Parametrization):
             return "right" if shape[0] >= shape[1] else "left"
         return "right" if self.side == "input" else "left"
 
+    @property
+    def shares_basis(self) -> bool:
+        """``share_basis``, decided."""
+        return self.side == "input" if self.share_basis is None else self.share_basis
+
     def form(self) -> dict[str, str | int | bool]:
         """What decides what the optimizer's state looks like."""
-        return {"parametrization": self.type, "rank": self.rank, "side": self.side, "share_basis": self.share_basis}
+        return {"parametrization": self.type, "rank": self.rank, "side": self.side, "share_basis": self.shares_basis}
 
     def replace(self, layer: nn.Linear, *, seed: int, name: str) -> ProjectedLinear:
         side = self.side_of(layer.weight.shape)
@@ -94,7 +100,7 @@ class ProjectedConfig(Parametrization):
         return new.train(layer.training)
 
     def connect(self, layers: Mapping[str, nn.Module]) -> None:
-        if not self.share_basis:
+        if not self.shares_basis:
             return
         by_name = {name: layer for name, layer in layers.items() if isinstance(layer, ProjectedLinear)}
         for name, first in by_name.items():
