@@ -1,0 +1,107 @@
+// What the element-wise ops ask of their tensors, for the bindings of every device. megalr/ops/checks.py is the twin of
+// this file, with the same messages.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace megalr {
+
+#define MEGALR_CHECK(ok, op, ...) TORCH_CHECK_VALUE(ok, "megalr.", op, ": ", __VA_ARGS__)
+
+inline std::string dtype_name(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return "float32";
+    case at::kDouble: return "float64";
+    case at::kBFloat16: return "bfloat16";
+    case at::kHalf: return "float16";
+    case at::kInt: return "int32";
+    case at::kLong: return "int64";
+    default: return at::toString(type);
+  }
+}
+
+// A list's name in the schema, and its tensors.
+using NamedList = std::pair<const char*, at::TensorList>;
+
+// One tensor of the model's device, dense and contiguous. `what` is its name, made only for a message.
+template <typename What>
+void check_tensor(const char* op, const What& what, const at::Tensor& tensor, bool bf16_too,
+                  const std::string& model_name, const at::Tensor& model) {
+  MEGALR_CHECK(tensor.device() == model.device(), op, what(), " is on ", tensor.device().str(), " and ", model_name,
+               " on ", model.device().str(), "; all tensors of a call are on one device: write ", what(), ".to(\"",
+               model.device().str(), "\")");
+  const at::ScalarType type = tensor.scalar_type();
+  MEGALR_CHECK(type == at::kFloat || (bf16_too && type == at::kBFloat16), op, what(), " is ", dtype_name(type),
+               "; it must be float32", bf16_too ? " or bfloat16" : "");
+  MEGALR_CHECK(tensor.layout() == at::kStrided, op, what(), " is sparse; write ", what(), ".to_dense()");
+  MEGALR_CHECK(tensor.is_contiguous(), op, what(), " is not contiguous (shape ", tensor.sizes(), ", strides ",
+               tensor.strides(), "); keep it as ", what(), ".contiguous()");
+}
+
+// Lists of one length, tensors of one device, equal shapes at each index, contiguous, one storage dtype in a list.
+inline void check_lists(const char* op, const std::vector<NamedList>& lists) {
+  const auto& [first, model] = lists.front();
+  for (const auto& [name, tensors] : lists) {
+    MEGALR_CHECK(tensors.size() == model.size(), op, name, " has ", tensors.size(), " tensors and ", first, " ",
+                 model.size(), "; give one for each of ", first);
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const at::Tensor& tensor = tensors[i];
+      const auto what = [&, name = name] { return std::string(name) + "[" + std::to_string(i) + "]"; };
+      check_tensor(op, what, tensor, true, std::string(first) + "[0]", model[0]);
+      MEGALR_CHECK(tensor.scalar_type() == tensors[0].scalar_type(), op, what(), " is ",
+                   dtype_name(tensor.scalar_type()), " and ", name, "[0] ", dtype_name(tensors[0].scalar_type()),
+                   "; a list has one dtype: split it");
+      MEGALR_CHECK(tensor.sizes() == model[i].sizes(), op, what(), " has shape ", tensor.sizes(), " and ", first, "[",
+                   i, "] ", model[i].sizes(), "; they must be the same");
+    }
+  }
+}
+
+template <typename Values>
+void check_length(const char* op, const char* name, const Values& values, const char* first, at::TensorList tensors) {
+  MEGALR_CHECK(values.size() == tensors.size(), op, name, " has ", values.size(), " numbers and ", first, " ",
+               tensors.size(), " tensors; give one for each of ", first);
+}
+
+// One count for each tensor, at least 1.
+inline void check_steps(const char* op, const char* name, at::IntArrayRef steps, const char* first,
+                        at::TensorList tensors) {
+  check_length(op, name, steps, first, tensors);
+  for (size_t i = 0; i < steps.size(); ++i) {
+    MEGALR_CHECK(steps[i] >= 1, op, name, "[", i, "] is ", steps[i],
+                 "; it counts this update too, so it is at least 1");
+  }
+}
+
+// One bias correction 1 - prod beta_t for each tensor, in (0, 1].
+inline void check_bias(const char* op, const char* name, at::ArrayRef<double> values, const char* first,
+                       at::TensorList tensors) {
+  check_length(op, name, values, first, tensors);
+  for (size_t i = 0; i < values.size(); ++i) {
+    MEGALR_CHECK(values[i] > 0 && values[i] <= 1, op, name, "[", i, "] is ", values[i],
+                 "; it is 1 - prod beta_t over the updates, this one included, in (0, 1]");
+  }
+}
+
+// (n, 3), fp32, with the tensors.
+inline void check_statistics(const char* op, const at::Tensor& statistics, const char* first, at::TensorList tensors) {
+  const auto what = [] { return std::string("statistics"); };
+  const at::Tensor& model = tensors.empty() ? statistics : tensors[0];
+  check_tensor(op, what, statistics, false, std::string(first) + "[0]", model);
+  MEGALR_CHECK(statistics.dim() == 2 && statistics.size(0) == int64_t(tensors.size()) && statistics.size(1) == 3, op,
+               "statistics has shape ", statistics.sizes(), "; it must be [", tensors.size(), ", 3], a row for each of ",
+               first);
+}
+
+// The data of a tensor that an op modifies, and a note of it for autograd, which may have saved the tensor.
+inline void* modified(const at::Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  return tensor.mutable_data_ptr();
+}
+
+}  // namespace megalr
