@@ -1,16 +1,68 @@
-"""What pip needs to know of megalr. The versions it is tested with are in requirements.txt."""
+"""What pip needs to know of megalr. The versions it is tested with are in requirements.txt.
 
+``MEGALR_BUILD_OPS=1 pip install .`` (or ``-e .``) also compiles the ops of csrc/; else they are at first use.
+"""
+
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.build_py import build_py
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
+BUILD_OPS = os.environ.get("MEGALR_BUILD_OPS", "0") not in ("", "0")
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "megalr/version.py").read_text(encoding="utf-8"), re.M)
 README = ROOT / "README.md"
 
+# The packages around build.py are stood in for: importing them would need everything that megalr needs.
+PREBUILD = """
+import sys, types
+for name, path in (("megalr", sys.argv[1]), ("megalr.ops", sys.argv[1] + "/ops")):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [path]
+try:
+    from megalr.ops import build
+except ModuleNotFoundError as error:
+    sys.exit(f"MEGALR_BUILD_OPS=1 compiles against torch, which has to be there before: pip install torch ({error})")
+try:
+    print("compiled", *build.prebuild())
+except build.BuildError as error:
+    sys.exit(f"MEGALR_BUILD_OPS=1: {error}")
+"""
+
+
+class BuildWithOps(build_py):
+    """Ships the sources of csrc/ as megalr/csrc, and compiles them where that is asked for."""
+
+    def run(self):
+        super().run()
+        package = ROOT / "megalr" if self.editable_mode else Path(self.build_lib, "megalr").resolve()
+        if not self.editable_mode:
+            shutil.rmtree(package / "ops/prebuilt", ignore_errors=True)
+            shutil.rmtree(package / "csrc", ignore_errors=True)
+            shutil.copytree(ROOT / "csrc", package / "csrc", ignore=shutil.ignore_patterns("emulation", "*.py", "__*"))
+        if BUILD_OPS:
+            # -I: pip builds in an environment of its own without torch; the user's is what is compiled against.
+            done = subprocess.run([sys.executable, "-I", "-c", PREBUILD, str(package)], check=False)
+            if done.returncode:
+                sys.exit(done.returncode)
+
+
+class WithOps(Distribution):
+    """A wheel with compiled ops in it is for one platform."""
+
+    def has_ext_modules(self):
+        return BUILD_OPS
+
+
 setup(
     name="megalr",
+    cmdclass={"build_py": BuildWithOps},
+    distclass=WithOps,
     version=VERSION[1],
     description="Low-rank and projected optimizers that pretrain language models under DeepSpeed ZeRO",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",

@@ -59,20 +59,12 @@ class Library:
     origin: str
 
 
-def find_or_build(kind: str) -> Library:
-    """The library for a kind of device, compiled now if there is none.
+def find(kind: str) -> Library | None:
+    """The library that was compiled before from the sources as they are, if there is one.
 
     Args:
         kind: a key of :data:`LIBRARIES`.
-
-    Raises:
-        BuildError: there is no compiler, or it failed.
     """
-    return find(kind) or build(kind)
-
-
-def find(kind: str) -> Library | None:
-    """The library that was compiled before from the sources as they are, if there is one."""
     # Any compiler's will do where somebody prebuilt it, or where there is none to compile again.
     anyone = sorted(PREBUILT.glob(f"{_stem(kind)}-*.so"))
     if anyone:
@@ -85,18 +77,26 @@ def find(kind: str) -> Library | None:
     return None
 
 
-def build(kind: str) -> Library:
-    """Compile into the cache, or wait until another process has."""
+def build(kind: str, *, broken: Library | None = None) -> Library:
+    """Compile into the cache, or wait until another process has.
+
+    Args:
+        kind: a key of :data:`LIBRARIES`.
+        broken: what was found, and would not load.
+
+    Raises:
+        BuildError: there is no compiler, or it failed.
+    """
     missing = _missing(kind)
     if missing:
         raise BuildError(missing)
     path = _writable_cache() / _name(kind)
     failure = path.with_suffix(".failed")
-    before = path.stat().st_mtime_ns if path.exists() else None, _age(failure)
+    useless, old_failure = _written(broken.path) if broken else None, _written(failure)
     with _lock(path.with_suffix(".lock")):
-        if path.exists() and path.stat().st_mtime_ns != before[0]:
+        if _written(path) not in (None, useless):
             return Library(path, "cache")  # another process compiled it while this one waited
-        if failure.exists() and _age(failure) != before[1]:
+        if _written(failure) not in (None, old_failure):
             raise BuildError(failure.read_text(encoding="utf-8"))  # or failed: the others need not try in turn
         try:
             compile_library(kind, path)
@@ -143,14 +143,17 @@ def compile_library(kind: str, target: Path, *, verbose: bool = False) -> None:
     logger.info("compiled %s in %.0f s", target, time.monotonic() - start)
 
 
-def kinds() -> list[str]:
-    """The kinds of devices whose library can be compiled here."""
-    return [kind for kind in LIBRARIES if _missing(kind) is None]
-
-
-def library_name(kind: str) -> str:
-    """The file name of the library that would be compiled now; the compilers must be there."""
-    return _name(kind)
+def prebuild() -> list[Path]:
+    """Compile what can be compiled here into :data:`PREBUILT`, in place of what is there."""
+    shutil.rmtree(PREBUILT, ignore_errors=True)
+    PREBUILT.mkdir()
+    kinds = [kind for kind in LIBRARIES if kind == "cpu" or _missing(kind) is None]
+    for kind in kinds:
+        missing = _missing(kind)
+        if missing:
+            raise BuildError(missing)
+        compile_library(kind, PREBUILT / _name(kind))
+    return sorted(PREBUILT.glob("*.so"))
 
 
 def _missing(kind: str) -> str | None:
@@ -177,7 +180,7 @@ def _sources(kind: str) -> list[Path]:
 def _stem(kind: str) -> str:
     """The part of the name that does not depend on the compiler."""
     parts = [toolchain.platform_key(), *toolchain.CXX_FLAGS, *(toolchain.NVCC_FLAGS if kind == "cuda" else [])]
-    headers = [path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh"}]
+    headers = [path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh"} and "emulation" not in path.parts]
     digest = hashlib.sha256()
     for path in sorted([*_sources(kind), *headers]):
         parts += [path.relative_to(CSRC).as_posix(), path.read_text(encoding="utf-8")]
@@ -252,7 +255,7 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _age(path: Path) -> int | None:
+def _written(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 

@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+from megalr.ops import build
+from megalr.ops.build import Library
+
 logger = logging.getLogger(__name__)
 
 SCHEMAS = {
@@ -61,7 +64,8 @@ def load(device_type: str) -> Kernels:
 
     Raises:
         ValueError: MEGALR_OPS is something else.
-        megalr.ops.build.BuildError: MEGALR_OPS=compiled and there is no compiler, or it failed; with its output's end.
+        BuildError: MEGALR_OPS=compiled and there is no compiler, or it failed; with its output's end.
+        OSError: MEGALR_OPS=compiled and what was compiled does not load.
     """
     if device_type not in _loaded:
         _loaded[device_type] = _load(device_type)
@@ -82,13 +86,15 @@ def _load(device_type: str) -> Kernels:
         raise ValueError(f"MEGALR_OPS={wish}: write auto, compiled or torch")
     if wish == "torch":
         return Kernels(None, "MEGALR_OPS=torch")
-    from megalr.ops import build
-
     if device_type not in build.LIBRARIES:
         return Kernels(None, f"there are no kernels for {device_type} tensors")
+    if device_type == "cuda":
+        load("cpu")  # holds what ATen computes on any device
     try:
-        library = build.find_or_build(device_type)
-        torch.ops.load_library(str(library.path))
+        library = build.find(device_type)
+        if library is None or not _loads(library):
+            library = build.build(device_type, broken=library)
+            torch.ops.load_library(str(library.path))
     except (build.BuildError, OSError) as error:
         if wish == "compiled":
             raise
@@ -96,6 +102,15 @@ def _load(device_type: str) -> Kernels:
             logger.warning("the ops run as torch calls on %s tensors, more slowly: %s", device_type, error)
         return Kernels(None, str(error))
     return Kernels(str(library.path), library.origin)
+
+
+def _loads(library: Library) -> bool:
+    try:
+        torch.ops.load_library(str(library.path))
+    except OSError as error:
+        logger.warning("%s does not load and is compiled again: %s", library.path, error)
+        return False
+    return True
 
 
 def _from_home(name: str, kind: str) -> Callable[..., Any]:

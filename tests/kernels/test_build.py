@@ -1,0 +1,274 @@
+"""Finding, compiling, sharing and doing without the compiled libraries; with a source that compiles in a second."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalr.ops import build, library, toolchain
+
+ROOT = Path(__file__).parents[2]
+FORK = multiprocessing.get_context("fork")  # torch is imported already
+
+pytestmark = pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A library of one small source, an empty cache, and nothing loaded; returns the source."""
+    source = tmp_path / "csrc/cpu/tiny.cpp"
+    source.parent.mkdir(parents=True)
+    source.write_text("int megalr_tiny() { return 7; }\n", encoding="utf-8")
+    monkeypatch.setattr(build, "CSRC", tmp_path / "csrc")
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
+    monkeypatch.setattr(build, "LIBRARIES", {"cpu": ("cpu/tiny.cpp",)})
+    monkeypatch.setattr(library, "_loaded", {})
+    monkeypatch.setenv("MEGALR_OPS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MEGALR_OPS", "auto")
+    monkeypatch.delenv("RANK", raising=False)
+    return source
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    """The compiler, behind a script that notes every call and takes its time; returns the number of compilations."""
+    log = tmp_path / "calls"
+    script = tmp_path / "counted-g++"
+    note = f'[ "$1" = --version ] || {{ echo "$@" >> "{log}"; sleep 0.3; }}'
+    script.write_text(f'#!/bin/sh\n{note}\nexec "{toolchain.cxx().path}" "$@"\n', encoding="utf-8")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    toolchain.cxx.cache_clear()
+    yield lambda: sum(" -c " in line for line in log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
+    toolchain.cxx.cache_clear()
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    toolchain.cxx.cache_clear()
+    yield
+    toolchain.cxx.cache_clear()
+
+
+def in_processes(count, work):
+    """What ``work(queue, i)`` puts into the queue in so many processes at once."""
+    queue = FORK.Queue()
+    processes = [FORK.Process(target=work, args=(queue, i)) for i in range(count)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    return results
+
+
+def test_compiled_once_and_found_again(tiny, counted):
+    assert build.find("cpu") is None
+    first = build.build("cpu")
+    assert first.origin == "compiled now"
+    torch.ops.load_library(str(first.path))
+    assert build.find("cpu") == build.Library(first.path, "cache")
+    assert build.build("cpu").origin == "cache" and counted() == 1
+
+
+@pytest.mark.parametrize("what", ["source", "header", "flag", "torch", "compiler"])
+def test_what_a_library_depends_on(tiny, monkeypatch, what):
+    before = build._name("cpu")
+    if what == "source":
+        tiny.write_text("int megalr_tiny() { return 8; }\n", encoding="utf-8")
+    elif what == "header":
+        (tiny.parent / "new.h").write_text("", encoding="utf-8")
+    elif what == "flag":
+        monkeypatch.setattr(toolchain, "CXX_FLAGS", [*toolchain.CXX_FLAGS, "-g"])
+    elif what == "torch":
+        monkeypatch.setattr(torch, "__version__", "9.9")
+    else:
+        monkeypatch.setattr(toolchain, "cxx", lambda: toolchain.Compiler("g++", "another"))
+    assert build._name("cpu") != before
+
+
+def test_one_of_many_processes_compiles(tiny, counted):
+    results = in_processes(4, lambda queue, _: queue.put(build.build("cpu").origin))
+    assert sorted(results) == ["cache"] * 3 + ["compiled now"]
+    assert counted() == 1
+
+
+def test_a_failure_is_told_to_those_that_wait(tiny, counted):
+    tiny.write_text("#error broken on purpose\n", encoding="utf-8")
+
+    def work(queue, _):
+        try:
+            build.build("cpu")
+        except build.BuildError as error:
+            queue.put(str(error))
+
+    start = FORK.Barrier(3)
+    results = in_processes(3, lambda queue, i: (start.wait(), work(queue, i)))
+    assert all("broken on purpose" in text for text in results)
+    assert counted() == 1
+    with pytest.raises(build.BuildError, match="failed with exit code 1:\n"):
+        build.build("cpu")  # another run tries again
+    assert counted() == 2
+
+
+def test_a_killed_build_holds_nobody_up(tiny, counted):
+    def work(queue, _):
+        queue.put(None)
+        build.build("cpu")
+
+    queue = FORK.Queue()
+    process = FORK.Process(target=work, args=(queue, 0))
+    process.start()
+    queue.get(timeout=60)
+    while not counted():  # until the compiler runs
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert list((tiny.parents[2] / "cache").glob("*.lock"))  # it is left behind, and means nothing
+    start = time.monotonic()
+    assert build.build("cpu").origin == "compiled now"
+    assert time.monotonic() - start < 60
+
+
+def test_a_prebuilt_library_is_taken_whatever_compiled_it(tiny, monkeypatch):
+    (built,) = build.prebuild()
+    monkeypatch.setattr(toolchain, "cxx", lambda: toolchain.Compiler("g++", "another"))
+    assert build.find("cpu") == build.Library(built, "prebuilt")
+    tiny.write_text("int megalr_tiny() { return 8; }\n", encoding="utf-8")
+    assert build.find("cpu") is None  # but not that of other sources
+
+
+def test_what_is_in_the_cache_needs_no_compiler(tiny, request):
+    path = build.build("cpu").path
+    request.getfixturevalue("no_compiler")
+    assert build.find("cpu") == build.Library(path, "cache")
+
+
+def test_no_compiler(tiny, no_compiler, monkeypatch, caplog):
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert library.load("cpu").library is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "the ops run as torch calls on cpu tensors, more slowly: no C++ compiler: install g++ (apt install g++), or "
+        "write its path into CXX"
+    ]
+    monkeypatch.setattr(library, "_loaded", {})
+    monkeypatch.setenv("RANK", "1")
+    caplog.clear()
+    assert library.load("cpu").library is None and not caplog.records  # rank 0 has said it
+    monkeypatch.setenv("MEGALR_OPS", "compiled")
+    monkeypatch.setattr(library, "_loaded", {})
+    with pytest.raises(build.BuildError, match="no C\\+\\+ compiler"):
+        library.load("cpu")
+
+
+def test_a_compiler_that_fails(tiny, monkeypatch, caplog):
+    tiny.write_text("#error broken on purpose\n", encoding="utf-8")
+    kernels = library.load("cpu")
+    assert kernels.library is None and "broken on purpose" in kernels.why and len(caplog.records) == 1
+    monkeypatch.setattr(library, "_loaded", {})
+    monkeypatch.setenv("MEGALR_OPS", "compiled")
+    with pytest.raises(build.BuildError, match="broken on purpose"):
+        library.load("cpu")
+
+
+def test_loading(tiny, caplog):
+    kernels = library.load("cpu")
+    assert kernels.why == "compiled now" and Path(kernels.library).is_file()
+    assert library.load("cpu") is kernels and not caplog.records
+
+
+def test_a_broken_library_is_compiled_again(tiny, monkeypatch, caplog):
+    path = build.build("cpu").path
+    path.unlink()  # and not overwritten: it may be loaded
+    path.write_bytes(b"half of a library")
+    assert library.load("cpu").why == "compiled now"
+    assert "does not load and is compiled again" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_to(tiny, tmp_path, monkeypatch, caplog):
+    blocked = tmp_path / "a file"
+    blocked.write_text("", encoding="utf-8")
+    monkeypatch.setenv("MEGALR_OPS_CACHE", str(blocked))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    path = build.build("cpu").path
+    assert path.parent == tmp_path / f"megalr-ops-{os.getuid()}" and str(blocked) in caplog.text
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert build.find("cpu").path == path
+    path.parent.chmod(0o777)  # then anybody may have put a library there
+    assert build.find("cpu") is None
+    with pytest.raises(build.BuildError, match="others can write to it.*MEGALR_OPS_CACHE"):
+        build.build("cpu")
+
+
+def test_no_kernels_for_other_devices(tiny):
+    assert library.load("xpu").why == "there are no kernels for xpu tensors"
+
+
+def test_cuda_needs_a_cuda_build_of_torch(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(build.BuildError, match="is a build without CUDA"):
+        build.build("cuda")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(toolchain, "nvcc", lambda: None)
+    with pytest.raises(build.BuildError, match=r"no nvcc: install the CUDA toolkit 13.0, or .* CUDA_HOME"):
+        build.build("cuda")
+    monkeypatch.setattr(toolchain, "nvcc", lambda: toolchain.Compiler("nvcc", "Cuda tools, release 12.4, V12.4.1"))
+    with pytest.raises(build.BuildError, match="is of another CUDA"):
+        build.build("cuda")
+
+
+def test_importing_compiles_and_loads_nothing(tmp_path):
+    code = "import megalr, megalr.ops, megalr.ops.adam; print('megalr_' in open('/proc/self/maps').read())"
+    environment = os.environ | {"MEGALR_OPS_CACHE": str(tmp_path / "cache"), "MEGALR_OPS": "compiled"}
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "False\n" and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+def test_the_library_shares_torchs_threads():
+    """A second OpenMP runtime would have threads of its own, which torch.set_num_threads does not reach."""
+    code = """
+import os; os.environ["MEGALR_OPS"] = "compiled"
+from megalr.ops import library
+before = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rsplit("/", 1)[-1]}
+library.load("cpu")
+after = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rsplit("/", 1)[-1]}
+assert before == after, (before, after)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_report(capsys):
+    from megalr import report
+
+    report.main()
+    printed = capsys.readouterr().out
+    for name in (*library.SCHEMAS, "torch", "deepspeed", "transformers", "C++ compiler", "cuda library", "GPUs"):
+        assert f"\n{name} " in printed, name
+    assert report.runs_from("low_rank_adam", "cpu") == ("compiled" if library.load("cpu").library else "torch calls")
+
+
+def test_the_sources_are_shipped(tmp_path):
+    """An installed package holds what it is compiled from."""
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "base"), "--build-lib"]
+    environment = os.environ | {"MEGALR_BUILD_OPS": "0"}
+    egg_info = ["egg_info", "--egg-base", str(tmp_path)]
+    run = [*command[:3], *egg_info, *command[3:], str(tmp_path / "lib")]
+    subprocess.run(run, check=True, cwd=ROOT, capture_output=True, env=environment)
+    shipped = tmp_path / "lib/megalr/csrc"
+    for names in build.LIBRARIES.values():
+        for name in names:
+            assert (shipped / name).is_file() == (build.CSRC / name).is_file(), name
+    assert (shipped / "adam.h").is_file() and not (shipped / "emulation").exists()
+    assert not (tmp_path / "lib/megalr/ops/prebuilt").exists()
