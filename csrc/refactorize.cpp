@@ -1,19 +1,19 @@
 // refactorize: for every low-rank pair the balanced pair of the same product, in place, with its moments.
 //
-// With the thin QR decompositions B = Qb Rb, A^T = Qa Ra and the core's singular value decomposition Rb Ra^T = U S V^T, the
-// new pair is Qb U sqrt(S), sqrt(S) V^T Qa^T. It is B M, M^-1 A with M = Ra^T V S^-1/2, and this is what is computed:
+// With the thin QR decompositions B = Qb Rb, A^T = Qa Ra and the singular value decomposition Rb Ra^T = U S V^T of the
+// core, the new pair is Qb U sqrt(S), sqrt(S) V^T Qa^T. It is B M, M^-1 A with M = Ra^T V S^-1/2, which is computed by
 //
 //   L L^T = A A^T (Cholesky, so L = Ra^T),  K = L^T (B^T B) L = V S^2 V^T (symmetric),  M = L V S^-1/2,  W = M^-T,
 //
-// with Gram matrices and everything of r x r elements in fp64. The product is kept by M M^-1 = I, however inaccurate V is;
-// that the pair is balanced hangs on V and S, and is why a pair whose squared condition is too much for fp64 takes the QR
-// and the SVD instead (by_qr). Nothing larger than r x r is allocated but chunks of a factor's rows.
+// with Gram matrices and everything of r x r elements in fp64. The product is kept by M W^T = I, however inaccurate V
+// and S are; that the pair is balanced hangs on them. A pair whose squared condition is too much for fp64 takes QR
+// decompositions and an SVD instead (by_qr). Nothing larger than r x r is allocated but chunks of a factor's rows.
 //
-// ATen calls only: the same code for CPU and CUDA tensors. The host reads the verdicts once in a call. Beyond that, on CUDA,
-// torch's eigh reads its own error flags, once for each group of pairs, and by_qr's decompositions theirs.
+// ATen calls only: the same code for CPU and CUDA tensors. The host reads the verdicts once in a call. Beyond that, on
+// CUDA, torch's eigh reads its own error flags, once for each group of pairs, and by_qr's decompositions theirs.
+#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/ThreadLocalState.h>
-#include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -26,6 +26,8 @@
 #include <string_view>
 #include <vector>
 
+#include "checks.h"
+
 namespace megalr {
 namespace {
 
@@ -35,7 +37,7 @@ enum Status : int64_t { kDone = 0, kNotFinite = 1, kLowRank = 2, kNeedsQr = 3 };
 enum class Moments { kKeep, kReset, kTransport };
 
 struct Pair {
-  Tensor b, a;                     // (m, r), (n, r): A transposed, a view, so that both are rows of r elements
+  Tensor b, a;                    // (m, r), (n, r): A transposed, a view, so that both are rows of r elements
   std::array<Tensor, 4> moments;  // first and second moment of b, of a, in the same orientation; undefined with kKeep
   int64_t rank() const { return b.size(1); }
   int64_t bytes() const { return 4 * (b.numel() + a.numel()); }  // as fp32
@@ -140,7 +142,7 @@ Maps maps_of(Tensor gram_b, Tensor gram_a, double largest) {
   Tensor w = at::linalg_solve_triangular(l.mT(), v.mul_(root), /*upper=*/true).mul_(sign);
   l.reset(), v.reset();
 
-  // K's rounding is 1e-16 of `scale`, which is more than the largest eigenvalue where B A cancels. The smallest must stand
+  // K's rounding is 1e-16 of `scale`, which is far above the eigenvalues where B A cancels. The smallest must stand
   // clear of it, and its effect on B^T B, relative to the largest element, stay below fp32's rounding.
   const Tensor scale = diag_b.mul(diag_a).sum(-1), low = lambda.select(-1, -1), high = lambda.select(-1, 0);
   const Tensor clear = (low > 1e-13 * scale).logical_and_((low * high).clamp_min_(0).sqrt_() > 1e-9 * scale);
@@ -189,11 +191,12 @@ Tensor triangle_of(const Tensor& x) {
   return r;
 }
 
-// One finite pair, by QR decompositions and an SVD, whatever its condition: two to three times the time.
+// One finite pair, by QR decompositions and an SVD, whatever its condition: about twice the time.
 Status by_qr(const Pair& pair, Moments mode, double largest) {
   Tensor r_b = triangle_of(pair.b), r_a = triangle_of(pair.a);
   auto [u, s, vh] = at::linalg_svd(at::mm(r_b, r_a.t()), /*full_matrices=*/false);
-  // A singular value is rounding below fp32's of the largest, and where B A cancels below what fp64 leaves of the factors.
+  // Below fp32's rounding of the largest, a singular value is rounding; so it is, where B A cancels, below fp64's of
+  // what the factors' norms allow.
   const double high = s[0].item<double>(), low = s[-1].item<double>();
   const double scale = (r_b.norm(2, 0) * r_a.norm(2, 0)).norm().item<double>();
   if (!(low > std::numeric_limits<float>::epsilon() * high && low > 1e-10 * scale)) return kLowRank;
@@ -206,11 +209,11 @@ Status by_qr(const Pair& pair, Moments mode, double largest) {
   return kDone;
 }
 
-// What by_cholesky allocates for a pair at its peak, in eigh: L, K, V and two as workspace, in fp64; one more to be safe.
+// What by_cholesky allocates for a pair at its peak, in eigh: L, K, V and two as workspace, in fp64; and one to spare.
 int64_t needed_bytes(const Pair& pair) { return 8 * 6 * pair.rank() * pair.rank(); }
 
-// Groups of pairs, the largest first: single pairs on a CPU, where threads share them, and on CUDA as many of one rank as
-// stay under the budget, whose r x r matrices are decomposed as a batch.
+// Groups of pairs, the largest first: single pairs on a CPU, where threads share them, and on CUDA as many of one rank
+// as stay under the budget, whose r x r matrices are decomposed as a batch.
 std::vector<std::vector<int64_t>> grouped(const std::vector<Pair>& pairs, int64_t budget, bool cpu) {
   std::vector<int64_t> order(pairs.size());
   std::iota(order.begin(), order.end(), 0);
@@ -230,8 +233,8 @@ std::vector<std::vector<int64_t>> grouped(const std::vector<Pair>& pairs, int64_
   return groups;
 }
 
-// body(i) for all i < count, by `workers` threads that each take the next one when free; one worker leaves the threads to
-// the matrix products.
+// body(i) for all i < count, by `workers` threads that each take the next one when free; one worker leaves the threads
+// to the matrix products.
 template <typename Body>
 void share(int64_t count, int64_t workers, const Body& body) {
   if (workers <= 1) {
@@ -246,62 +249,57 @@ void share(int64_t count, int64_t workers, const Body& body) {
   });
 }
 
-// What the tensors must be; megalr/ops/refactorize.py has the same checks, with the same messages.
+// What the tensors must be. megalr/ops/refactorize.py has the same checks, with the same messages.
 
-#define MEGALR_CHECK_PAIRS(ok, ...) TORCH_CHECK_VALUE(ok, "megalr.refactorize: ", __VA_ARGS__)
+constexpr const char* kOp = "refactorize";
 
 void check_tensor(const std::string& what, const Tensor& x, const Tensor& model) {
   const std::string device = model.device().str();
-  MEGALR_CHECK_PAIRS(x.device() == model.device(), what, " is on ", x.device().str(), " and B[0] on ", device,
-                     "; all tensors of a call are on one device: write ", what, ".to(\"", device, "\")");
-  MEGALR_CHECK_PAIRS(x.is_floating_point(), what, " does not hold real numbers; write ", what, ".float()");
-  MEGALR_CHECK_PAIRS(x.layout() == at::kStrided, what, " is sparse; write ", what, ".to_dense()");
-  MEGALR_CHECK_PAIRS(x.is_contiguous(), what, " is not contiguous (shape ", x.sizes(), ", strides ", x.strides(),
-                     "); keep it as ", what, ".contiguous()");
+  MEGALR_CHECK(x.device() == model.device(), kOp, what, " is on ", x.device().str(), " and B[0] on ", device,
+               "; all tensors of a call are on one device: write ", what, ".to(\"", device, "\")");
+  const at::ScalarType type = x.scalar_type();
+  MEGALR_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble, kOp, what,
+               " is ", dtype_name(type), "; it must be float32 or bfloat16 or float16 or float64");
+  MEGALR_CHECK(x.layout() == at::kStrided, kOp, what, " is sparse; write ", what, ".to_dense()");
+  MEGALR_CHECK(x.is_contiguous(), kOp, what, " is not contiguous (shape ", x.sizes(), ", strides ", x.strides(),
+               "); keep it as ", what, ".contiguous()");
 }
 
 Moments mode_of(std::string_view mode) {
   if (mode == "keep") return Moments::kKeep;
   if (mode == "reset") return Moments::kReset;
-  MEGALR_CHECK_PAIRS(mode == "transport", "mode is \"", mode, "\"; write keep, reset or transport");
+  MEGALR_CHECK(mode == "transport", kOp, "mode is \"", mode, "\"; write keep, reset or transport");
   return Moments::kTransport;
 }
 
 std::vector<Pair> checked_pairs(at::TensorList b, at::TensorList a, at::TensorList moments, Moments mode) {
   const size_t each = mode == Moments::kKeep ? 0 : 4;
-  MEGALR_CHECK_PAIRS(a.size() == b.size(), "A has ", a.size(), " tensors and B ", b.size(), "; give one for each of B");
-  MEGALR_CHECK_PAIRS(moments.size() == each * b.size(), "moments has ", moments.size(), " tensors and B ", b.size(),
-                     "; this mode takes ", each, " for each of B",
-                     each ? ": exp_avg_B, exp_avg_sq_B, exp_avg_A, exp_avg_sq_A" : "");
+  MEGALR_CHECK(a.size() == b.size(), kOp, "A has ", a.size(), " tensors and B ", b.size(), "; give one for each of B");
+  MEGALR_CHECK(moments.size() == each * b.size(), kOp, "moments has ", moments.size(), " tensors and B ", b.size(),
+               "; this mode takes ", each, " for each of B",
+               each ? ": exp_avg_B, exp_avg_sq_B, exp_avg_A, exp_avg_sq_A" : "");
   std::vector<Pair> pairs;
   for (size_t i = 0; i < b.size(); ++i) {
     const std::string index = "[" + std::to_string(i) + "]";
     check_tensor("B" + index, b[i], b[0]);
     check_tensor("A" + index, a[i], b[0]);
-    MEGALR_CHECK_PAIRS(b[i].dim() == 2 && a[i].dim() == 2 && b[i].size(1) == a[i].size(0), "B", index, " has shape ",
-                       b[i].sizes(), " and A", index, " ", a[i].sizes(), "; they must be [m, r] and [r, n]");
+    MEGALR_CHECK(b[i].dim() == 2 && a[i].dim() == 2 && b[i].size(1) == a[i].size(0), kOp, "B", index, " has shape ",
+                 b[i].sizes(), " and A", index, " ", a[i].sizes(), "; they must be [m, r] and [r, n]");
     const int64_t most = std::min(b[i].size(0), a[i].size(1));
-    MEGALR_CHECK_PAIRS(b[i].size(1) <= most, "B", index, " has shape ", b[i].sizes(), " and A", index, " ", a[i].sizes(),
-                       "; their product has at most rank ", most, ": use a rank up to that");
+    MEGALR_CHECK(b[i].size(1) <= most, kOp, "B", index, " has shape ", b[i].sizes(), " and A", index, " ", a[i].sizes(),
+                 "; their product has at most rank ", most, ": use a rank up to that");
     Pair pair{b[i], a[i].t(), {}};
     for (size_t j = 0; j < each; ++j) {
       const std::string what = "moments[" + std::to_string(4 * i + j) + "]";
       const Tensor &moment = moments[4 * i + j], &factor = j < 2 ? b[i] : a[i];
       check_tensor(what, moment, b[0]);
-      MEGALR_CHECK_PAIRS(moment.sizes() == factor.sizes(), what, " has shape ", moment.sizes(), " and ", j < 2 ? "B" : "A",
-                         index, " ", factor.sizes(), "; they must be the same");
+      MEGALR_CHECK(moment.sizes() == factor.sizes(), kOp, what, " has shape ", moment.sizes(), " and ",
+                   j < 2 ? "B" : "A", index, " ", factor.sizes(), "; they must be the same");
       pair.moments[j] = j < 2 ? moment : moment.t();
     }
     pairs.push_back(std::move(pair));
   }
   return pairs;
-}
-
-// Autograd may have saved a tensor that is about to change.
-void note_changes(at::TensorList tensors) {
-  for (const Tensor& x : tensors) {
-    if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
-  }
 }
 
 double largest_of(const Tensor& x) {
@@ -313,7 +311,9 @@ Tensor refactorize(at::TensorList b, at::TensorList a, at::TensorList moments, s
   const std::vector<Pair> pairs = checked_pairs(b, a, moments, mode);
   if (pairs.empty()) return at::empty({0}, at::kLong);
   const at::AutoDispatchBelowADInplaceOrView guard;
-  for (const at::TensorList changed : {b, a, moments}) note_changes(changed);
+  for (const at::TensorList list : {b, a, moments}) {
+    for (const Tensor& x : list) modified(x);
+  }
 
   // At most 4 times the largest pair's factors exist beside the tensors at once, wherever m + n is at least 6 r.
   int64_t budget = 0, need = 1;

@@ -30,7 +30,7 @@ SCHEMAS = {
     "stable_spam_adam": """(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,
         Tensor(d!) statistics, int[] clip_steps, float[] bias1, float[] bias2, float lr, float beta1, float beta2,
         float eps, float weight_decay, float gamma1, float gamma2, float theta, float norm_eps) -> ()""",
-    "refactorize": "(Tensor(a!)[] B, Tensor(b!)[] A, Tensor(c!)[] moments, str mode) -> Tensor",
+    "refactorize": "(Tensor(a!)[] B, Tensor(b!)[] A, Tensor(c!)[] moments, str moment_mode) -> Tensor",
 }
 
 # Where each op's "<name>_reference" and "<name>_fake" are; imported when first called.

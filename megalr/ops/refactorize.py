@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megalr.ops import checks
+from megalr.ops.library import op
+
+Moments = Literal["keep", "reset", "transport"]
+
 # Below this multiple of the largest, a singular value of an fp32 product is rounding.
 _SMALLEST_RATIO = torch.finfo(torch.float32).eps
+# And below this multiple of what the factors' norms would allow, where the product cancels, it is fp64's.
+_SMALLEST_OF_FACTORS = 1e-10
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@torch.no_grad()
+def refactorize_(
+    B: Sequence[Tensor],  # noqa: N803
+    A: Sequence[Tensor],  # noqa: N803
+    moments: Sequence[Tensor] = (),
+    mode: Moments = "keep",
+) -> Tensor:
+    """The balanced pairs with the same products, in place, for many pairs at once: compiled where that can be had.
+
+    What :func:`refactorize` does with one pair; csrc/refactorize.cpp says how the compiled op does it faster, without
+    allocating m x n elements, or more than 4 times the largest pair's bytes where m + n is at least 6 r. The host waits
+    for a GPU once in a call, and where torch's decompositions read their own error flags.
+
+    Args:
+        B: (m, r) each, m >= r, fp32; other floating dtypes are computed in fp32 and rounded. Modified in place.
+        A: (r, n) each, n >= r, as B. Modified in place.
+        moments: with "reset" and "transport" four tensors for each pair: exp_avg_B, exp_avg_sq_B, exp_avg_A,
+            exp_avg_sq_A of the first, then of the second, and so on. Modified in place.
+        mode: what becomes of the moments: "keep" (give none), "reset" (zeros) or "transport" (as in
+            :func:`transport_moments`).
+
+    Returns:
+        int64, one number for each pair, on the pairs' device: 0, done; 1, left as it was with its moments, because a
+        factor is not finite (or would not be in its dtype); 2, left as it was, because the product's rank is below r.
+
+    Raises:
+        ValueError: a tensor does not fit; the message says which, and what to write.
+    """
+    if not B and not A and not moments:
+        return torch.empty(0, dtype=torch.int64)
+    return op("refactorize", (*B, *A, *moments)[0].device)(B, A, moments, mode)
 
 
 @dataclass(frozen=True)
@@ -31,12 +75,15 @@ class Refactorized:
 def refactorize(B: Tensor, A: Tensor) -> Refactorized | None:  # noqa: N803
     """U √S and √S Vᵀ, where U S Vᵀ is the singular value decomposition of B A.
 
-    B = Qb Rb and Aᵀ = Qa Ra are thin QR decompositions in fp32, and the r x r core Rb Raᵀ = U' S V'ᵀ is decomposed
-    in fp64, so B A = (Qb U') S (Qa V')ᵀ without ever forming the m x n product. Source: arXiv 2505.22922; the
-    cheaper route is ours.
+    B = Qb Rb and Aᵀ = Qa Ra are thin QR decompositions and the r x r core is Rb Raᵀ = U' S V'ᵀ, all in fp64, so
+    B A = (Qb U') S (Qa V')ᵀ without ever forming the m x n product. In fp32 R would lose the product where B A is much
+    smaller than B and A are. Source: arXiv 2505.22922; the cheaper route is ours.
 
     Since B_new = B M and A_new = M⁻¹ A with M = Raᵀ V' S^(-1/2) = Rb⁻¹ U' √S, gradients, and with them first moments,
     map exactly: dB_new = dB M⁻ᵀ = dB Rbᵀ U' S^(-1/2) and dA_new = Mᵀ dA = S^(-1/2) V'ᵀ Ra dA.
+
+    The sign of a singular vector is an accident of the arithmetic: each takes the one that makes the largest element of
+    its column of M positive.
 
     Args:
         B: (m, r), fp32; m >= r.
@@ -49,18 +96,19 @@ def refactorize(B: Tensor, A: Tensor) -> Refactorized | None:  # noqa: N803
     """
     if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
         return None
-    q_b, r_b = torch.linalg.qr(B)
-    q_a, r_a = torch.linalg.qr(A.T)
-    r_b, r_a = r_b.double(), r_a.double()
+    q_b, r_b = torch.linalg.qr(B.double())
+    q_a, r_a = torch.linalg.qr(A.T.double())
     u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    if not s[-1] > _SMALLEST_RATIO * s[0]:
+    factors = (r_b.norm(dim=0) * r_a.norm(dim=0)).norm()
+    if not (s[-1] > _SMALLEST_RATIO * s[0] and s[-1] > _SMALLEST_OF_FACTORS * factors):
         return None
     root = s.sqrt()
-    new_b = q_b.double() @ (u * root)
-    new_a = (root[:, None] * vh) @ q_a.T.double()
-    map_b = r_b.T @ (u / root)
     map_a = (vh / root[:, None]) @ r_a
-    return Refactorized(new_b.to(B), new_a.to(A), map_b.to(B), map_a.to(A))
+    sign = map_a.gather(1, map_a.abs().argmax(1, keepdim=True)).sign()  # (r, 1)
+    map_b = r_b.T @ (u / root * sign.T)
+    new_b = q_b @ (u * root * sign.T)
+    new_a = (sign * root[:, None] * vh) @ q_a.T
+    return Refactorized(new_b.to(B), new_a.to(A), map_b.to(B), (sign * map_a).to(A))
 
 
 def transport_moments(new: Refactorized, moments: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -80,3 +128,78 @@ def transport_moments(new: Refactorized, moments: dict[str, Tensor]) -> dict[str
         "exp_avg_A": new.map_A @ moments["exp_avg_A"],
         "exp_avg_sq_A": new.map_A.square() @ moments["exp_avg_sq_A"],
     }
+
+
+def refactorize_reference(
+    B: Sequence[Tensor],  # noqa: N803
+    A: Sequence[Tensor],  # noqa: N803
+    moments: Sequence[Tensor],
+    moment_mode: Moments,
+) -> Tensor:
+    """The op as torch calls, pair by pair: what runs where nothing is compiled.
+
+    The schema says ``moment_mode``: torch.compile fails on an op with an argument of the name ``mode``.
+    """
+    status = refactorize_fake(B, A, moments, moment_mode)
+    for i, (b, a) in enumerate(zip(B, A, strict=True)):
+        status[i] = _refactorize_one(b, a, moments[4 * i : 4 * i + 4], moment_mode)
+    return status
+
+
+def refactorize_fake(
+    B: Sequence[Tensor],  # noqa: N803
+    A: Sequence[Tensor],  # noqa: N803
+    moments: Sequence[Tensor],
+    moment_mode: Moments,
+) -> Tensor:
+    """The checks, which csrc/refactorize.cpp makes too, and a result of the right shape."""
+    if moment_mode not in {"keep", "reset", "transport"}:
+        _fail(f'mode is "{moment_mode}"; write keep, reset or transport')
+    each = 0 if moment_mode == "keep" else 4
+    if len(A) != len(B):
+        _fail(f"A has {len(A)} tensors and B {len(B)}; give one for each of B")
+    if len(moments) != each * len(B):
+        names = ": exp_avg_B, exp_avg_sq_B, exp_avg_A, exp_avg_sq_A" if each else ""
+        _fail(f"moments has {len(moments)} tensors and B {len(B)}; this mode takes {each} for each of B{names}")
+    for i, (b, a) in enumerate(zip(B, A, strict=True)):
+        checks.check_tensor("refactorize", f"B[{i}]", b, _FLOATS, "B[0]", B[0])
+        checks.check_tensor("refactorize", f"A[{i}]", a, _FLOATS, "B[0]", B[0])
+        shapes = f"B[{i}] has shape {list(b.shape)} and A[{i}] {list(a.shape)}"
+        if b.dim() != 2 or a.dim() != 2 or b.shape[1] != a.shape[0]:
+            _fail(f"{shapes}; they must be [m, r] and [r, n]")
+        most = min(b.shape[0], a.shape[1])
+        if b.shape[1] > most:
+            _fail(f"{shapes}; their product has at most rank {most}: use a rank up to that")
+        for j, factor in enumerate((b, b, a, a)[:each]):
+            what, moment = f"moments[{4 * i + j}]", moments[4 * i + j]
+            checks.check_tensor("refactorize", what, moment, _FLOATS, "B[0]", B[0])
+            if moment.shape != factor.shape:
+                model = f"{'BBAA'[j]}[{i}] {list(factor.shape)}"
+                _fail(f"{what} has shape {list(moment.shape)} and {model}; they must be the same")
+    return torch.empty(len(B), dtype=torch.int64, device=B[0].device if B else "cpu")
+
+
+def _refactorize_one(b: Tensor, a: Tensor, moments: Sequence[Tensor], mode: Moments) -> int:
+    if not b.shape[1]:
+        return 0
+    new = refactorize(b.float(), a.float())
+    if new is None:
+        return 2 if torch.isfinite(b).all() and torch.isfinite(a).all() else 1
+    new_b, new_a = new.B.to(b), new.A.to(a)
+    if not (torch.isfinite(new_b).all() and torch.isfinite(new_a).all()):
+        return 1
+    b.copy_(new_b)
+    a.copy_(new_a)
+    if mode == "reset":
+        for moment in moments:
+            moment.zero_()
+    elif mode == "transport":
+        names = ("exp_avg_B", "exp_avg_sq_B", "exp_avg_A", "exp_avg_sq_A")
+        old = {name: moment.float() for name, moment in zip(names, moments, strict=True)}
+        for moment, carried in zip(moments, transport_moments(new, old).values(), strict=True):
+            moment.copy_(carried)
+    return 0
+
+
+def _fail(message: str) -> None:
+    checks.fail("refactorize", message)

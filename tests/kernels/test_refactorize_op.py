@@ -1,0 +1,322 @@
+"""refactorize on lists, compiled and as torch calls, against the SVD of the product in fp64."""
+
+import shutil
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from megalr.ops import library
+from megalr.ops.refactorize import refactorize_, refactorize_reference
+
+# (m, n, r): an odd one, m = r, n = r, both, rank 1, one row, tall, wide, more than one block of a Gram matrix.
+SHAPES = [(24, 16, 4), (16, 24, 16), (7, 5, 5), (6, 6, 6), (33, 20, 1), (1, 9, 1), (700, 40, 24), (40, 700, 24)]
+SHAPES += [(330, 300, 140), (24, 16, 4)]
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(params=["torch", "compiled"])
+def op(request, monkeypatch):
+    if request.param == "torch":
+        return refactorize_reference
+    if not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("MEGALR_OPS", "compiled")
+    library.load("cpu")
+    return torch.ops.megalr.refactorize.default
+
+
+def pair(m, n, r, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(m, r, generator=generator), torch.randn(r, n, generator=generator)
+
+
+def conditioned(m, n, r, condition, where, seed=0):
+    """A pair with singular values or scales spread over `condition` in a factor, or in both so that they cancel."""
+    b, a = (x.double() for x in pair(m, n, r, seed))
+    turn = torch.linalg.qr(torch.randn(r, r, generator=torch.Generator().manual_seed(seed + 1)).double())[0]
+    spread = torch.logspace(0, -torch.tensor(condition).log10().item(), r).double()
+    b, a = {
+        "columns of B": (b * spread, a),
+        "rows of A": (b, spread[:, None] * a),
+        "B": (b * spread @ turn, a),
+        "A": (b, turn @ (spread[:, None] * a)),
+        "scales cancel": (b * spread, a / spread[:, None]),
+        "factors cancel": (b * spread @ turn, turn.T @ (a / spread[:, None])),
+    }[where]
+    return b.float(), a.float()
+
+
+def moments_of(pairs, seed=9):
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for b, a in pairs:
+        for factor in (b, a):
+            first = torch.randn(factor.shape, generator=generator).to(factor.dtype)
+            made += [first, first.square() * 3]
+    return made
+
+
+def run(op, pairs, moments=(), mode="keep"):
+    """Status, the new pairs and the new moments; the given tensors stay as they are."""
+    b, a, carried = ([x.clone() for x in xs] for xs in (*zip(*pairs, strict=True), moments))
+    status = op(b, a, carried, mode)
+    return status.tolist(), list(zip(b, a, strict=True)), carried
+
+
+def relative(got, expected):
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def product(b, a):
+    return b.double() @ a.double()
+
+
+def assert_balanced(old, new, tolerance=2e-6):
+    (b, a), expected, r = new, product(*old), old[0].shape[1]
+    assert relative(product(b, a), expected) < tolerance
+    assert relative(product(b.T, b), product(a, a.T)) < max(1e-5, 4 * tolerance)
+    s = torch.linalg.svdvals(expected)[:r]
+    assert relative(product(b.T, b), torch.diag(s)) < max(1e-5, 4 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_equals_the_decomposition_of_the_product(op, dtype):
+    pairs = [tuple(x.to(dtype) for x in pair(*shape, seed=i)) for i, shape in enumerate(SHAPES)]
+    status, new, _ = run(op, pairs)
+    assert status == [0] * len(SHAPES)
+    for i in range(len(SHAPES)):
+        assert new[i][0].dtype == new[i][1].dtype == dtype
+        assert_balanced(pairs[i], new[i], tolerance={F32: 2e-6, BF16: 2**-7, F16: 2**-10}[dtype])
+
+
+def test_the_last_pair_is_the_first_again(op):
+    """Equal pairs have equal results, and a list of one is a list."""
+    pairs = [pair(*shape) for shape in SHAPES]
+    _, new, _ = run(op, pairs)
+    for i in (0, len(SHAPES) - 1):
+        _, alone, _ = run(op, pairs[i : i + 1])
+        assert torch.equal(alone[0][0], new[0][0]) and torch.equal(alone[0][1], new[0][1])
+
+
+def test_compiled_is_the_reference_with_the_same_signs(op):
+    pairs = [pair(*shape, seed=i) for i, shape in enumerate(SHAPES)]
+    moments = moments_of(pairs)
+    expected = run(refactorize_reference, pairs, moments, "transport")
+    got = run(op, pairs, moments, "transport")
+    assert got[0] == expected[0]
+    for xs, ys in zip(got[1], expected[1], strict=True):
+        assert all(relative(x, y) < 2e-4 for x, y in zip(xs, ys, strict=True))  # close singular values' vectors mix
+    assert all(relative(x, y) < 5e-4 for x, y in zip(got[2], expected[2], strict=True))
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6, 1e9])
+@pytest.mark.parametrize(
+    "where",
+    ["columns of B", "rows of A", "B", "A", "scales cancel", "factors cancel"],
+    ids=lambda x: x.replace(" ", "-"),
+)
+@pytest.mark.parametrize("shape", [(24, 16, 4), (330, 300, 140)], ids=str)
+def test_ill_conditioned_keeps_the_product_or_the_pair(op, shape, where, condition):
+    old = conditioned(*shape, condition, where)
+    s = torch.linalg.svdvals(product(*old))[: shape[2]]
+    (status,), (new,), _ = run(op, [old])
+    if status:
+        assert status == 2 and torch.equal(new[0], old[0]) and torch.equal(new[1], old[1])
+        assert s[-1] < 1e-6 * s[0] or (where == "factors cancel" and condition == 1e9)
+    else:
+        assert_balanced(old, new)
+
+
+def test_scales(op):
+    """Neither squares nor norms leave the range of the numbers."""
+    b, a = pair(40, 30, 8)
+    scales = [(1e18, 1e18), (1e-18, 1e-18), (1e36, 1e-36), (1e-36, 1e36), (1e36, 1e36), (1e-30, 1e8)]
+    old = [(b * x, a * y) for x, y in scales]
+    status, new, _ = run(op, old)
+    assert status == [0] * len(scales)
+    for one, other in zip(old, new, strict=True):
+        assert_balanced(one, other)
+
+
+def test_out_of_the_dtypes_range_is_left_alone(op):
+    b, a = (x.half() * 1e4 for x in pair(64, 64, 2))
+    b[:], a[:] = b.sign() * 6e4, a.sign() * 6e4
+    b[:32, 1] *= -1
+    b[:, 0] = 6e4
+    status, (new,), _ = run(op, [(b, a)])
+    assert status == [1] and torch.equal(new[0], b) and torch.equal(new[1], a)
+
+
+@pytest.mark.parametrize("mode", ["keep", "reset", "transport"])
+def test_bad_pairs_keep_their_bits_and_the_others_are_done(op, mode):
+    pairs = [pair(24, 16, 4, seed=i) for i in range(8)]
+    pairs[1][0][3, 2] = float("nan")
+    pairs[2][1][2, 3] = float("inf")
+    pairs[3][0].zero_()
+    pairs[4][1].zero_()
+    pairs[5][0][:, 2] = pairs[5][0][:, 1]
+    pairs[6][1][0] = 2 * pairs[6][1][3]
+    moments = [] if mode == "keep" else moments_of(pairs)
+    status, new, carried = run(op, pairs, moments, mode)
+    assert status == [0, 1, 1, 2, 2, 2, 2, 0]
+    for i in range(8):
+        if not status[i]:
+            assert_balanced(pairs[i], new[i])
+        else:
+            bits = [(x.view(torch.int32), y.view(torch.int32)) for x, y in zip(new[i], pairs[i], strict=True)]
+            assert all(torch.equal(x, y) for x, y in bits)
+    for j, (got, old) in enumerate(zip(carried, moments, strict=True)):
+        assert torch.equal(got, old) == bool(status[j // 4])
+
+
+def test_reset_zeroes_what_is_not_finite_too(op):
+    pairs = [pair(24, 16, 4), pair(9, 30, 3)]
+    moments = moments_of(pairs)
+    moments[2][0, 0] = float("nan")
+    _, _, carried = run(op, pairs, moments, "reset")
+    assert not any(moment.any() for moment in carried)
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3])
+@pytest.mark.parametrize("where", ["columns of B", "A", "factors cancel"], ids=lambda x: x.replace(" ", "-"))
+def test_gradients_map_exactly(op, where, condition):
+    """dL/dB_new and dL/dA_new are the old gradients, transported as first moments are."""
+    b, a = conditioned(30, 20, 5, condition, where)
+    slope = torch.randn(30, 20, generator=torch.Generator().manual_seed(5)).double()  # dL/d(B A)
+    moments = [slope @ a.double().T, torch.rand(30, 5), b.double().T @ slope, torch.rand(5, 20)]
+    _, ((new_b, new_a),), carried = run(op, [(b, a)], [moment.float() for moment in moments], "transport")
+    # What a mapping in fp32 can keep: the old gradient's columns may be much larger than the new one's.
+    scale = 1e-5 * (moments[0].norm() / (slope @ new_a.double().T).norm()).clamp_min(1).item()
+    assert relative(carried[0], slope @ new_a.double().T) < scale
+    scale = 1e-5 * (moments[2].norm() / (new_b.double().T @ slope).norm()).clamp_min(1).item()
+    assert relative(carried[2], new_b.double().T @ slope) < scale
+    assert carried[1].min() >= 0 and carried[3].min() >= 0
+
+
+def test_nothing_to_do(op):
+    assert op([], [], [], "transport").tolist() == []
+    assert refactorize_([], []).shape == (0,)
+    assert op([torch.ones(3, 0)], [torch.ones(0, 4)], [], "keep").tolist() == [0]
+
+
+REFUSED = {
+    "not contiguous": (lambda b, a, m: (b, [a[0], turned(a[1])], m), r"A\[1\] is not contiguous .*A\[1\]\.contiguous"),
+    "wide B": (lambda b, a, m: ([b[0], b[1][:2].clone()], a, m), r"B\[1\] has shape \[2, 3\].*at most rank 2"),
+    "other rank": (lambda b, a, m: (b, [a[0], a[1][:2].clone()], m), r"B\[1\] has shape \[8, 3\] and A\[1\] \[2, 7\]"),
+    "integers": (lambda b, a, m: ([b[0].int(), b[1]], a, m), r"B\[0\] is int32; it must be float32 or"),
+    "sparse": (lambda b, a, m: ([b[0].to_sparse(), b[1]], a, m), r"B\[0\] is sparse.*to_dense"),
+    "lengths": (lambda b, a, m: (b, a[:1], m), "A has 1 tensors and B 2"),
+    "moments missing": (lambda b, a, m: (b, a, m[:7]), r"moments has 7 tensors and B 2; .*takes 4 .*exp_avg_B"),
+    "a moment's shape": (lambda b, a, m: (b, a, [*m[:6], m[4], m[7]]), r"moments\[6\] has shape \[8, 3\] and A\[1\]"),
+    "a moment's strides": (lambda b, a, m: (b, a, [*m[:7], turned(m[7])]), r"moments\[7\] is not contiguous"),
+}
+
+
+def turned(x):
+    return x.T.contiguous().T
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(op, case):
+    change, message = REFUSED[case]
+    pairs = [pair(8, 7, 3), pair(8, 7, 3)]
+    b, a = map(list, zip(*pairs, strict=True))
+    b, a, moments = change(b, a, moments_of(pairs))
+    with pytest.raises(ValueError, match=message):
+        op(b, a, moments, "transport")
+
+
+def test_modes_refused(op):
+    b, a = pair(8, 7, 3)
+    with pytest.raises(ValueError, match='mode is "zero"; write keep, reset or transport'):
+        op([b], [a], [], "zero")
+    with pytest.raises(ValueError, match="moments has 4 tensors and B 1; this mode takes 0"):
+        op([b], [a], moments_of([(b, a)]), "keep")
+
+
+def test_parameters_and_versions(op):
+    """Parameters that want gradients are changed in place, and autograd is told."""
+    (b, a), expected = pair(24, 16, 4), pair(24, 16, 4)
+    op([expected[0]], [expected[1]], [], "keep")
+    parameter = torch.nn.Parameter(b)
+    version = parameter._version
+    refactorize_([parameter], [a])
+    assert relative(parameter.detach(), expected[0]) < 1e-5 and parameter._version > version
+
+
+def test_low_precision_products_are_not_used(op):
+    torch.set_float32_matmul_precision("medium")
+    try:
+        old = pair(330, 300, 140)
+        _, (new,), _ = run(op, [old])
+        assert_balanced(old, new)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_agree(op, threads):
+    before = torch.get_num_threads()
+    shapes = [(64, 40, 8), (24, 50, 6), (30, 30, 10)] * 4  # small enough a rank for pairs side by side
+    pairs = [pair(*shape, seed=i) for i, shape in enumerate(shapes)]
+    pairs[4][0][0, 0] = float("nan")
+    moments = moments_of(pairs)
+    try:
+        torch.set_num_threads(threads)
+        status, new, _ = run(op, pairs, moments, "transport")
+    finally:
+        torch.set_num_threads(before)
+    assert status == [int(i == 4) for i in range(len(pairs))]
+    for i in range(len(pairs)):
+        assert status[i] or assert_balanced(pairs[i], new[i]) is None
+
+
+def allocations(function):
+    """The largest allocation and the peak of all, in bytes, as torch's allocators report them, from every thread."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    total = peak = largest = 0
+    for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        total += size
+        peak, largest = max(peak, total), max(largest, size)
+    assert peak >= largest > 0
+    return largest, peak
+
+
+def test_memory_is_seen():
+    """The measure of the next test counts what C++ allocates, inside a decomposition too."""
+    b = torch.randn(100, 50)
+    largest, peak = allocations(lambda: torch.linalg.svd(b @ b.T))
+    assert largest == 4 * 100 * 100 and peak > 3 * 4 * 100 * 100
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("way", ["Cholesky", "QR"])
+@pytest.mark.parametrize("shapes", [[(512, 512)] * 4, [(1365, 512), (1365, 512), (512, 1365), (512, 512)]], ids=len)
+def test_memory(op, way, threads, shapes):
+    """At most 4 times the largest pair beside the tensors, and no m x n product: LLaMA-1B's shapes, divided by 4."""
+    if op is refactorize_reference:
+        pytest.skip("the reference is there to be read")
+    r, before = 128, torch.get_num_threads()
+    pairs = [conditioned(m, n, r, 1e6, "columns of B" if way == "Cholesky" else "A") for m, n in shapes]
+    b, a = map(list, zip(*pairs, strict=True))
+    moments = moments_of(pairs)
+    try:
+        torch.set_num_threads(threads)
+        statuses = []
+        largest, peak = allocations(lambda: statuses.append(op(b, a, moments, "transport")))
+    finally:
+        torch.set_num_threads(before)
+    assert statuses[0].tolist() == [0] * len(pairs)
+    assert peak <= 4 * max(4 * r * (m + n) for m, n in shapes)
+    assert largest < 4 * min(m * n for m, n in shapes)
+
+
+def test_opcheck(op):
+    pairs = [pair(8, 7, 3), pair(9, 30, 4)]
+    b, a = map(list, zip(*pairs, strict=True))
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    for mode, moments in {"keep": [], "reset": moments_of(pairs), "transport": moments_of(pairs)}.items():
+        torch.library.opcheck(torch.ops.megalr.refactorize.default, (b, a, moments, mode), test_utils=tests)
