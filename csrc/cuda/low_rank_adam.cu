@@ -1,0 +1,57 @@
+// AdamW on many runs of elements, with the momentum reset folded in.
+#include "adam_step.cuh"
+#include "multi_tensor.cuh"
+
+namespace megalr::cuda {
+namespace {
+
+using Updates = Table<4, Bias>;
+
+template <typename W, typename G, typename M, typename V>
+__global__ void __launch_bounds__(kThreads)
+    update(const __grid_constant__ Updates table, AdamStep common, float lr, float decay, bool reset) {
+  const Chunk chunk = table.own();
+  const AdamStep step = step_of(common, table.extra[chunk.slot]);
+  W* weight = table.template begin<W>(0, chunk);
+  const G* grad = table.template begin<G>(1, chunk);
+  M* exp_avg = table.template begin<M>(2, chunk);
+  V* exp_avg_sq = table.template begin<V>(3, chunk);
+  const bool packed = aligned(weight) && aligned(grad) && aligned(exp_avg) && aligned(exp_avg_sq);
+  for (int first = 0; first < chunk.size; first += kTile) {
+    const Tile tile(first, chunk.size, packed);
+    float w[kPack], g[kPack], m[kPack], v[kPack];
+    load(weight, tile, w);
+    load(grad, tile, g);
+    load(exp_avg, tile, m);
+    load(exp_avg_sq, tile, v);
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) {
+      w[k] = adamw(w[k], adam_direction(g[k], m[k], v[k], step), lr, decay);
+      if (reset) m[k] = v[k] = 0.0f;
+    }
+    store(w, tile, weight);
+    store(m, tile, exp_avg);
+    store(v, tile, exp_avg_sq);
+  }
+}
+
+}  // namespace
+
+void low_rank_adam(int count, const int64_t* sizes, List weights, List grads, List exp_avgs, List exp_avg_sqs,
+                   const int64_t* steps, const AdamW& adam, bool reset, cudaStream_t stream) {
+  const List lists[] = {weights, grads, exp_avgs, exp_avg_sqs};
+  const AdamStep common = common_step(adam.beta1, adam.beta2, adam.eps);
+  const auto lr = static_cast<float>(adam.lr);
+  const auto decay = static_cast<float>(1 - adam.lr * adam.weight_decay);
+  const auto pointer = [&](int list, int i) { return lists[list].tensors[i]; };
+  const auto bias = [&](int i) { return bias_after(steps[i], adam.beta1, adam.beta2); };
+  for_each_table<Updates>(count, sizes, pointer, bias, [&](const Updates& table, int blocks) {
+    const auto launch_as = [&](auto w, auto g, auto m, auto v) {
+      const auto kernel = update<decltype(w), decltype(g), decltype(m), decltype(v)>;
+      launch(kernel, blocks, kThreads, stream, table, common, lr, decay, reset);
+    };
+    with_types(launch_as, weights.type, grads.type, exp_avgs.type, exp_avg_sqs.type);
+  });
+}
+
+}  // namespace megalr::cuda

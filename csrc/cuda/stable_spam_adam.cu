@@ -1,0 +1,242 @@
+// Stable-SPAM: entries clipped by a running maximum, the gradient scaled to a running norm, then AdamW. The formulas are
+// in ../adam.h. Both statistics need the whole tensor before the next pass, so there are five kernels:
+//   find_largest   each chunk's max|g|                       add_squares   each chunk's sum of squares, clipped
+//   set_clip       each tensor's M, and from it the clip     set_gain      each tensor's a and b, and from them the gain
+//   update         AdamW
+// What a chunk found is kept in a place of its own and combined in one order, so that results can be repeated.
+#include "adam_step.cuh"
+#include "multi_tensor.cuh"
+#include "reduce.cuh"
+
+namespace megalr::cuda {
+namespace {
+
+// What update needs of each tensor, written by set_clip and set_gain.
+struct Scaling {
+  SpamClip clip;
+  SpamGain gain;
+};
+
+// The scratch memory: all chunks' sums and maxima, each tensor's scaling.
+struct Scratch {
+  double* squares;
+  float* largest;
+  Scaling* scaling;
+
+  Scratch(void* memory, int64_t chunks)
+      : squares(static_cast<double*>(memory)),
+        largest(reinterpret_cast<float*>(squares + chunks)),
+        scaling(reinterpret_cast<Scaling*>(largest + chunks)) {}
+};
+
+int64_t all_chunks(int count, const int64_t* sizes) {
+  int64_t chunks = 0;
+  for (int i = 0; i < count; ++i) chunks += chunks_of(sizes[i]);
+  return chunks;
+}
+
+struct Index {
+  int32_t tensor;  // of the whole call
+};
+using Grads = Table<1, Index>;
+
+struct Update {
+  Bias bias;
+  int32_t tensor;
+};
+using Updates = Table<4, Update>;
+
+// Where a tensor's chunks begin among all, and the three bias corrections of SpamStep.
+struct Row {
+  int64_t first, chunks;
+  double theta_bias, gamma1_bias, gamma2_bias;
+};
+
+// One block for each tensor.
+struct Rows {
+  static constexpr int kTensors = kTableBytes / static_cast<int>(sizeof(Row));
+  Row row[kTensors];
+
+  __device__ __forceinline__ SpamStep own(SpamStep common) const {
+    const Row& row_ = row[blockIdx.x];
+    common.theta_bias = row_.theta_bias;
+    common.gamma1_bias = row_.gamma1_bias;
+    common.gamma2_bias = row_.gamma2_bias;
+    return common;
+  }
+};
+
+// largest: of this launch's first block, as the squares below.
+template <typename G>
+__global__ void __launch_bounds__(kThreads) find_largest(const __grid_constant__ Grads table, float* largest) {
+  const Chunk chunk = table.own();
+  const G* grad = table.template begin<G>(0, chunk);
+  const bool packed = aligned(grad);
+  float found = 0.0f;
+  for (int first = 0; first < chunk.size; first += kTile) {
+    float g[kPack];
+    load(grad, Tile(first, chunk.size, packed), g);
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) found = Larger()(found, fabsf(g[k]));
+  }
+  found = over_block(found, 0.0f, Larger());
+  if (threadIdx.x == 0) largest[blockIdx.x] = found;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    set_clip(const __grid_constant__ Rows rows, SpamStep common, int begin, const float* largest, float* statistics,
+             Scaling* scaling) {
+  const Row& row = rows.row[blockIdx.x];
+  float found = 0.0f;
+  for (int64_t i = threadIdx.x; i < row.chunks; i += kThreads) found = Larger()(found, largest[row.first + i]);
+  found = over_block(found, 0.0f, Larger());
+  if (threadIdx.x == 0) {
+    const int64_t tensor = begin + blockIdx.x;
+    scaling[tensor].clip = spam_clip(statistics[3 * tensor], found, rows.own(common));
+  }
+}
+
+template <typename G>
+__global__ void __launch_bounds__(kThreads)
+    add_squares(const __grid_constant__ Grads table, const Scaling* scaling, double* squares) {
+  const Chunk chunk = table.own();
+  const SpamClip clip = scaling[table.extra[chunk.slot].tensor].clip;
+  const G* grad = table.template begin<G>(0, chunk);
+  const bool packed = aligned(grad);
+  double sum = 0.0;
+  for (int first = 0; first < chunk.size; first += kTile) {
+    float g[kPack];
+    load(grad, Tile(first, chunk.size, packed), g);
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) {
+      const double clipped = spam_clipped(g[k], clip);
+      sum += clipped * clipped;
+    }
+  }
+  sum = over_block(sum, 0.0, Sum());
+  if (threadIdx.x == 0) squares[blockIdx.x] = sum;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    set_gain(const __grid_constant__ Rows rows, SpamStep common, int begin, const double* squares, float* statistics,
+             Scaling* scaling) {
+  const Row& row = rows.row[blockIdx.x];
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < row.chunks; i += kThreads) sum += squares[row.first + i];
+  sum = over_block(sum, 0.0, Sum());
+  if (threadIdx.x == 0) {
+    const int64_t tensor = begin + blockIdx.x;
+    float* own = statistics + 3 * tensor;
+    scaling[tensor].gain = spam_gain(own[1], own[2], sqrt(sum), rows.own(common));
+  }
+}
+
+template <typename W, typename G, typename M, typename V>
+__global__ void __launch_bounds__(kThreads)
+    update(const __grid_constant__ Updates table, AdamStep common, float lr, float decay, const Scaling* scaling) {
+  const Chunk chunk = table.own();
+  const Update& own = table.extra[chunk.slot];
+  const AdamStep step = step_of(common, own.bias);
+  const Scaling scale = scaling[own.tensor];
+  W* weight = table.template begin<W>(0, chunk);
+  const G* grad = table.template begin<G>(1, chunk);
+  M* exp_avg = table.template begin<M>(2, chunk);
+  V* exp_avg_sq = table.template begin<V>(3, chunk);
+  const bool packed = aligned(weight) && aligned(grad) && aligned(exp_avg) && aligned(exp_avg_sq);
+  for (int first = 0; first < chunk.size; first += kTile) {
+    const Tile tile(first, chunk.size, packed);
+    float w[kPack], g[kPack], m[kPack], v[kPack];
+    load(weight, tile, w);
+    load(grad, tile, g);
+    load(exp_avg, tile, m);
+    load(exp_avg_sq, tile, v);
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) {
+      const float scaled = spam_scaled(g[k], scale.clip, scale.gain);
+      w[k] = adamw(w[k], adam_direction(scaled, m[k], v[k], step), lr, decay);
+    }
+    store(w, tile, weight);
+    store(m, tile, exp_avg);
+    store(v, tile, exp_avg_sq);
+  }
+}
+
+// launch(rows, tensors, begin) for as many tensors at a time as the arguments of a kernel have room for.
+template <typename Launch>
+void for_each_rows(int count, const int64_t* sizes, const int64_t* clip_steps, const StableSpam& spam, Launch launch) {
+  Rows rows;
+  int64_t first = 0;
+  for (int begin = 0; begin < count; begin += Rows::kTensors) {
+    const int tensors = count - begin < Rows::kTensors ? count - begin : Rows::kTensors;
+    for (int i = 0; i < tensors; ++i) {
+      const int64_t chunks = chunks_of(sizes[begin + i]);
+      const SpamStep step = spam_step(spam.theta, spam.gamma1, spam.gamma2, spam.norm_eps,
+                                      static_cast<double>(clip_steps[begin + i]));
+      rows.row[i] = {first, chunks, step.theta_bias, step.gamma1_bias, step.gamma2_bias};
+      first += chunks;
+    }
+    launch(rows, tensors, begin);
+  }
+}
+
+}  // namespace
+
+int64_t stable_spam_scratch(int count, const int64_t* sizes) {
+  const int64_t of_chunk = sizeof(double) + sizeof(float);
+  return all_chunks(count, sizes) * of_chunk + count * static_cast<int64_t>(sizeof(Scaling));
+}
+
+void stable_spam_adam(int count, const int64_t* sizes, List weights, List grads, List exp_avgs, List exp_avg_sqs,
+                      float* statistics, void* memory, const int64_t* clip_steps, const double* bias1,
+                      const double* bias2, const AdamW& adam, const StableSpam& spam, cudaStream_t stream) {
+  const Scratch scratch(memory, all_chunks(count, sizes));
+  const SpamStep common_spam = spam_step(spam.theta, spam.gamma1, spam.gamma2, spam.norm_eps, 1);
+
+  const auto grad = [&](int, int i) { return grads.tensors[i]; };
+  const auto index = [](int i) { return Index{i}; };
+  // pass(table, blocks, first): `first` chunks have been in launches before.
+  const auto for_each_grads = [&](auto pass) {
+    int64_t first = 0;
+    for_each_table<Grads>(count, sizes, grad, index, [&](const Grads& table, int blocks) {
+      pass(table, blocks, first);
+      first += blocks;
+    });
+  };
+
+  for_each_grads([&](const Grads& table, int blocks, int64_t first) {
+    const auto launch_as = [&](auto g) {
+      launch(find_largest<decltype(g)>, blocks, kThreads, stream, table, scratch.largest + first);
+    };
+    with_types(launch_as, grads.type);
+  });
+  for_each_rows(count, sizes, clip_steps, spam, [&](const Rows& rows, int tensors, int begin) {
+    launch(set_clip, tensors, kThreads, stream, rows, common_spam, begin, scratch.largest, statistics,
+           scratch.scaling);
+  });
+  for_each_grads([&](const Grads& table, int blocks, int64_t first) {
+    const auto launch_as = [&](auto g) {
+      launch(add_squares<decltype(g)>, blocks, kThreads, stream, table, scratch.scaling, scratch.squares + first);
+    };
+    with_types(launch_as, grads.type);
+  });
+  for_each_rows(count, sizes, clip_steps, spam, [&](const Rows& rows, int tensors, int begin) {
+    launch(set_gain, tensors, kThreads, stream, rows, common_spam, begin, scratch.squares, statistics,
+           scratch.scaling);
+  });
+
+  const List lists[] = {weights, grads, exp_avgs, exp_avg_sqs};
+  const AdamStep common = common_step(adam.beta1, adam.beta2, adam.eps);
+  const auto lr = static_cast<float>(adam.lr);
+  const auto decay = static_cast<float>(1 - adam.lr * adam.weight_decay);
+  const auto pointer = [&](int list, int i) { return lists[list].tensors[i]; };
+  const auto extra = [&](int i) { return Update{Bias(bias1[i], bias2[i]), i}; };
+  for_each_table<Updates>(count, sizes, pointer, extra, [&](const Updates& table, int blocks) {
+    const auto launch_as = [&](auto w, auto g, auto m, auto v) {
+      const auto kernel = update<decltype(w), decltype(g), decltype(m), decltype(v)>;
+      launch(kernel, blocks, kThreads, stream, table, common, lr, decay, scratch.scaling);
+    };
+    with_types(launch_as, weights.type, grads.type, exp_avgs.type, exp_avg_sqs.type);
+  });
+}
+
+}  // namespace megalr::cuda
