@@ -7,6 +7,7 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+CUDA_VENV := .venv-cuda
 
 # Compiling modules again in every process costs ten seconds and more at each start.
 export PYTHONDONTWRITEBYTECODE :=
@@ -16,7 +17,7 @@ ifneq "$(shell cat $(STAMP) 2>/dev/null)" "$(CURDIR)"
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup pretrain test test-all lint format clean
+.PHONY: help setup pretrain test test-all test-gpu cuda-compile cuda-check lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -35,6 +36,15 @@ test: lint ## lint, and the tests that take less than a minute each
 test-all: lint ## lint, and every test
 	$(PY) -m pytest
 
+test-gpu: $(STAMP) ## the compiled ops on a GPU against their references on the CPU; skipped, with the reason, without one
+	$(PY) -m pytest tests/kernels/test_gpu.py
+
+cuda-compile: $(STAMP) ## compile the CUDA kernels for every architecture, print registers and spills; needs nvcc, no GPU
+	$(PY) csrc/check_cuda.py
+
+cuda-check: $(CUDA_VENV)/.installed ## cuda-compile, then link with a CUDA build of torch and import; 5.5 GB in .venv-cuda
+	$(CUDA_VENV)/bin/python csrc/check_cuda.py --link
+
 lint: $(STAMP) ## ruff, and mypy on megalr/
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -44,8 +54,8 @@ format: $(STAMP) ## rewrite the code as ruff would have it
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-clean: ## remove .venv and every cache; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove .venv, .venv-cuda and every cache; runs/ stays
+	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The same as the `deepspeed` command, whose first line cannot name an interpreter in a folder with spaces.
@@ -69,6 +79,12 @@ $(STAMP): requirements.txt requirements-compare.txt setup.py
 	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@DS_ACCELERATOR=cpu $(PY) -c "$(WARM_UP)"
 	@echo "$(CURDIR)" > $@
+
+$(CUDA_VENV)/.installed: requirements-cuda.txt
+	@echo "Setting up $(CUDA_VENV): a CUDA build of PyTorch is downloaded and installed, 5.5 GB, once."
+	@$(PYTHON) -m venv --clear $(CUDA_VENV)
+	@$(CUDA_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile -r requirements-cuda.txt
+	@touch $@
 
 # Compiles what a run imports, and nothing of the rest; a broken installation shows here.
 WARM_UP = import deepspeed, datasets, matplotlib.figure, torch.utils.tensorboard; from transformers import LlamaForCausalLM

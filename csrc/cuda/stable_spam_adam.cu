@@ -1,9 +1,10 @@
 // Stable-SPAM: entries clipped by a running maximum, the gradient scaled to a running norm, then AdamW. The formulas are
 // in ../adam.h. Both statistics need the whole tensor before the next pass, so there are five kernels:
-//   find_largest   each chunk's max|g|                       add_squares   each chunk's sum of squares, clipped
-//   set_clip       each tensor's M, and from it the clip     set_gain      each tensor's a and b, and from them the gain
-//   update         AdamW
-// What a chunk found is kept in a place of its own and combined in one order, so that results can be repeated.
+//   measure    each chunk's max|g| and sum of squares        clip_squares   the sum again where a chunk is clipped
+//   set_clip   each tensor's M, and from it the clip         set_gain       each tensor's a, b, and from them the gain
+//   update     AdamW
+// Most chunks hold nothing to clip, and of these clip_squares reads no gradient. What a chunk found is kept in a place
+// of its own and combined in one order, so that results can be repeated.
 #include "adam_step.cuh"
 #include "multi_tensor.cuh"
 #include "reduce.cuh"
@@ -66,21 +67,30 @@ struct Rows {
   }
 };
 
-// largest: of this launch's first block, as the squares below.
+// largest, squares: of this launch's first block.
 template <typename G>
-__global__ void __launch_bounds__(kThreads) find_largest(const __grid_constant__ Grads table, float* largest) {
+__global__ void __launch_bounds__(kThreads)
+    measure(const __grid_constant__ Grads table, float* largest, double* squares) {
   const Chunk chunk = table.own();
   const G* grad = table.template begin<G>(0, chunk);
   const bool packed = aligned(grad);
   float found = 0.0f;
+  double sum = 0.0;
   for (int first = 0; first < chunk.size; first += kTile) {
     float g[kPack];
     load(grad, Tile(first, chunk.size, packed), g);
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) found = Larger()(found, fabsf(g[k]));
+    for (int k = 0; k < kPack; ++k) {
+      found = Larger()(found, fabsf(g[k]));
+      sum += static_cast<double>(g[k]) * g[k];
+    }
   }
   found = over_block(found, 0.0f, Larger());
-  if (threadIdx.x == 0) largest[blockIdx.x] = found;
+  sum = over_block(sum, 0.0, Sum());
+  if (threadIdx.x == 0) {
+    largest[blockIdx.x] = found;
+    squares[blockIdx.x] = sum;
+  }
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -98,9 +108,10 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename G>
 __global__ void __launch_bounds__(kThreads)
-    add_squares(const __grid_constant__ Grads table, const Scaling* scaling, double* squares) {
+    clip_squares(const __grid_constant__ Grads table, const Scaling* scaling, const float* largest, double* squares) {
   const Chunk chunk = table.own();
   const SpamClip clip = scaling[table.extra[chunk.slot].tensor].clip;
+  if (!(largest[blockIdx.x] > clip.threshold)) return;  // the whole block
   const G* grad = table.template begin<G>(0, chunk);
   const bool packed = aligned(grad);
   double sum = 0.0;
@@ -205,7 +216,7 @@ void stable_spam_adam(int count, const int64_t* sizes, List weights, List grads,
 
   for_each_grads([&](const Grads& table, int blocks, int64_t first) {
     const auto launch_as = [&](auto g) {
-      launch(find_largest<decltype(g)>, blocks, kThreads, stream, table, scratch.largest + first);
+      launch(measure<decltype(g)>, blocks, kThreads, stream, table, scratch.largest + first, scratch.squares + first);
     };
     with_types(launch_as, grads.type);
   });
@@ -215,7 +226,8 @@ void stable_spam_adam(int count, const int64_t* sizes, List weights, List grads,
   });
   for_each_grads([&](const Grads& table, int blocks, int64_t first) {
     const auto launch_as = [&](auto g) {
-      launch(add_squares<decltype(g)>, blocks, kThreads, stream, table, scratch.scaling, scratch.squares + first);
+      launch(clip_squares<decltype(g)>, blocks, kThreads, stream, table, scratch.scaling, scratch.largest + first,
+             scratch.squares + first);
     };
     with_types(launch_as, grads.type);
   });

@@ -4,12 +4,25 @@ csrc/README.md says what it cannot. Compiling takes some twenty seconds, once.
 """
 
 import ctypes
+import os
 import shutil
+import subprocess
 
 import pytest
 import torch
 
-from tests.kernels.emulated import BLOCKS, CHUNK, SCHEDULES, AdamW, Emulated, Runs, StableSpam, compile_all, sources
+from tests.kernels.emulated import (
+    BLOCKS,
+    CHUNK,
+    CSRC,
+    SCHEDULES,
+    AdamW,
+    Emulated,
+    Runs,
+    StableSpam,
+    compile_all,
+    sources,
+)
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
@@ -292,3 +305,16 @@ def test_warps_need_not_keep_step(emulated):
     out = emulated.wrong_kernel("warp sums", VALUES)
     assert (out[:32] == VALUES[:32].sum()).all()
     assert torch.equal(out[32:], VALUES[32:])
+
+
+@pytest.mark.slow
+def test_memory_beside_a_tensor_is_not_touched(tmp_path):
+    """Under the address sanitizer, which is shown to notice a kernel of one thread too many."""
+    kernels = [source for source in sources() if source.suffix == ".cu"]
+    program = compile_all(tmp_path, [*kernels, CSRC / "emulation/bounds.cpp"], "bounds", ["-fsanitize=address"])
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    right = subprocess.run([program], capture_output=True, text=True, env=environment, check=False)
+    assert right.returncode == 0, right.stderr[:4000]
+    wrong = subprocess.run([program, "overrun"], capture_output=True, text=True, env=environment, check=False)
+    assert wrong.returncode != 0
+    assert "heap-buffer-overflow" in wrong.stderr
