@@ -1,7 +1,8 @@
 // Stands in for CUDA where a host compiler builds the kernels, so that their logic runs without a GPU: one fiber for
-// each thread of a block, blocks one after the other, a switch of fibers at every barrier and shuffle. Between two of
-// these the threads run in a chosen order, forwards, backwards or shuffled, which makes a missing barrier show as a
-// wrong result in at least one. A barrier that not all threads reach raises. csrc/README.md says what this cannot catch.
+// each thread of a block, blocks one after the other. A thread runs to its next barrier or shuffle, then others do: of a
+// warp's threads, and of the warps that can go on, first the first, or the last, or any. So a missing barrier shows as a
+// wrong result in at least one of these orders. A barrier or shuffle that not all threads reach raises.
+// csrc/README.md says what this cannot find.
 #pragma once
 
 #include <stdint.h>
@@ -150,6 +151,21 @@ inline bool release(size_t begin, size_t end, bool of_warp) {
                            described(other));
 }
 
+inline size_t end_of(unsigned warp) { return std::min<size_t>((warp + 1) * kWarp, machine.fibers.size()); }
+
+// To its threads' next shuffle or barrier. Out of a shuffle a warp may go on at once, ahead of the others.
+inline void run_warp(unsigned warp) {
+  const size_t begin = warp * kWarp, end = end_of(warp);
+  for (unsigned lane : in_order(end - begin)) {
+    Fiber& fiber = machine.fibers[begin + lane];
+    if (fiber.state != Fiber::ready) continue;
+    threadIdx.x = static_cast<unsigned>(begin) + lane;
+    swapcontext(&machine.scheduler, &fiber.context);
+    if (machine.failure) std::rethrow_exception(std::exchange(machine.failure, nullptr));
+  }
+  release(begin, end, true);
+}
+
 inline void run_block() {
   auto& fibers = machine.fibers;
   for (Fiber& fiber : fibers) {
@@ -161,20 +177,21 @@ inline void run_block() {
     fiber.context.uc_link = &machine.scheduler;
     makecontext(&fiber.context, start_thread, 0);
   }
+  const size_t warps = (fibers.size() + kWarp - 1) / kWarp;
   while (true) {
-    for (unsigned i : in_order(fibers.size())) {
-      if (fibers[i].state != Fiber::ready) continue;
-      threadIdx.x = i;
-      swapcontext(&machine.scheduler, &fibers[i].context);
-      if (machine.failure) std::rethrow_exception(std::exchange(machine.failure, nullptr));
+    const auto can_run = [&](unsigned warp) {
+      const auto is_ready = [](const Fiber& fiber) { return fiber.state == Fiber::ready; };
+      return std::any_of(fibers.begin() + warp * kWarp, fibers.begin() + end_of(warp), is_ready);
+    };
+    const auto order = in_order(warps);
+    const auto next = std::find_if(order.begin(), order.end(), can_run);
+    if (next != order.end()) {
+      run_warp(*next);
+    } else if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == Fiber::ended; })) {
+      return;
+    } else if (!release(0, fibers.size(), false)) {
+      raise_divergence();
     }
-    const auto has_ended = [](const Fiber& fiber) { return fiber.state == Fiber::ended; };
-    if (std::all_of(fibers.begin(), fibers.end(), has_ended)) return;
-    bool released = release(0, fibers.size(), false);
-    for (size_t i = 0; i < fibers.size(); i += kWarp) {
-      released |= release(i, std::min(i + kWarp, fibers.size()), true);
-    }
-    if (!released) raise_divergence();
   }
 }
 

@@ -1,7 +1,7 @@
-// Kernels with the mistakes that the emulation has to find, and the same without, for its own tests.
+// Kernels with the mistakes that the emulation has to find, and some without, for its own tests.
 #include <string>
 
-#include "emulation.h"
+#include "../cuda/reduce.cuh"
 
 namespace {
 
@@ -66,6 +66,15 @@ void warp_sums(const float* in, float* out) {
   out[threadIdx.x] = value;
 }
 
+// The reduction of the real kernels, called again at once: a block's sums of in, of 2 in and of 3 in, added up.
+void reductions(const float* in, float* out) {
+  double sum = 0;
+  for (int round = 1; round <= 3; ++round) {
+    sum += megalr::cuda::over_block<double>(round * in[threadIdx.x], 0.0, megalr::cuda::Sum());
+  }
+  out[threadIdx.x] = static_cast<float>(sum);
+}
+
 }  // namespace
 
 // Runs one of them by one block; null, or what the emulation found.
@@ -85,6 +94,7 @@ extern "C" const char* emulated_wrong_kernel(int order, unsigned seed, const cha
       if (kernel == "two barriers") two_barriers(out);
       if (kernel == "shuffle of some") shuffle_of_some(out);
       if (kernel == "warp sums") warp_sums(in, out);
+      if (kernel == "reductions") reductions(in, out);
     });
     return nullptr;
   } catch (const std::exception& error) {

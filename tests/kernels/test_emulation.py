@@ -253,6 +253,11 @@ def test_rounding_to_bf16_is_torchs(library):
     torch.testing.assert_close(got, values.to(BF16), rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_reduction_follows_another_at_once(emulated):
+    values = torch.arange(512.0)  # a value for each thread of a block of the kernels
+    assert (emulated.wrong_kernel("reductions", values) == 6 * values.sum()).all()
+
+
 # What the emulation finds, shown by kernels with one mistake each.
 
 
@@ -276,6 +281,21 @@ def test_a_missing_barrier_shows_in_some_order(library):
     assert not all(torch.equal(out, expected) for out in wrong.values())
     assert torch.equal(wrong["forward"][1:], expected[1:])
     assert not torch.equal(wrong["reverse"][1:], expected[1:])
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_kernels_own_reduction_needs_each_of_its_barriers(tmp_path, which):
+    """They are taken out of a copy, one by one."""
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    header = tmp_path / "csrc/cuda/reduce.cuh"
+    parts = header.read_text(encoding="utf-8").split("  __syncthreads();")
+    assert len(parts) == 3
+    barrier = ["  __syncthreads();"] * 2
+    barrier[which] = ""
+    header.write_text(parts[0] + barrier[0] + parts[1] + barrier[1] + parts[2], encoding="utf-8")
+    mutant = compile_all(tmp_path, [tmp_path / "csrc/emulation/wrong_kernels.cpp"], "mutant.so", link=["-shared"])
+    results = in_all_schedules(ctypes.CDLL(mutant), "reductions", torch.arange(512.0)).values()
+    assert not all((out == 6 * torch.arange(512.0).sum()).all() for out in results)
 
 
 def test_shared_memory_written_too_early_shows(library):
