@@ -82,7 +82,7 @@ $(STAMP): requirements.txt requirements-compare.txt setup.py
 
 $(CUDA_VENV)/.installed: requirements-cuda.txt
 	@echo "Setting up $(CUDA_VENV): a CUDA build of PyTorch is downloaded and installed, 5.5 GB, once."
-	@$(PYTHON) -m venv --clear $(CUDA_VENV)
+	@$(CUDA_VENV)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(CUDA_VENV)
 	@$(CUDA_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile -r requirements-cuda.txt
 	@touch $@
 
