@@ -76,7 +76,9 @@ $(STAMP): requirements.txt requirements-compare.txt setup.py
 		echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@$(PY) -m pip install -qq --disable-pip-version-check --no-compile -r requirements.txt
 	@$(PY) -m pip install -qq --disable-pip-version-check --no-compile --no-deps -r requirements-compare.txt
-	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@MEGALR_BUILD_OPS=1 $(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e . || { \
+		echo "megalr's compiled ops cannot be built; without them torch computes the same, more slowly"; \
+		$(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .; }
 	@DS_ACCELERATOR=cpu $(PY) -c "$(WARM_UP)"
 	@echo "$(CURDIR)" > $@
 

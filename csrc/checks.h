@@ -98,6 +98,14 @@ inline void check_statistics(const char* op, const at::Tensor& statistics, const
                first);
 }
 
+// What an op writes is as exact as what it computes.
+inline void check_float(const char* op, const char* name, at::TensorList tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    MEGALR_CHECK(tensors[i].scalar_type() == at::kFloat, op, name, "[", i, "] is ",
+                 dtype_name(tensors[i].scalar_type()), "; it must be float32");
+  }
+}
+
 // The data of a tensor that an op modifies, and a note of it for autograd, which may have saved the tensor.
 inline void* modified(const at::Tensor& tensor) {
   if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();

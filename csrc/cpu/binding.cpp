@@ -1,7 +1,6 @@
 // The element-wise ops on CPU tensors: checks, then elements shared out over torch's threads.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -78,17 +77,18 @@ void low_rank_adam(at::TensorList weights, at::TensorList grads, at::TensorList 
   });
 }
 
-std::vector<at::Tensor> projected_adam(at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-                                       at::IntArrayRef steps, double beta1, double beta2, double eps, double scale) {
+void projected_adam(at::TensorList directions, at::TensorList grads, at::TensorList exp_avgs,
+                    at::TensorList exp_avg_sqs, at::IntArrayRef steps, double beta1, double beta2, double eps,
+                    double scale) {
   const char* op = "projected_adam";
-  check_lists(op, {{"grads", grads}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}});
+  check_lists(op,
+              {{"grads", grads}, {"directions", directions}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}});
+  check_float(op, "directions", directions);
   check_steps(op, "steps", steps, "grads", grads);
-  std::vector<at::Tensor> directions;
   std::vector<float*> out;
   std::vector<AdamStep> adam;
   for (size_t i = 0; i < grads.size(); ++i) {
-    directions.push_back(at::empty_like(grads[i], grads[i].options().dtype(at::kFloat)));
-    out.push_back(directions.back().mutable_data_ptr<float>());
+    out.push_back(static_cast<float*>(modified(directions[i])));
     adam.push_back(step_of(steps[i], beta1, beta2, eps));
   }
   const auto g = read_runs(grads), m = modified_runs(exp_avgs), v = modified_runs(exp_avg_sqs);
@@ -96,7 +96,6 @@ std::vector<at::Tensor> projected_adam(at::TensorList grads, at::TensorList exp_
     direction(out[i] + begin, g[i].from(begin), m[i].from(begin), v[i].from(begin), end - begin, adam[i],
               float(scale));
   });
-  return directions;
 }
 
 // Tensors cut into pieces of fixed length: sums over pieces are the same on any number of threads.
@@ -157,7 +156,9 @@ void stable_spam_adam(at::TensorList weights, at::TensorList grads, at::TensorLi
   for (size_t i = 0; i < weights.size(); ++i) {
     float largest = 0;
     for (int64_t piece = pieces.first(i); piece < pieces.first(i + 1); ++piece) {
-      largest = std::max(largest, extents[piece].largest);
+      // No comparison finds a NaN, but the sum holds it.
+      if (std::isnan(extents[piece].squares)) largest = NAN;
+      if (extents[piece].largest > largest) largest = extents[piece].largest;
     }
     spam.push_back(spam_step(theta, gamma1, gamma2, norm_eps, double(clip_steps[i])));
     clips.push_back(spam_clip(rows[3 * i], largest, spam[i]));

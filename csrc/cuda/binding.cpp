@@ -1,7 +1,6 @@
 // The element-wise ops on CUDA tensors: checks, then launches on the current stream. The host waits for nothing.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -76,25 +75,22 @@ void low_rank_adam_cuda(at::TensorList weights, at::TensorList grads, at::Tensor
   });
 }
 
-std::vector<at::Tensor> projected_adam_cuda(at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-                                            at::IntArrayRef steps, double beta1, double beta2, double eps,
-                                            double scale) {
+void projected_adam_cuda(at::TensorList directions, at::TensorList grads, at::TensorList exp_avgs,
+                         at::TensorList exp_avg_sqs, at::IntArrayRef steps, double beta1, double beta2, double eps,
+                         double scale) {
   const char* op = "projected_adam";
-  check_lists(op, {{"grads", grads}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}});
+  check_lists(op,
+              {{"grads", grads}, {"directions", directions}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}});
+  check_float(op, "directions", directions);
   check_steps(op, "steps", steps, "grads", grads);
-  std::vector<at::Tensor> directions;
   std::vector<float*> out;
-  for (const at::Tensor& grad : grads) {
-    directions.push_back(at::empty_like(grad, grad.options().dtype(at::kFloat)));
-    out.push_back(directions.back().mutable_data_ptr<float>());
-  }
+  for (const at::Tensor& direction : directions) out.push_back(static_cast<float*>(modified(direction)));
   const auto g = Pointers::read(grads);
   const auto m = Pointers::modified(exp_avgs), v = Pointers::modified(exp_avg_sqs);
   on_device_of(grads, [&](cudaStream_t stream) {
     projected_adam(count_of(grads), numels(grads).data(), g.list(), m.list(), v.list(), out.data(), steps.data(),
                    beta1, beta2, eps, scale, stream);
   });
-  return directions;
 }
 
 void stable_spam_adam_cuda(at::TensorList weights, at::TensorList grads, at::TensorList exp_avgs,

@@ -93,9 +93,10 @@ def projected_adam(
     if not grads:
         return []
     beta1, beta2 = betas
-    directions: list[Tensor] = op("projected_adam", grads[0].device)(
-        grads, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, scale
-    )
+    # The op fills what it is given: torch.compile takes no op that returns a list.
+    directions = [torch.empty(grad.shape, dtype=torch.float32, device=grad.device) for grad in grads]
+    call = op("projected_adam", grads[0].device)
+    call(directions, grads, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, scale)
     return directions
 
 

@@ -168,13 +168,12 @@ def _missing(kind: str) -> str | None:
             return f"no nvcc: install the CUDA toolkit {torch.version.cuda}, or write its folder into CUDA_HOME"
         if f"release {torch.version.cuda.split('.')[0]}." not in nvcc.version:
             return f"{nvcc.path} is of another CUDA ({nvcc.version}) than torch ({torch.version.cuda}): set CUDA_HOME"
-    if not _sources(kind):
-        return f"no sources in {CSRC}"
-    return None
+    absent = [source.name for source in _sources(kind) if not source.is_file()]
+    return f"{CSRC} lacks {', '.join(absent)}" if absent else None
 
 
 def _sources(kind: str) -> list[Path]:
-    return [CSRC / name for name in LIBRARIES[kind] if (CSRC / name).is_file()]
+    return [CSRC / name for name in LIBRARIES[kind]]
 
 
 def _stem(kind: str) -> str:

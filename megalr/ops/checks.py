@@ -66,6 +66,13 @@ def check_bias(op: str, name: str, values: Sequence[float], first: str, tensors:
             fail(op, f"{name}[{i}] is {value:g}; it is 1 - prod beta_t over the updates, this one included, in (0, 1]")
 
 
+def check_float(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    """fp32, all of them: what an op writes is as exact as what it computes."""
+    for i, tensor in enumerate(tensors):
+        if tensor.dtype != torch.float32:
+            fail(op, f"{name}[{i}] is {_dtype(tensor)}; it must be float32")
+
+
 def check_length(op: str, name: str, values: Sequence[object], first: str, tensors: Sequence[Tensor]) -> None:
     if len(values) != len(tensors):
         fail(op, f"{name} has {len(values)} numbers and {first} {len(tensors)} tensors; give one for each of {first}")

@@ -87,6 +87,7 @@ def low_rank_adam_fake(
 
 
 def projected_adam_reference(
+    directions: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
@@ -95,16 +96,16 @@ def projected_adam_reference(
     beta2: float,
     eps: float,
     scale: float,
-) -> list[Tensor]:
-    directions = projected_adam_fake(grads, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, scale)
+) -> None:
+    projected_adam_fake(directions, grads, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, scale)
     for direction, grad, exp_avg, exp_avg_sq, step in zip(directions, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
         biases = (1 - beta1**step, 1 - beta2**step)
         _direction(grad.float(), exp_avg, exp_avg_sq, beta1, beta2, biases, eps, out=direction)
         direction.mul_(scale)
-    return directions
 
 
 def projected_adam_fake(
+    directions: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
@@ -113,11 +114,11 @@ def projected_adam_fake(
     beta2: float,
     eps: float,
     scale: float,
-) -> list[Tensor]:
+) -> None:
     op = "projected_adam"
-    checks.check_lists(op, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    checks.check_lists(op, grads=grads, directions=directions, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    checks.check_float(op, "directions", directions)
     checks.check_steps(op, "steps", steps, "grads", grads)
-    return [torch.empty(grad.shape, dtype=torch.float32, device=grad.device) for grad in grads]
 
 
 def stable_spam_adam_reference(

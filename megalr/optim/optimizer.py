@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from megalr.config import MegalrConfig
 from megalr.errors import UserError
 from megalr.layers.projected import ProjectedConfig, ProjectedLinear
+from megalr.ops import low_rank_adam
 from megalr.optim.clock import Clock
 from megalr.optim.groups import ParameterGroup
 from megalr.optim.matrices import MatrixUpdater
 from megalr.optim.projection import Projections
-from megalr.optim.refactorization import OwnedPairs, refactorize_pairs, zero_
+from megalr.optim.refactorization import OwnedPairs, refactorize_pairs
 from megalr.partition import Exchange, Item, Shard, Unit, buckets, read_shard
 from megalr.partition.exchange import COPIES
-from megalr.rules.adamw import adamw_
 from megalr.rules.base import State
 
 
@@ -102,8 +102,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
             elif group["name"] == "projected":
                 self._update_projected(here, group)
             else:
-                for parameter in here.values():
-                    self._update(parameter, group)
+                self._update(list(here.values()), group)
         if len(self._stepped) == len(shard.keys):
             self._stepped.clear()
             self.last_events = self._end_update()
@@ -361,33 +360,46 @@ class MegalrOptimizer(torch.optim.Optimizer):
             clock.advance()
         return self._run_events()
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        clock = self._clocks["factors" if group["name"] == "factors" else "dense"]
-        state = self._moments_of(parameter)
-        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        clock = _clock_of(group)
+        states = [self._moments_of(parameter) for parameter in parameters]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         reset = self.config.momentum_reset
-        adamw_(
-            parameter.data.view(-1),
-            grad.reshape(-1),
-            state["exp_avg"].view(-1),
-            state["exp_avg_sq"].view(-1),
-            step=clock.count + 1,
-            lr=group["lr"] * (clock.ramp(reset.warmup_steps) if reset else 1.0),
+        low_rank_adam(
+            [parameter.data.view(-1) for parameter in parameters],
+            [grad.reshape(-1) for grad in grads],
+            [state["exp_avg"].view(-1) for state in states],
+            [state["exp_avg_sq"].view(-1) for state in states],
+            steps=[self._clocks[clock].count + 1] * len(parameters),
+            lr=group["lr"] * (self._clocks[clock].ramp(reset.warmup_steps) if reset else 1.0),
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
+            reset=clock in self._resets_due(self.updates + 1),
         )
+
+    def _resets_due(self, updates: int) -> set[str]:
+        """The clocks whose moments become zero at the end of an update, which stores zeros right away."""
+        refactorization, reset = self.config.refactorization, self.config.momentum_reset
+        due = set()
+        if refactorization and self._pairs and refactorization.moments == "reset":
+            due |= {"factors"} if updates % refactorization.interval == 0 else set()
+        if reset and updates % reset.interval == 0:
+            due |= {"factors", "dense"} if reset.scope == "all" else {"factors"}
+        return due
 
     def _run_events(self) -> list[str]:
         """Refactorization and momentum reset, where due after this update."""
         events = []
         refactorization, reset = self.config.refactorization, self.config.momentum_reset
+        zeroed = self._resets_due(self.updates)
+        for name in zeroed:
+            self._clocks[name].count = 0
         if refactorization and self._pairs and self.updates % refactorization.interval == 0:
-            self._refactorize(refactorization.moments)
+            self._refactorize(transport=refactorization.moments == "transport" and "factors" not in zeroed)
             events.append("refactorization")
         if reset and self.updates % reset.interval == 0:
             for name in ("factors", "dense") if reset.scope == "all" else ("factors",):
-                self._reset(name)
                 self._clocks[name].since_reset = 0
             events.append("momentum_reset")
         if self._projections is not None:
@@ -395,23 +407,13 @@ class MegalrOptimizer(torch.optim.Optimizer):
                 self.prepare().publish(buffer)
         return events
 
-    def _refactorize(self, mode: str) -> None:
+    def _refactorize(self, *, transport: bool) -> None:
         shard = self.prepare()
-        moments = (self._moments("exp_avg"), self._moments("exp_avg_sq")) if mode == "transport" else None
+        moments = (self._moments("exp_avg"), self._moments("exp_avg_sq")) if transport else None
         bucket_bytes = self.config.exchange_bucket_bytes
         refactorize_pairs(self._owned_pairs, self._exchange, shard.buffers, moments, bucket_bytes)
         for buffer in self._factor_buffers:
             shard.publish(buffer)
-        if mode == "reset":
-            self._reset("factors")
-
-    def _reset(self, clock: str) -> None:
-        """Zero the moments and the step count of the factors, or of everything else."""
-        shard = self.prepare()
-        which = [i for i in range(len(shard.keys)) if (i in self._factor_buffers) == (clock == "factors")]
-        for key in ("exp_avg", "exp_avg_sq"):
-            zero_(self._moments(key), which)
-        self._clocks[clock].count = 0
 
     def _moments(self, key: str) -> list[Tensor]:
         """First or second moments of all buffers, flat; empty where a buffer has none."""
@@ -419,6 +421,10 @@ class MegalrOptimizer(torch.optim.Optimizer):
         shard = self.prepare()
         found = zip(shard.keys, shard.buffers, strict=True)
         return [by_id[buffer_id].view(-1) if buffer_id in by_id else buffer[:0] for buffer_id, buffer in found]
+
+
+def _clock_of(group: dict[str, Any]) -> str:
+    return "factors" if group["name"] == "factors" else "dense"
 
 
 def _words(form: dict[str, Any]) -> str:

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from megalr.layers.projected import ProjectedConfig, ProjectedLinear
+from megalr.ops import low_rank_adam, momentum_reset
 from megalr.optim.groups import logical_shape
 from megalr.optim.merging import Merging
 from megalr.partition import Exchange, Fragment, Shard, frozen_parts
 from megalr.partition.exchange import Field, run_of
 from megalr.rules.adam import rotate_moments
-from megalr.rules.adamw import adamw_runs_
 from megalr.rules.base import State, tensor
 from megalr.rules.bases import Projector, Side, SummedMatrix, leading_basis, random_basis, sketched_basis
 from megalr.seeding import generator
@@ -162,7 +162,7 @@ class Projections:
             fields = (self._shard.buffers, gradients, self._moments("exp_avg"), self._moments("exp_avg_sq"))
             weights, grads, *moments = ([run_of(flat, fragment) for fragment, _ in runs] for flat in fields)
             steps = [step for _, step in runs]
-            adamw_runs_(weights, grads, *moments, steps=steps, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+            low_rank_adam(weights, grads, *moments, steps=steps, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self._kept = 1 - lr * weight_decay
 
     def end_update(self, updates: int) -> list[int]:
@@ -330,9 +330,7 @@ class Projections:
         fields = {key: self._moments(key) for key in ("exp_avg", "exp_avg_sq")}
         match self._config.moments:
             case "reset":
-                for fragment in own:
-                    for flat in fields.values():
-                        run_of(flat, fragment).zero_()
+                momentum_reset([run_of(flat, fragment) for fragment in own for flat in fields.values()])
             case "transport":
                 state: State = {key: self._exchange.everywhere(f"{name}.R", flat) for key, flat in fields.items()}
                 rotate_moments(state, turn.to(fields["exp_avg"][0].device), left=left)

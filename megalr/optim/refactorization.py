@@ -6,10 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from megalr.ops import refactorize, transport_moments
+from megalr.ops import refactorize_
 from megalr.partition import Exchange, Item, Layout, Unit, buckets, place
 from megalr.partition.exchange import COPIES, Field
 
@@ -63,32 +60,17 @@ def refactorize_pairs(
     for bucket in buckets(pairs.units, pairs.owners, exchange.layout, limit):
         items = [Item(name, pairs.owners[i]) for i in bucket for name in pairs.units[i].names]
         whole = exchange.gather(items, fields)
-        for i in bucket:
-            if pairs.owners[i] == exchange.rank and not _refactorize_one(pairs.units[i], whole):
-                untouched.append(pairs.units[i].names[0].removesuffix(".B"))
+        own = [pairs.units[i].names for i in bucket if pairs.owners[i] == exchange.rank]
+        # Of each factor the master comes first, then its moments.
+        status = refactorize_(
+            [whole[b][0] for b, _ in own],
+            [whole[a][0] for _, a in own],
+            [moment for names in own for name in names for moment in whole[name][1:]],
+            "transport" if moments else "keep",
+        )
+        untouched += [b.removesuffix(".B") for (b, _), code in zip(own, status.tolist(), strict=True) if code]
         exchange.scatter(items, whole, fields)
         del whole  # not to be held through the next gather
     if untouched:
         logger.warning("refactorization left %s as they are: not finite, or of lower rank than r", ", ".join(untouched))
     return untouched
-
-
-def _refactorize_one(unit: Unit, whole: dict[str, list[Tensor]]) -> bool:
-    """Replace the gathered tensors of one pair by the balanced pair's; False when they are to stay."""
-    b, a = unit.names
-    new = refactorize(whole[b][0].float(), whole[a][0].float())
-    if new is None:
-        return False
-    old_b, old_a = whole[b][1:], whole[a][1:]
-    whole[b], whole[a] = [new.B], [new.A]
-    if old_b:
-        state = {"exp_avg_B": old_b[0], "exp_avg_sq_B": old_b[1], "exp_avg_A": old_a[0], "exp_avg_sq_A": old_a[1]}
-        carried = transport_moments(new, state)
-        whole[b] += [carried["exp_avg_B"], carried["exp_avg_sq_B"]]
-        whole[a] += [carried["exp_avg_A"], carried["exp_avg_sq_A"]]
-    return True
-
-
-def zero_(field: Field, which: Sequence[int]) -> None:
-    """Set the named flat buffers to zero, in place."""
-    torch._foreach_zero_([field[i] for i in which])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalr.rules.adamw import adamw_
+from megalr.ops import momentum_reset, projected_adam
 from megalr.rules.base import State, count, tensor
 
 
@@ -14,35 +14,24 @@ def adam_state(shape: tuple[int, int], device: torch.device | str) -> State:
     return {"step": 0, "exp_avg": torch.zeros(shape, device=device), "exp_avg_sq": torch.zeros(shape, device=device)}
 
 
-def adam_direction(grad: Tensor, state: State, betas: tuple[float, float], eps: float) -> Tensor:
-    """N = m̂ / (√v̂ + ε) of Adam (arXiv 1412.6980), with bias-corrected moments; the state is modified in place.
+def adam_direction(grad: Tensor, state: State, betas: tuple[float, float], eps: float, scale: float = 1.0) -> Tensor:
+    """scale · N, N = m̂ / (√v̂ + ε) of Adam (arXiv 1412.6980), with bias-corrected moments; the state changes in place.
 
     Args:
         grad: of the moments' shape, fp32.
         state: "step", "exp_avg", "exp_avg_sq".
         betas, eps: as in Adam.
+        scale: a factor on the result.
     """
     state["step"] = count(state, "step") + 1
-    direction = torch.zeros_like(grad, memory_format=torch.contiguous_format)
-    # torch's fused kernel, at learning rate -1 on zeros, leaves the direction: one pass over the data instead of seven.
-    adamw_(
-        direction.view(-1),
-        grad.reshape(-1),
-        tensor(state, "exp_avg").view(-1),
-        tensor(state, "exp_avg_sq").view(-1),
-        step=count(state, "step"),
-        lr=-1.0,
-        betas=betas,
-        eps=eps,
-        weight_decay=0.0,
-    )
-    return direction
+    moments = [tensor(state, "exp_avg")], [tensor(state, "exp_avg_sq")]
+    steps = [count(state, "step")]
+    return projected_adam([grad.contiguous()], *moments, steps=steps, betas=betas, eps=eps, scale=scale)[0]
 
 
 def reset_moments(state: State) -> None:
     """Moments and count become zero, in place."""
-    tensor(state, "exp_avg").zero_()
-    tensor(state, "exp_avg_sq").zero_()
+    momentum_reset([tensor(state, "exp_avg"), tensor(state, "exp_avg_sq")])
     state["step"] = 0
 
 

@@ -45,4 +45,4 @@ class GaLore(ProjectedRule):
         """α N: (r, n), (m, r) or (r, r)."""
         self.adopt(state, basis)
         low = project(grad, state)
-        return adam_direction(low, state, self.betas, self.eps).mul_(self.scale)
+        return adam_direction(low, state, self.betas, self.eps, self.scale)

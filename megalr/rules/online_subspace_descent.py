@@ -63,7 +63,7 @@ class OnlineSubspaceDescent(GaLore):
     def update(self, grad: Tensor, state: State, basis: Basis | None) -> Tensor:
         self.adopt(state, basis)
         low = project(grad, state)
-        update = project_back(adam_direction(low, state, self.betas, self.eps).mul_(self.scale), state)
+        update = project_back(adam_direction(low, state, self.betas, self.eps, self.scale), state)
         if basis is None:
             self._move_basis(grad, low, state)
         return update

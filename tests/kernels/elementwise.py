@@ -25,6 +25,13 @@ def ops(implementation: str) -> SimpleNamespace:
     return SimpleNamespace(**{name: getattr(torch.ops.megalr, name).default for name in NAMES})
 
 
+def directions_of(ops, grads, *rest):
+    """What projected_adam fills tensors with."""
+    directions = [torch.full(grad.shape, math.nan, device=grad.device) for grad in grads]
+    ops.projected_adam(directions, grads, *rest)
+    return directions
+
+
 def inputs(shapes=SHAPES, dtypes=(torch.float32,) * 3, seed=0, views=False):
     """Weights, gradients (some of them spiky) and moments after some updates; lists in the schema's order."""
     generator = torch.Generator().manual_seed(seed)

@@ -71,7 +71,7 @@ def test_low_rank_adam_is_torch_fused_adamw(ops):
 def test_projected_adam(ops, dtypes, scale, views):
     _, *lists = plain.inputs(dtypes=(F32, *dtypes), views=views)
     before = copies(lists)
-    directions = ops.projected_adam(*lists, STEPS, BETA1, BETA2, EPS, scale)
+    directions = plain.directions_of(ops, *lists, STEPS, BETA1, BETA2, EPS, scale)
     assert len(directions) == len(SHAPES)
     for i, (g, m, v) in enumerate(zip(*before, strict=True)):
         new_m, new_v, update = plain.direction(g, m, v, BIAS1[i], BIAS2[i])
@@ -155,7 +155,7 @@ def test_momentum_reset(ops, dtype):
 def test_nothing_to_do(ops):
     ops.momentum_reset([])
     ops.low_rank_adam([], [], [], [], [], *ADAMW, False)
-    assert ops.projected_adam([], [], [], [], BETA1, BETA2, EPS, 1.0) == []
+    ops.projected_adam([], [], [], [], [], BETA1, BETA2, EPS, 1.0)
     ops.stable_spam_adam([], [], [], [], torch.zeros(0, 3), [], [], [], *SPAM)
 
 
@@ -260,7 +260,9 @@ def test_bad_tensors_of_the_other_ops(ops):
     with pytest.raises(ValueError, match=r"megalr.momentum_reset: tensors\[1\] is not contiguous"):
         ops.momentum_reset([torch.zeros(2), torch.zeros(3, 2).T])
     with pytest.raises(ValueError, match=r"megalr.projected_adam: exp_avgs has 0 tensors and grads 1"):
-        ops.projected_adam([torch.zeros(2)], [], [], [], BETA1, BETA2, EPS, 1.0)
+        ops.projected_adam([torch.zeros(2)], [torch.zeros(2)], [], [], [1], BETA1, BETA2, EPS, 1.0)
+    with pytest.raises(ValueError, match=r"megalr.projected_adam: directions\[0\] is bfloat16; it must be float32"):
+        ops.projected_adam([torch.zeros(2).bfloat16()], *[[torch.zeros(2)]] * 3, [1], BETA1, BETA2, EPS, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +297,7 @@ def test_step_zero(ops):
     with pytest.raises(ValueError, match=f"megalr.low_rank_adam: {message}"):
         ops.low_rank_adam(*lists, [1, 0], *ADAMW, False)
     with pytest.raises(ValueError, match=f"megalr.projected_adam: {message}"):
-        ops.projected_adam(*lists[1:], [1, 0], BETA1, BETA2, EPS, 1.0)
+        ops.projected_adam(*lists, [1, 0], BETA1, BETA2, EPS, 1.0)
 
 
 @pytest.mark.parametrize("name", plain.NAMES)
@@ -305,12 +307,10 @@ def test_opcheck(ops, name):
     args = {
         "momentum_reset": (lists[0],),
         "low_rank_adam": (*lists, counts, *ADAMW, True),
-        "projected_adam": (*lists[1:], counts, BETA1, BETA2, EPS, 0.5),
+        "projected_adam": (*lists, counts, BETA1, BETA2, EPS, 0.5),
         "stable_spam_adam": (*lists, torch.zeros(3, 3), counts, biases, biases, *SPAM),
     }[name]
-    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if name != "projected_adam":  # torch functionalizes no op that returns a list of tensors
-        tests.append("test_aot_dispatch_dynamic")
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     torch.library.opcheck(getattr(torch.ops.megalr, name).default, args, test_utils=tests)
 
 
@@ -327,7 +327,7 @@ def test_python_functions():
     assert parameters[0]._version > version
 
     got = adam.projected_adam(grads, exp_avgs, exp_avg_sqs, steps=STEPS, betas=(BETA1, BETA2), eps=EPS, scale=2.0)
-    same = torch.ops.megalr.projected_adam(*expected[1:], STEPS, BETA1, BETA2, EPS, 2.0)
+    same = plain.directions_of(torch.ops.megalr, *expected[1:], STEPS, BETA1, BETA2, EPS, 2.0)
     assert all(torch.equal(a, b) for a, b in zip(got, same, strict=True))
 
     statistics, other = torch.zeros(8, 3), torch.zeros(8, 3)
@@ -377,3 +377,12 @@ def test_nothing_is_loaded_without_a_call(monkeypatch):
     monkeypatch.setenv("MEGALR_OPS", "fast")
     with pytest.raises(ValueError, match="MEGALR_OPS=fast: write auto, compiled or torch"):
         library.load("cpu")
+
+
+def test_a_gradient_that_is_not_a_number_spreads_to_its_own_statistics(ops):
+    lists = [[torch.ones(5000), torch.ones(3)] for _ in range(4)]
+    lists[1][0][4500] = torch.nan
+    statistics = torch.zeros(2, 3)
+    ops.stable_spam_adam(*lists, statistics, [1, 1], [0.1, 0.1], [0.1, 0.1], *SPAM)
+    assert statistics[0].isnan().all() and statistics[1].isfinite().all()
+    assert lists[0][0].isnan().all() and lists[0][1].isfinite().all()
