@@ -241,7 +241,11 @@ def _parametrization(section: Any) -> ParametrizationConfig:
     kind = section["type"]
     if not isinstance(kind, str) or kind not in PARAMETRIZATIONS:
         raise UserError(f"{where}.type is {kind!r}{nearest(str(kind), PARAMETRIZATIONS)}")
-    return build(PARAMETRIZATIONS[kind], section, where)
+    chosen = PARAMETRIZATIONS[kind]
+    for key, instead in getattr(chosen, "instead", {}).items():
+        if key in section:
+            raise UserError(f'{where} has no key "{key}" with "type": "{kind}": {instead}')
+    return build(chosen, section, where)
 
 
 def _optimizer(section: Any) -> OptimizerConfig:

@@ -128,16 +128,17 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
 
 
 def _announce_updates(engine: Any, optimizer: MegalrOptimizer) -> None:
-    """Tell the optimizer when the first micro-batch of an update begins; DeepSpeed tells it nothing of skipped ones."""
-    begun = -1
+    """Tell the optimizer when an update is over; DeepSpeed tells it nothing of those that it skips."""
+    engine_step = engine.step
 
-    def before_forward(*_: Any) -> None:
-        nonlocal begun
-        if engine.micro_steps != begun and engine.micro_steps % engine.gradient_accumulation_steps() == 0:
-            begun = engine.micro_steps
+    def step(*args: Any, **kwargs: Any) -> Any:
+        last = engine.is_gradient_accumulation_boundary()  # also where the user has set it
+        result = engine_step(*args, **kwargs)
+        if last:
             optimizer.begin_update()
+        return result
 
-    engine.module.register_forward_pre_hook(before_forward)
+    engine.step = step
 
 
 def deepspeed_section(content: Json) -> dict[str, Any]:

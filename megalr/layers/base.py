@@ -33,6 +33,8 @@ class Parametrization(ABC):
 
     # The tensors of a layer, by last name, that make up its weight.
     parts: ClassVar[frozenset[str]]
+    # Keys that a user of a kindred method may write, and what to write instead.
+    instead: ClassVar[Mapping[str, str]] = {}
 
     type: str = ""
     rank: int = 128

@@ -48,6 +48,11 @@ class ProjectedConfig(Parametrization):
     """
 
     parts: ClassVar[frozenset[str]] = frozenset({"weight", "R", "basis"})
+    instead: ClassVar[Mapping[str, str]] = {
+        "proj_type": 'write "side": "std", "input" or "output"',
+        "scale": "multiply optimizer.params.lr by GaLore's scale",
+        "alpha": "R has the scale of the weight; choose optimizer.params.lr",
+    }
 
     type: Literal["projected"] = "projected"
     side: Literal["input", "std", "output"] = "input"
@@ -169,6 +174,13 @@ class ProjectedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (..., in_features)."""
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+            with torch.autocast(x.device.type, enabled=False):
+                return self._output(x)
+        return self._output(x)
+
+    def _output(self, x: Tensor) -> Tensor:  # the layer in x's dtype
         materialize = self.materializes(x.numel() // self.in_features)
         y: Tensor = _Projected.apply(x, self.R, self.bias, self._latent(x, materialize), self, materialize)
         if self.collecting and torch.is_grad_enabled() and y.requires_grad:
@@ -222,7 +234,8 @@ class SharedLatent:
 
     def of(self, x: Tensor, layer: ProjectedLinear) -> Tensor:
         """x Q for one of the layers; under DeepSpeed each gets a view of x of its own."""
-        key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype)
+        version = 0 if x.is_inference() else x._version  # tensors of inference mode have none
+        key = (x.data_ptr(), version, x.shape, x.stride(), x.dtype)
         if self._held is None or self._key != key or id(layer) in self._served:
             self._key, self._served = key, set()
             self._held = (x.detach(), _latent(x, layer.basis))
@@ -235,7 +248,7 @@ class SharedLatent:
 
 @torch.no_grad()
 def _latent(x: Tensor, basis: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]) @ basis
+    return x.reshape(-1, x.shape[-1]) @ basis.to(x.dtype)
 
 
 class _Projected(torch.autograd.Function):
@@ -251,18 +264,18 @@ class _Projected(torch.autograd.Function):
         layer: ProjectedLinear,
         materialize: bool,
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+        flat, dtype = x.reshape(-1, layer.in_features), x.dtype  # the weights' own, but under autocast
         if materialize:
-            y = flat @ layer.materialized().T
+            y = flat @ layer.materialized().to(dtype).T
         elif latent is not None:
-            y = (flat @ layer.weight.T).addmm_(latent, r.T)
+            y = (flat @ layer.weight.to(dtype).T).addmm_(latent, r.to(dtype).T)
         else:
-            y = (flat @ layer.weight.T).addmm_(flat @ r.T, layer.basis.T)
+            y = (flat @ layer.weight.to(dtype).T).addmm_(flat @ r.to(dtype).T, layer.basis.to(dtype).T)
         if bias is not None:
-            y += bias
+            y += bias.to(dtype)
         ctx.layer, ctx.materialize, ctx.shape = layer, materialize, x.shape
         ctx.save_for_backward(x if latent is None else latent)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], layer.out_features)
 
     @staticmethod
     @once_differentiable
@@ -270,21 +283,21 @@ class _Projected(torch.autograd.Function):
         layer: ProjectedLinear = ctx.layer
         dy = grads[0].reshape(-1, layer.out_features)
         (kept,) = ctx.saved_tensors
-        right = layer.side == "right"
+        dtype, right = kept.dtype, layer.side == "right"
         dx = dr = dbias = None
-        low = None if right else dy @ layer.basis  # (tokens, r)
+        low = None if right else dy @ layer.basis.to(dtype)  # (tokens, r)
         if ctx.needs_input_grad[0]:
             if ctx.materialize:
-                dx = dy @ layer.materialized()
+                dx = dy @ layer.materialized().to(dtype)
             elif low is None:
-                dx = (dy @ layer.weight).addmm_(dy @ layer.R, layer.basis.T)
+                dx = (dy @ layer.weight.to(dtype)).addmm_(dy @ layer.R.to(dtype), layer.basis.to(dtype).T)
             else:
-                dx = (dy @ layer.weight).addmm_(low, layer.R)
+                dx = (dy @ layer.weight.to(dtype)).addmm_(low, layer.R.to(dtype))
             dx = dx.view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            dr = dy.T @ kept if low is None else low.T @ kept.reshape(-1, layer.in_features)
-        if ctx.needs_input_grad[2]:
-            dbias = dy.sum(0)
+            dr = (dy.T @ kept if low is None else low.T @ kept.reshape(-1, layer.in_features)).to(layer.R.dtype)
+        if ctx.needs_input_grad[2] and layer.bias is not None:
+            dbias = dy.sum(0).to(layer.bias.dtype)
         return dx, dr, dbias, None, None, None
 
 

@@ -195,7 +195,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         owner |= {f"{name}.R": basis.owner for basis in bases for name in basis.layers}
         rows = [("parameter", "shape", "group", "rule", "rank", "lr", "owner", "state bytes")]
         for group, given in zip(self._all_groups, self._groups, strict=True):
-            lr = f"{group.get('initial_lr', group['lr']):g}"
+            lr = f"{given.settings.lr:g}"  # the schedule's own is that of its first step already
             if group["name"] == "matrices" and self._matrices is not None:
                 rows += [(*row[:2], "matrices", *row[2:4], lr, *row[4:]) for row in self._matrices.routes()]
                 continue

@@ -38,6 +38,14 @@ logger = logging.getLogger(__name__)
 
 PARALLEL = 0.98  # the least squared cosine between the two gradients of R; rounding to bf16 leaves more than 0.999
 SKETCHING: tuple[Projector, ...] = ("power", "randomized")  # need no more of G than products with thin matrices
+# Updates that a refresh waits for a full gradient to agree with R's. One that was skipped explains a single time; after
+# more, something changes R's gradient on its way, and the refresh does without its exact counterpart in the new basis.
+PATIENCE = 3
+WAITING = {
+    True: "R's gradient is not the full gradient times the basis: an update was skipped, or a hook, a penalty or "
+    "clipping by value changes it",
+    False: "the full gradient is not finite",
+}
 COUNTS = ("refreshes", "count", "decay", "due")
 
 
@@ -53,6 +61,7 @@ class Basis:
         due: whether a refresh is due and has not been made.
         refreshes: made so far.
         count: updates since R's moments were zero.
+        waits: updates that the refresh which is due has waited so far for a gradient that agrees.
         decay: what weight decay has left of W0 since W0 last took R Qᵀ; applied to it when it does so again.
     """
 
@@ -63,6 +72,7 @@ class Basis:
     due: bool = False
     refreshes: int = 0
     count: int = 0
+    waits: int = 0
     decay: float = 1.0
     side: Side = field(init=False)
 
@@ -108,7 +118,9 @@ class Projections:
                 by_basis[id(layer.basis)].layers[name] = layer
         self.remainders: dict[str, Tensor] = {}
         self._config, self._seed = config, seed
-        self._renewed: dict[str, Tensor] = {}  # by layer: the gradient in the new basis, until R's buffer is stepped
+        # By layer, until R's buffer is stepped: the gradient in the new basis, or what turns the delivered one into it.
+        self._renewed: dict[str, Tensor] = {}
+        self._turned: dict[str, Tensor] = {}
         self._kept = 1.0  # what the last update's weight decay left of a weight
         for index, basis in enumerate(self.bases):
             basis.phase = index * config.update_proj_gap // len(self.bases) if config.stagger else 0
@@ -157,6 +169,10 @@ class Projections:
                 own = self._shard.layout.on(f"{name}.R", self._shard.rank)
                 if name in self._renewed:
                     _write(self._renewed.pop(name), gradients, own)
+                elif name in self._turned:
+                    low, turn = self._exchange.everywhere(f"{name}.R", gradients), self._turned.pop(name)
+                    turn = turn.to(low.device)
+                    _write(low @ turn.T if basis.side == "right" else turn @ low, gradients, own)
                 runs += [(fragment, basis.count + 1) for fragment in own]
         if runs:
             fields = (self._shard.buffers, gradients, self._moments("exp_avg"), self._moments("exp_avg_sq"))
@@ -231,22 +247,28 @@ class Projections:
         if self._config.projector not in SKETCHING:
             for grad in (grad for parts in full.values() for grad in parts.values()):
                 self._exchange.add_up(grad)
-        fresh: list[tuple[Basis, float, Tensor, Tensor]] = []
+        fresh: list[tuple[Basis, float | None, Tensor, Tensor]] = []
         for basis, usable in zip(due, agreed.tolist(), strict=True):
             old = self._whole(basis.any_layer.basis).to(next(iter(full[basis].values())).device)
             low = {name: self._low(grad, old, basis.side) for name, grad in full[basis].items()} if usable else {}
             scale = self._scale(low, which, gradients) if usable else None
             if scale is None:
-                logger.warning("%s: the refresh waits, the full gradient is not of this update alone", basis.name)
-                basis.collect(True)
-                del full[basis]
-                continue
+                basis.waits += usable
+                if not usable or basis.waits <= PATIENCE:
+                    logger.warning("%s: the refresh waits for the next update; %s", basis.name, WAITING[usable])
+                    basis.collect(True)
+                    del full[basis]
+                    continue
+                logger.warning("%s: refreshed all the same; %s", basis.name, WAITING[usable])
             parts = [(full[basis][name], low[name]) for name in basis.layers]
             fresh.append((basis, scale, old, self._new_basis(basis, old, parts, updates)))
         for basis, scale, old, found in fresh:
             new = self._adopt(basis, old, found)
             for name, grad in full.pop(basis).items():
-                self._renewed[name] = self._low(grad, new, basis.side).mul_(scale)
+                if scale is None:
+                    self._turned[name] = new.T @ old
+                else:
+                    self._renewed[name] = self._low(grad, new, basis.side).mul_(scale)
 
     def _scale(self, low: Mapping[str, Tensor], which: Sequence[int], gradients: Field) -> float | None:
         """What DeepSpeed has multiplied the summed gradients with; None when they are not those that it has summed."""
@@ -322,7 +344,7 @@ class Projections:
             part.copy_(new.reshape(-1)[start : start + part.numel()])
         if self._config.moments == "reset":
             basis.count = 0
-        basis.refreshes, basis.decay, basis.due = basis.refreshes + 1, 1.0, False
+        basis.refreshes, basis.decay, basis.due, basis.waits = basis.refreshes + 1, 1.0, False, 0
         basis.collect(False)
         return new
 

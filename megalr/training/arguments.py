@@ -86,7 +86,7 @@ def positive(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = PlainParser(
         prog="pretrain.py",
-        description="Pretrain a LLaMA with low-rank weights under DeepSpeed ZeRO.",
+        description="Pretrain a LLaMA with a low-rank or projected optimizer under DeepSpeed ZeRO.",
         epilog="Start it with `deepspeed`, `torchrun` or plain `python` (one process).",
         allow_abbrev=False,
     )

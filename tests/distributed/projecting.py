@@ -137,6 +137,24 @@ def refreshes_without_engine(bad: int) -> list[int]:
     return counts
 
 
+def manual_boundaries(stage: int) -> int:
+    """Refreshes after updates of two micro-batches each, whose ends the user tells DeepSpeed."""
+    config = projected_configuration(stage)
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+        config[key] //= 2  # one micro-batch an update, as far as DeepSpeed knows
+    engine = engine_of(config)
+    micro, rank, world = engine.train_micro_batch_size_per_gpu(), dist.get_rank(), dist.get_world_size()
+    for ids in rule_training.batches(STEPS):
+        for a in range(2):
+            engine.set_gradient_accumulation_boundary(a == 1)
+            rows = ids[(a * world + rank) * micro :][:micro]
+            engine.backward(engine(input_ids=rows, labels=rows).loss)
+            engine.step()
+    refreshes = engine.basic_optimizer.refreshes
+    engine.destroy()
+    return refreshes
+
+
 def overflowing(stage: int) -> tuple[bool, int]:
     """Train with full gradients that are finite but overflow in products; whether bases stay finite, and refreshes."""
     config = projected_configuration(stage, section={"projector": "power", "stagger": False})

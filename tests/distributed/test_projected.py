@@ -163,6 +163,11 @@ def test_a_basis_that_is_not_finite_is_not_taken(ranks, stage):
         assert refreshes == 2 * LAYERS
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_an_update_ends_where_the_user_says(ranks, stage):
+    assert ranks(2).run("tests.distributed.projecting:manual_boundaries", stage) == [EXPECTED_REFRESHES] * 2
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "remainder"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_stays_close(ranks, stage, rounding):

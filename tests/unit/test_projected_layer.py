@@ -180,6 +180,50 @@ def test_layers_that_are_called_with_different_inputs_share_no_latent():
     torch.testing.assert_close(attention.k_proj.R.grad, expected)
 
 
+@pytest.mark.parametrize("compute", ["low_rank", "materialized"])
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("shape", [(0, N), (2, 0, N)])
+def test_no_tokens(side, compute, shape):
+    """As an expert of a mixture has them now and then."""
+    layer, _ = layer_of(side, compute)
+    x = torch.zeros(*shape[:-1], N, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (*shape[:-1], M)
+    y.sum().backward()
+    assert x.grad.shape == x.shape and not layer.R.grad.any()
+
+
+@pytest.mark.parametrize("compute", ["low_rank", "materialized"])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_autocast(side, compute):
+    """Weights in fp32, arithmetic in bf16, gradients in fp32 again; near to what fp32 gives."""
+    layer, _ = layer_of(side, compute)
+    x = torch.randn(2, 5, N)
+    layer.collecting = True
+    results = []
+    for enabled in (False, True):
+        layer.zero_grad()
+        layer.full_gradient = None
+        ours = x.detach().clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = layer(ours)
+        assert y.dtype == (torch.bfloat16 if enabled else torch.float32)
+        y.float().square().sum().backward()
+        results.append([y.float(), ours.grad, layer.R.grad.clone(), layer.bias.grad.clone(), layer.full_gradient])
+    for exact, rounded in zip(*results, strict=True):
+        assert rounded.dtype == torch.float32
+        assert (rounded - exact).norm() < 0.03 * exact.norm()
+
+
+def test_inference_mode():
+    ids = torch.arange(12).view(2, 6)
+    model = llama(True, compute="low_rank")
+    with torch.inference_mode():
+        inferred = model(input_ids=ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, inferred.clone())
+
+
 def test_nothing_is_collected_in_evaluation():
     layer, _ = layer_of()
     layer.collecting = True
@@ -245,6 +289,8 @@ def test_a_frozen_layer_stays_frozen():
         ({"rank": 0}, "rank is 0; write a whole number of at least 1"),
         ({"update_proj_gap": 0}, "update_proj_gap is 0; write a whole number of at least 1"),
         ({"side": "left"}, 'side is "left"; expected one of "input", "std", "output"'),
+        ({"proj_type": "std"}, 'write "side": "std"'),
+        ({"scale": 0.25}, "multiply optimizer.params.lr"),
         ({"side": "std", "share_basis": True}, 'share_basis needs a basis of the input: write "side": "input"'),
         ({"random_from": -1}, "random_from is -1; write a number of updates"),
         ({"alpha": 8}, 'has no key "alpha"'),
