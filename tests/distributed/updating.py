@@ -127,7 +127,8 @@ def refactorization_memory(bucket_bytes: int, *, transport: bool) -> tuple[int, 
     fields = (moments, moments) if transport else None
 
     def all_done(left: list[Tensor], *_: Any) -> SimpleNamespace:
-        return SimpleNamespace(tolist=lambda: [0] * len(left))
+        statuses = [0] * len(left)  # the result must not hold the factors
+        return SimpleNamespace(tolist=lambda: statuses)
 
     with mock.patch("megalr.optim.refactorization.refactorize_", all_done):
         return _measured(partial(refactorize_pairs, owned, exchange, shard.buffers, fields, bucket_bytes))
