@@ -127,7 +127,7 @@ def sketched_basis(
     matrix = grad if side == "left" else grad.T
     if projector == "power" and previous is not None:
         # A zero gradient has no subspace of its own.
-        new = orthonormal(matrix @ orthonormal(product)) if product.any() else previous.clone()
+        new = _second_half(matrix, product) if product.any() else previous.clone()
         return _signed(new, previous).contiguous()
     return _signed(_randomized(matrix, rank, generator), previous).contiguous()
 
@@ -150,7 +150,12 @@ def power_step(matrix: Tensor | SummedMatrix, previous: Tensor) -> Tensor:
     The inner factor is made orthonormal, too. That changes nothing in exact arithmetic, since triangular factors from
     the right leave Q as it is, and keeps singular values that are squared otherwise.
     """
-    return orthonormal(matrix @ orthonormal(matrix.T @ previous))
+    return _second_half(matrix, matrix.T @ previous)
+
+
+def _second_half(matrix: Tensor | SummedMatrix, product: Tensor) -> Tensor:
+    """A power step from Mᵀ P on."""
+    return orthonormal(matrix @ orthonormal(product))
 
 
 def _signed(basis: Tensor, previous: Tensor | None) -> Tensor:

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalr.data import Batches, Examples
+from megalr.optim.groups import logical_shape
 from megalr.training.checkpoints import Notes, load_checkpoint, save_checkpoint
 from megalr.training.ds_config import Batch
 from megalr.training.evaluation import IGNORED, Evaluation, evaluate, predicted_tokens, to_device
@@ -173,12 +174,13 @@ class Loop:
     @property
     def parameters(self) -> int:
         """How many the model has, over all ranks."""
-        return sum(map(_numel, self.engine.module.parameters()))
+        return sum(math.prod(logical_shape(parameter)) for parameter in self.engine.module.parameters())
 
     @property
     def trained_parameters(self) -> int:
         """How many of them are not frozen."""
-        return sum(_numel(parameter) for parameter in self.engine.module.parameters() if parameter.requires_grad)
+        trained = (parameter for parameter in self.engine.module.parameters() if parameter.requires_grad)
+        return sum(math.prod(logical_shape(parameter)) for parameter in trained)
 
     @property
     def tokens_per_second(self) -> float:
@@ -254,7 +256,3 @@ class Loop:
         start = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - start
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves parameters empty
