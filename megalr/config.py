@@ -128,7 +128,7 @@ class MegalrConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        low_rank = isinstance(self.parametrization, LowRankConfig)
+        low_rank, rule = isinstance(self.parametrization, LowRankConfig), self.optimizer.rule
         require(
             self.refactorization is None or low_rank,
             'megalr.refactorization needs low-rank factors: add "parametrization": {"type": "low_rank", "rank": ...} '
@@ -139,13 +139,25 @@ class MegalrConfig:
             'megalr.momentum_reset.scope is "factors", but there are no low-rank factors: write "scope": "all"',
         )
         require(
-            self.momentum_reset is None or self.optimizer.rule is None,
-            'megalr.momentum_reset resets AdamW alone: remove it; a rule with a basis has "moments": "reset" instead',
+            self.momentum_reset is None or rule is None or bool(rule.reset_keys),
+            f"megalr.momentum_reset cannot reset {rule.name if rule else ''}: remove it; a rule with a basis has "
+            '"moments": "reset" instead',
         )
         require(
-            not (low_rank and self.optimizer.rule),
-            '"low_rank" factors are trained with AdamW: write "type": "AdamW" in "optimizer", or remove '
+            not low_rank or rule is None or not rule.not_for_factors,
+            f'"{self.parametrization.type}" factors cannot be trained with {rule.name if rule else ""}, because '
+            f'{rule.not_for_factors if rule else ""}: write "type": "AdamW" in "optimizer", or remove '
             '"megalr.parametrization" to train dense matrices with the rule',
+        )
+        require(
+            not low_rank or rule is None or self.optimizer.target_modules is None,
+            "the rule trains all factors: remove optimizer.params.target_modules; "
+            "megalr.parametrization.target_modules chooses the layers",
+        )
+        require(
+            self.refactorization is None or rule is None or self.refactorization.moments != "transport",
+            'megalr.refactorization.moments is "transport", which carries AdamW\'s moments: write "reset" or "keep" '
+            "with another rule",
         )
         projected = isinstance(self.parametrization, ProjectedConfig)
         require(

@@ -2,13 +2,14 @@
 
 from megalr.layers.export import densify
 from megalr.layers.low_rank import LowRankLinear
-from megalr.layers.parametrize import factor_pairs, matching, parametrize, projected_layers
+from megalr.layers.parametrize import factor_names, factor_pairs, matching, parametrize, projected_layers
 from megalr.layers.projected import ProjectedLinear
 
 __all__ = [
     "LowRankLinear",
     "ProjectedLinear",
     "densify",
+    "factor_names",
     "factor_pairs",
     "matching",
     "parametrize",

@@ -73,4 +73,14 @@ class Parametrization(ABC):
         """The dense weight (m, n), multiplied and kept in fp32, from a layer's :attr:`parts` by last name."""
 
 
+class FactorizedLinear(nn.Module):
+    """A linear layer that trains something smaller than its weight.
+
+    Attributes:
+        factors: names of the parameters that it trains in the weight's place.
+    """
+
+    factors: ClassVar[tuple[str, ...]]
+
+
 ParametrizationConfig = FullConfig | Parametrization

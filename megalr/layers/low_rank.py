@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megalr.errors import UserError
-from megalr.layers.base import Parametrization
+from megalr.layers.base import FactorizedLinear, Parametrization
 from megalr.sections import require
 from megalr.seeding import generator
 
@@ -72,7 +72,7 @@ class LowRankConfig(Parametrization):
         return self.scale * (parts["B"].to(torch.float32) @ parts["A"].to(torch.float32))
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(FactorizedLinear):
     """y = s * (x @ A.T) @ B.T + bias, in place of ``nn.Linear``; only the factors exist and only they are trained.
 
     Attributes:
@@ -81,6 +81,8 @@ class LowRankLinear(nn.Module):
         bias: (out_features,) or None.
         scale: s = alpha / rank, a constant. It is applied to the r-wide activation.
     """
+
+    factors: ClassVar[tuple[str, ...]] = ("B", "A")
 
     bias: nn.Parameter | None
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from megalr.errors import UserError
-from megalr.layers.base import FullConfig, Parametrization, ParametrizationConfig
+from megalr.layers.base import FactorizedLinear, FullConfig, Parametrization, ParametrizationConfig
 from megalr.layers.low_rank import LowRankLinear
 from megalr.layers.projected import ProjectedLinear
 
@@ -48,6 +48,13 @@ def factor_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
         if isinstance(module, LowRankLinear):
             prefix = f"{name}." if name else ""
             yield f"{prefix}B", f"{prefix}A"
+
+
+def factor_names(model: nn.Module) -> Iterator[str]:
+    """The qualified names of what low-rank layers and their kin train in place of a dense weight."""
+    for name, module in model.named_modules():
+        if isinstance(module, FactorizedLinear):
+            yield from (f"{name}.{factor}" if name else factor for factor in module.factors)
 
 
 def projected_layers(model: nn.Module) -> dict[str, ProjectedLinear]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megalr.config import GroupConfig, OptimizerConfig
 from megalr.errors import UserError
-from megalr.layers import factor_pairs, matching, projected_layers
+from megalr.layers import factor_names, matching, projected_layers
 from megalr.rules.base import Rule
 
 GroupName = Literal["factors", "projected", "matrices", "trunk", "embedding", "norm"]
@@ -28,21 +28,27 @@ class Settings:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Trainable parameters that share settings, by qualified name, in the model's order."""
+    """Trainable parameters that share settings, by qualified name, in the model's order.
+
+    Attributes:
+        name, parameters, settings: as they say.
+        by_rule: whether the optimizer's rule updates them, as whole matrices; else AdamW does, element by element.
+    """
 
     name: GroupName
     parameters: dict[str, nn.Parameter]
     settings: Settings
+    by_rule: bool = False
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGroup]:
     """Sort a model's trainable parameters into groups; every parameter into exactly one, empty groups left out.
 
-    - factors: the B and A of low-rank layers, with the trunk's settings. A group of their own, so that a reset of the
-      factors covers whole flat buffers.
+    - factors: what low-rank layers and their kin train, with the trunk's settings; the optimizer's rule updates them,
+      if it has one. A group of their own, so that a reset of the factors covers whole flat buffers.
     - projected: R of projected layers, with the trunk's settings; a group of its own, since its moments follow bases.
-    - matrices: what the optimizer's rule updates, if it has one. A group of their own, so that no flat buffer holds
-      anything else.
+    - matrices: the dense ones that the optimizer's rule updates, if it has one. A group of their own, so that no flat
+      buffer holds anything else.
     - embedding: weights of ``nn.Embedding`` and of the output head.
     - norm: everything with fewer than two dimensions, i.e. norms and biases; no weight decay unless asked for.
     - trunk: the rest.
@@ -50,7 +56,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
     Raises:
         UserError: the rule would get nothing, or a pattern of ``target_modules`` matches nothing.
     """
-    factors = {name for pair in factor_pairs(model) for name in pair}
+    factors = set(factor_names(model))
     projected = {id(layer.R) for layer in projected_layers(model).values()}
     embedding = _embedding_parameters(model)
     members: dict[GroupName, dict[str, nn.Parameter]] = {
@@ -77,12 +83,15 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
     main = Settings(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
     rest = main
     if config.rule is not None:
-        chosen = _matrices(model, members["trunk"], config.target_modules)
+        chosen = _matrices(model, members["trunk"], config.target_modules, needed=not factors)
         chosen = {name for name in chosen if 0 not in logical_shape(members["trunk"][name])}  # nothing to update
         members["matrices"] = {n: p for n, p in members["trunk"].items() if n in chosen}
         members["trunk"] = {n: p for n, p in members["trunk"].items() if n not in chosen}
         rest = _override(main, config.adamw)
         _check_rank(config.rule, members["matrices"])
+        vectors = [n for n, p in members["factors"].items() if len(logical_shape(p)) < MATRIX_DIMENSIONS[0]]
+        if vectors and not config.rule.takes_vectors:
+            raise UserError(f"{config.rule.name} updates matrices, and {vectors[0]} is a vector: write AdamW")
     settings: dict[GroupName, Settings] = {
         "factors": main,
         "projected": main,
@@ -91,7 +100,12 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
         "embedding": _override(rest, config.embedding),
         "norm": _override(replace(rest, weight_decay=0.0), config.norm),
     }
-    return [ParameterGroup(name, chosen, settings[name]) for name, chosen in members.items() if chosen]
+    by_rule = ("matrices", "factors") if config.rule is not None else ()
+    return [
+        ParameterGroup(name, chosen, settings[name], by_rule=name in by_rule)
+        for name, chosen in members.items()
+        if chosen
+    ]
 
 
 def logical_shape(parameter: Tensor) -> tuple[int, ...]:
@@ -100,16 +114,16 @@ def logical_shape(parameter: Tensor) -> tuple[int, ...]:
 
 
 def _matrices(
-    model: nn.Module, trunk: dict[str, nn.Parameter], target_modules: tuple[str, ...] | str | None
+    model: nn.Module, trunk: dict[str, nn.Parameter], target_modules: tuple[str, ...] | str | None, *, needed: bool
 ) -> set[str]:
-    """Names of the parameters that the rule gets."""
+    """Names of the dense parameters that the rule gets; none is an error if any is needed."""
     where = "optimizer.params.target_modules"
     if target_modules is not None:
         candidates = [n for n, p in trunk.items() if len(logical_shape(p)) in MATRIX_DIMENSIONS]
         return matching(candidates, target_modules, where, "matrix")
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     chosen = {name for name, parameter in trunk.items() if id(parameter) in linear}
-    if not chosen:
+    if needed and not chosen:
         raise UserError(f'the model has no linear layer for the rule to train; name its matrices in "{where}"')
     return chosen
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +152,13 @@ class MatrixUpdater:
         if scattering is not None:
             scattering.wait()
 
+    def reset(self, parameters: Iterable[str]) -> None:
+        """Momentum reset of the matrices of some parameters; those of others are passed over."""
+        chosen = set(parameters)
+        for name, state in self.states.items():
+            if _parameter(name) in chosen:
+                self.rule.reset(state)
+
     def state_dict(self) -> dict[str, Any]:
         """The states of this rank's matrices: tensors and numbers, by name."""
         return {name: dict(state) for name, state in self.states.items()}
@@ -186,8 +193,8 @@ class MatrixUpdater:
                     state[key] = value
             self.states[name] = state
 
-    def routes(self) -> list[tuple[str, str, str, str, str, str]]:
-        """Of each matrix: name, shape, rule, rank, owner, bytes of state."""
+    def routes(self, parameters: Collection[str]) -> list[tuple[str, str, str, str, str, str]]:
+        """Of each matrix of some parameters: name, shape, rule, rank, owner, bytes of state."""
         return [
             (
                 m.name,
@@ -198,6 +205,7 @@ class MatrixUpdater:
                 f"{BYTES * self.rule.state_numel(m.shape):,}",
             )
             for m in self.matrices
+            if _parameter(m.name) in parameters
         ]
 
     def state_numel(self) -> int:
@@ -284,6 +292,11 @@ class MatrixUpdater:
     @staticmethod
     def _view(field: Field, fragment: Fragment, shape: Shape) -> Tensor:
         return run_of(field, fragment).view(shape)
+
+
+def _parameter(matrix: str) -> str:
+    """The name of the parameter that a matrix is, or is one of the stack of."""
+    return matrix.partition("[")[0]
 
 
 def _form(value: Tensor | int) -> tuple[int, ...] | str:

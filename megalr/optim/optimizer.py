@@ -72,7 +72,13 @@ class MegalrOptimizer(torch.optim.Optimizer):
         self._skipping = False
         self._began = False
         param_groups: list[dict[str, Any]] = [
-            {"params": list(group.parameters.values()), "name": group.name, **vars(group.settings)} for group in groups
+            {
+                "params": list(group.parameters.values()),
+                "name": group.name,
+                "by_rule": group.by_rule,
+                **vars(group.settings),
+            }
+            for group in groups
         ]
         # accelerate reads a learning rate from the defaults when the JSON has a schedule.
         super().__init__(param_groups, defaults={"lr": config.optimizer.lr})
@@ -97,7 +103,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
             self._stepped.update(here)
             if self._skipping or not here:
                 continue
-            if group["name"] == "matrices":
+            if group["by_rule"]:
                 self._update_matrices(here, group)
             elif group["name"] == "projected":
                 self._update_projected(here, group)
@@ -125,7 +131,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
             self._owned_pairs = OwnedPairs.of(self._pairs, shard.layout)
             factors = {name for pair in self._pairs for name in pair}
             self._factor_buffers = sorted({f.buffer for f in shard.layout.fragments if f.name in factors})
-            names = [n for g in self._groups if g.name == "matrices" for n in g.parameters if n in shard.layout.shapes]
+            names = [n for g in self._groups if g.by_rule for n in g.parameters if n in shard.layout.shapes]
             if self.config.optimizer.rule is not None and names:
                 self._matrices = MatrixUpdater(
                     self.config.optimizer.rule,
@@ -196,8 +202,9 @@ class MegalrOptimizer(torch.optim.Optimizer):
         rows = [("parameter", "shape", "group", "rule", "rank", "lr", "owner", "state bytes")]
         for group, given in zip(self._all_groups, self._groups, strict=True):
             lr = f"{given.settings.lr:g}"  # the schedule's own is that of its first step already
-            if group["name"] == "matrices" and self._matrices is not None:
-                rows += [(*row[:2], "matrices", *row[2:4], lr, *row[4:]) for row in self._matrices.routes()]
+            if given.by_rule and self._matrices is not None:
+                routes = self._matrices.routes(given.parameters)
+                rows += [(*row[:2], given.name, *row[2:4], lr, *row[4:]) for row in routes]
                 continue
             for name in given.parameters:
                 if name in shard.layout.shapes:
@@ -234,7 +241,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
                 f"projected: {len(layers)} matrices with {size:,} elements and {len(bases)} bases of rank "
                 + "-".join(map(str, sorted({chosen[0], chosen[-1]})))
             )
-        owned = {n for g in self._groups if g.name == "matrices" for n in g.parameters} if self._matrices else set()
+        owned = {n for g in self._groups if g.by_rule for n in g.parameters} if self._matrices else set()
         rest = [name for name in shard.layout.shapes if name not in owned]
         lines.append(f"adamw: {len(rest)} parameters with {sum(map(shard.layout.numel, rest)):,} elements")
         return "\n".join(lines)
@@ -255,7 +262,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         """The model's parameters that the rule updates."""
         if self.config.optimizer.rule is None:
             return []
-        return [p for group in self._groups if group.name == "matrices" for p in group.parameters.values()]
+        return [p for group in self._groups if group.by_rule for p in group.parameters.values()]
 
     @property
     def remainders(self) -> dict[str, Tensor]:
@@ -318,9 +325,12 @@ class MegalrOptimizer(torch.optim.Optimizer):
 
     def _update_matrices(self, here: dict[int, Tensor], group: dict[str, Any]) -> None:
         assert self._matrices is not None
-        gradients = self._flat_gradients(here)
         self._matrices.update(
-            sorted(here), gradients, lr=group["lr"], weight_decay=group["weight_decay"], updates=self.updates
+            sorted(here),
+            self._flat_gradients(here),
+            lr=group["lr"] * self._ramp(_clock_of(group["name"])),
+            weight_decay=group["weight_decay"],
+            updates=self.updates,
         )
 
     def _update_projected(self, here: dict[int, Tensor], group: dict[str, Any]) -> None:
@@ -361,22 +371,26 @@ class MegalrOptimizer(torch.optim.Optimizer):
         return self._run_events()
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        clock = _clock_of(group)
+        clock = _clock_of(group["name"])
         states = [self._moments_of(parameter) for parameter in parameters]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        reset = self.config.momentum_reset
         low_rank_adam(
             [parameter.data.view(-1) for parameter in parameters],
             [grad.reshape(-1) for grad in grads],
             [state["exp_avg"].view(-1) for state in states],
             [state["exp_avg_sq"].view(-1) for state in states],
             steps=[self._clocks[clock].count + 1] * len(parameters),
-            lr=group["lr"] * (self._clocks[clock].ramp(reset.warmup_steps) if reset else 1.0),
+            lr=group["lr"] * self._ramp(clock),
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             reset=clock in self._resets_due(self.updates + 1),
         )
+
+    def _ramp(self, clock: str) -> float:
+        """What a momentum reset leaves of the learning rate at this update."""
+        reset = self.config.momentum_reset
+        return self._clocks[clock].ramp(reset.warmup_steps) if reset else 1.0
 
     def _resets_due(self, updates: int) -> set[str]:
         """The clocks whose moments become zero at the end of an update, which stores zeros right away."""
@@ -395,6 +409,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
         zeroed = self._resets_due(self.updates)
         for name in zeroed:
             self._clocks[name].count = 0
+        if self._matrices is not None:
+            self._matrices.reset(n for g in self._groups if _clock_of(g.name) in zeroed for n in g.parameters)
         if refactorization and self._pairs and self.updates % refactorization.interval == 0:
             self._refactorize(transport=refactorization.moments == "transport" and "factors" not in zeroed)
             events.append("refactorization")
@@ -423,8 +439,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
         return [by_id[buffer_id].view(-1) if buffer_id in by_id else buffer[:0] for buffer_id, buffer in found]
 
 
-def _clock_of(group: dict[str, Any]) -> str:
-    return "factors" if group["name"] == "factors" else "dense"
+def _clock_of(group: str) -> str:
+    return "factors" if group == "factors" else "dense"
 
 
 def _words(form: dict[str, Any]) -> str:

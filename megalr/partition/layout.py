@@ -89,14 +89,15 @@ class Layout:
         """The layout of the named parameters as matrices.
 
         A parameter of three dimensions is a stack, and becomes one matrix for each index: ``name[0]``, ``name[1]``, ...
+        A vector is a matrix with one row.
 
         Args:
-            names: of parameters with two or three dimensions.
+            names: of parameters with one to three dimensions.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         fragments: list[Fragment] = []
         for name in names:
-            *stack, m, n = self.shapes[name]
+            *stack, m, n = (1, *self.shapes[name])[-max(2, len(self.shapes[name])) :]
             if not stack:
                 shapes[name] = (m, n)
                 fragments += self.of(name)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from megalr.layers import factor_pairs
+from megalr.layers import factor_names
 from megalr.optim.groups import logical_shape
 from megalr.partition.fragments import PADDING
 
@@ -50,7 +50,7 @@ class ParameterRecord:
     Attributes:
         name: its qualified name.
         shape: its logical shape.
-        kind: "factor" for B or A of a low-rank layer, "dense" for everything else.
+        kind: "factor" for what a low-rank layer trains, "dense" for everything else.
     """
 
     name: str
@@ -83,7 +83,7 @@ def records(model: nn.Module) -> list[ParameterRecord]:
 
     The model may lie on the meta device, or have been cut up by ZeRO-3.
     """
-    factors = {name for pair in factor_pairs(model) for name in pair}
+    factors = set(factor_names(model))
     return [
         ParameterRecord(name, logical_shape(parameter), "factor" if name in factors else "dense")
         for name, parameter in model.named_parameters()

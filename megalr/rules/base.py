@@ -31,6 +31,12 @@ class Rule(ABC):
     default_eps: ClassVar[float] = 1e-8
     # Inherited hyper-parameters that mean nothing to this rule, so that nobody sets them in vain.
     unused: ClassVar[frozenset[str]] = frozenset()
+    # Keys of the state that a momentum reset makes zero: moments, and the counts that correct their bias.
+    reset_keys: ClassVar[tuple[str, ...]] = ()
+    # Why the rule cannot train the factors of a low-rank layer; empty where it can.
+    not_for_factors: ClassVar[str] = ""
+    # Whether it also takes a vector among those factors, as a matrix with one row.
+    takes_vectors: ClassVar[bool] = False
 
     @abstractmethod
     def init_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
@@ -58,6 +64,12 @@ class Rule(ABC):
             lr: learning rate.
         """
         weight.add_(self.update(grad, state, basis), alpha=-lr)
+
+    def reset(self, state: State) -> None:
+        """Momentum reset: what :attr:`reset_keys` names becomes zero, in place; everything else stays as it is."""
+        for key in self.reset_keys:
+            value = state[key]
+            state[key] = value.zero_() if isinstance(value, Tensor) else 0
 
     @abstractmethod
     def state_numel(self, shape: Shape) -> int:

@@ -32,6 +32,7 @@ class Muon(Rule):
     """
 
     name: ClassVar[str] = "muon"
+    reset_keys: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
     momentum: float = 0.95
     nesterov: bool = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class ProjectedRule(Rule):
     stagger: bool = True
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
+
+    not_for_factors: ClassVar[str] = "it projects matrices of full rank, and factors are thin already"
 
     def __post_init__(self) -> None:
         require_positive(rank=self.rank, update_proj_gap=self.update_proj_gap)

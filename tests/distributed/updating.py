@@ -212,7 +212,7 @@ def traffic(stage: int) -> Traffic:
     run_steps(engine, batches(1))
     moved = optimizer.bytes_moved - before
     shard, updater = optimizer.prepare(), optimizer._matrices
-    layout = shard.layout.matrices([n for g in optimizer._groups if g.name == "matrices" for n in g.parameters])
+    layout = shard.layout.matrices([n for g in optimizer._groups if g.by_rule for n in g.parameters])
     away = sum(f.length for m in updater.matrices for f in layout.cover(m.name, m.owner) if f.rank != m.owner)
     shapes = [{n: tuple(shard.layout.shapes[n]) for n in g.parameters} for g in optimizer._groups]
     planned = planned_layout(shapes, stage=stage, world_size=dist.get_world_size())

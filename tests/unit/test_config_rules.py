@@ -89,9 +89,9 @@ def test_mistakes(kind, params, message):
 
 
 def test_combinations_that_are_refused():
-    with pytest.raises(megalr.UserError, match='"low_rank" factors are trained with AdamW'):
+    with pytest.raises(megalr.UserError, match='"low_rank" factors cannot be trained with galore'):
         config(section={"parametrization": {"type": "low_rank", "rank": 2}})
-    with pytest.raises(megalr.UserError, match="momentum_reset resets AdamW alone"):
+    with pytest.raises(megalr.UserError, match="momentum_reset cannot reset galore"):
         config(section={"momentum_reset": {"interval": 5, "scope": "all"}})
 
 
