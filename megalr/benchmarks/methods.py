@@ -96,8 +96,8 @@ class Trainer:
         """First every method's grid, then the best rate of each with the other seeds."""
         settings = recipe.settings
         grid = [run for method in recipe.methods for run in recipe.grid(method)]
-        others = len(set(settings.seeds) - {settings.grid_seed})
-        self._done, self._all = 0, len(grid) + others * len(recipe.methods)
+        others = {m.name: len(set(recipe.seeds(m)) - {settings.grid_seed}) for m in recipe.methods}
+        self._done, self._all = 0, len(grid) + sum(others.values())
         self._train(grid)
         rows = self._results.rows()
         repeats: list[Run] = []
@@ -106,7 +106,7 @@ class Trainer:
             assert best is not None
             if math.isinf(score(rows[best.key])):
                 print(f"{method.name}: every learning rate diverged; not repeated with other seeds", flush=True)
-                self._all -= others
+                self._all -= others[method.name]
                 continue
             repeats += [run for run in recipe.repeats(method, best.lr) if run.seed != settings.grid_seed]
         self._train(repeats)

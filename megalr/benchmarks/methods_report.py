@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megalr.benchmarks.markdown import table
-from megalr.benchmarks.results import best_run, score
+from megalr.benchmarks.results import best_run, score, test_score
 from megalr.benchmarks.runs import Recipe, Run
 from megalr.layers import parametrize
 from megalr.optim.matrices import state_numel
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "method",
-    "perplexity",
+    "test perplexity",
     "best rate",
     "the grid's perplexities",
     "trained parameters",
@@ -32,6 +32,7 @@ COLUMNS = (
     "DeepSpeed's memory",
     "tokens/s",
 )
+PUBLISHED = "published"
 SHOWN_FROM = 0.1  # of the tokens: losses before would squeeze what differs into the lower edge
 DPI = 150
 
@@ -62,6 +63,7 @@ class Row:
         results: of the best rate's runs, by seed; those that are missing are left out.
         seeds: how many there should be.
         memory: by formula.
+        published: the recipe's.
     """
 
     name: str
@@ -70,11 +72,12 @@ class Row:
     results: dict[int, Mapping[str, Any]]
     seeds: int
     memory: Memory
+    published: float | None
 
     @property
     def perplexities(self) -> list[float]:
-        """Of the best rate's runs."""
-        return [score(result) for result in self.results.values()]
+        """Of the best rate's runs, on the test text."""
+        return [test_score(result) for result in self.results.values()]
 
     @property
     def mean(self) -> float:
@@ -110,14 +113,16 @@ def write_report(recipe: Recipe, results: Mapping[str, Mapping[str, Any]], folde
 def report(recipe: Recipe, rows: Sequence[Row]) -> str:
     """The table in Markdown, with what one has to know to read it."""
     settings = recipe.settings
+    published = any(row.published is not None for row in rows)
     seeds = ", ".join(map(str, settings.seeds))
     lines = [
         f"{settings.model}, {settings.steps:,} steps of {settings.batch_size} sequences of {settings.sequence_length} "
-        f"tokens. Perplexity on held-out text: mean (and range) over seeds {seeds} at the learning rate that was best "
-        f"at seed {settings.grid_seed}. Memory: weights and optimizer state in bf16, as the papers count; and what "
-        "DeepSpeed holds in one process, gradients included.",
+        f"tokens. Perplexity on test text, the second half of what is held out: mean (and range) over seeds {seeds}, "
+        f"unless fewer are named, at the learning rate that was best on the first half at seed {settings.grid_seed}. "
+        "Memory: weights and optimizer state in bf16, as the papers count; and what DeepSpeed holds in one process, "
+        "gradients included.",
         "",
-        table(COLUMNS, [_cells(row) for row in rows]),
+        table((*COLUMNS, *[PUBLISHED] * published), [_cells(row, published) for row in rows]),
     ]
     if edge := [row.name for row in rows if row.at_the_edge]:
         lines += ["", f"\\* the best rate is at the edge of its grid, a better one may lie beyond: {', '.join(edge)}."]
@@ -134,12 +139,13 @@ def method_memory(one: Run, recipe: Recipe) -> Memory:
     rule = config.optimizer.rule
     model = parametrize(empty_model(recipe.model), config.parametrization)
     groups = one.groups(recipe.model)
-    treated = [index for index, group in enumerate(groups) if group.name == "matrices"] if rule else []
+    treated = [index for index, group in enumerate(groups) if group.by_rule]
     state: dict[str, int] = {}
     for index in treated:
         for name, parameter in groups[index].parameters.items():
             assert rule is not None
-            state[name] = state_numel(rule, (parameter.shape[0], parameter.shape[1]))
+            *stack, m, n = (1, *parameter.shape)
+            state[name] = math.prod(stack) * state_numel(rule, (m, n))
 
     def own_state(record: ParameterRecord) -> int | None:
         return state.get(record.name)
@@ -169,6 +175,7 @@ def _row(recipe: Recipe, index: int, results: Mapping[str, Mapping[str, Any]]) -
         results={run.seed: results[run.key] for run in repeats if run.key in results},
         seeds=len(repeats),
         memory=method_memory(grid[0], recipe),
+        published=method.published,
     )
 
 
@@ -176,13 +183,13 @@ def _best(row: Row) -> float:
     return min((value for value in row.grid.values() if value is not None), default=math.nan)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, published: bool) -> list[str]:
     found = row.perplexities
     perplexity = "-"
     if found:
         perplexity = f"{row.mean:,.2f}"
         if len(found) > 1:
-            perplexity += f" ({min(found):,.2f} to {max(found):,.2f})"
+            perplexity += f" ({min(found):,.2f} to {max(found):,.2f}; {len(found)} seeds)"
         if len(found) < row.seeds and math.isfinite(_best(row)):
             perplexity += f", {len(found)} of {row.seeds} seeds"
     speeds = [speed for result in row.results.values() if (speed := result["tokens_per_second"])]
@@ -196,6 +203,7 @@ def _cells(row: Row) -> list[str]:
         human_bytes(row.memory.papers),
         human_bytes(row.memory.deepspeed),
         f"{sum(speeds) / len(speeds):,.0f}" if speeds else "-",
+        *[f"{row.published:g}" if row.published is not None else "-"] * published,
     ]
 
 
@@ -245,4 +253,4 @@ def _draw_memory(axes: Axes, row: Row, color: Any) -> None:
     reach = [[mean - min(found)], [max(found) - mean]]
     axes.errorbar(row.memory.papers / 1e6, mean, yerr=reach, color=color, fmt="o", capsize=3, label=row.name)
     axes.set_xlabel("weights and optimizer state in bf16, as the papers count (MB)", color=TEXT_COLOR)
-    axes.set_ylabel("held-out perplexity", color=TEXT_COLOR)
+    axes.set_ylabel("test perplexity", color=TEXT_COLOR)

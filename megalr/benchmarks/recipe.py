@@ -20,7 +20,7 @@ from megalr.errors import UserError
 from megalr.sections import build, check_keys, require
 
 SECTIONS = ("base", "methods", "text")
-METHOD_KEYS = ("optimizer", "megalr", "learning_rates")
+METHOD_KEYS = ("optimizer", "megalr", "learning_rates", "seeds", "published")
 # Parts of the model that every method trains alike: these keys of optimizer.params belong into the base.
 SHARED_KEYS = ("adamw", "embedding", "norm")
 
@@ -78,11 +78,26 @@ class Method:
         name: the recipe's.
         config: the DeepSpeed JSON, base included, without a learning rate.
         rates: learning rates to try.
+        seeds: over which the table averages this method; empty for the recipe's.
+        published: a perplexity to be shown beside the one that was measured, if there is one.
     """
 
     name: str
     config: dict[str, Any]
     rates: tuple[float, ...]
+    seeds: tuple[int, ...] = ()
+    published: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rest:
+    """What a method may leave out."""
+
+    seeds: tuple[int, ...] = ()
+    published: float | None = None
+
+    def __post_init__(self) -> None:
+        require(len(set(self.seeds)) == len(self.seeds), f"seeds names one twice: {list(self.seeds)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +156,9 @@ def _method(name: str, section: Any, base: Mapping[str, Any], where: str) -> Met
     if len(set(rates)) < len(rates):
         raise UserError(f"{here} names a learning rate twice: {rates}")
     given = {"optimizer": optimizer, "megalr": section.get("megalr") or {}}
-    return Method(name=name, config=_merged(base, given, here), rates=tuple(map(float, rates)))
+    rest = build(_Rest, {key: section[key] for key in ("seeds", "published") if key in section}, here)
+    config = _merged(base, given, here)
+    return Method(name=name, config=config, rates=tuple(map(float, rates)), seeds=rest.seeds, published=rest.published)
 
 
 def _base(given: Any, here: Path, where: str) -> dict[str, Any]:

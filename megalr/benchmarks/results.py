@@ -57,8 +57,13 @@ class Results:
 
 
 def score(row: Mapping[str, Any]) -> float:
-    """A run's held-out perplexity; infinite where it diverged, which JSON cannot say."""
+    """A run's perplexity on the text that rates are chosen by; infinite where it diverged, which JSON cannot say."""
     return math.inf if row["perplexity"] is None else float(row["perplexity"])
+
+
+def test_score(row: Mapping[str, Any]) -> float:
+    """A run's perplexity on the text that nothing was chosen by; infinite where it diverged."""
+    return math.inf if row["test_perplexity"] is None else float(row["test_perplexity"])
 
 
 def best_run(grid: Iterable[Run], rows: Mapping[str, Mapping[str, Any]]) -> Run | None:
@@ -89,14 +94,15 @@ def result(one: Run, folder: RunFolder, ended: Ended) -> dict[str, Any]:
         words = "\n".join(f"  {line}" for line in lines)
         raise UserError(f"{one.title} failed with exit code {ended.code}; its last lines (of {ended.log}):\n{words}")
     summary = json.loads(folder.summary.read_text()) if finished else {}
-    perplexity = summary.get("perplexity", math.inf)
-    finite = math.isfinite(perplexity)
+    perplexity, test = summary.get("perplexity", math.inf), summary.get("perplexity_test", math.inf)
+    finite = math.isfinite(perplexity) and math.isfinite(test)
     return {
         "method": one.method,
         "rank": one.rank,
         "lr": one.lr,
         "seed": one.seed,
         "perplexity": perplexity if finite else None,
+        "test_perplexity": test if finite else None,
         "reason": "finished" if finite else f"diverged: the loss is {loss} at step {0 if last is None else last[0]}",
         "tokens_per_second": summary.get("tokens_per_second"),
         "seconds": round(ended.seconds, 1),

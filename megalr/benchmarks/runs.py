@@ -150,7 +150,11 @@ class Recipe:
 
     def repeats(self, method: Method, lr: float) -> list[Run]:
         """The runs that the table averages."""
-        return [self.run(method, lr, seed) for seed in self.settings.seeds]
+        return [self.run(method, lr, seed) for seed in self.seeds(method)]
+
+    def seeds(self, method: Method) -> tuple[int, ...]:
+        """Over which the table averages a method."""
+        return method.seeds or self.settings.seeds
 
     def _flags(self) -> list[str]:
         settings = self.settings
@@ -164,14 +168,16 @@ class Recipe:
         flags += [] if self._tokenizer is None else ["--tokenizer", self._tokenizer]
         for flag, names in (("--dataset", self._train), ("--eval-dataset", self._validation)):
             flags += [flag, *names] if names else []
-        # Checkpoints and evaluations on the way would cost time that is no method's.
-        return [*flags, "--eval-every", str(settings.steps), "--save-every", str(settings.steps)]
+        # Rates are chosen on the first half of the held-out text, the table is made of the second. Checkpoints and
+        # evaluations on the way would cost time that is no method's.
+        return [*flags, "--test-half", "--eval-every", str(settings.steps), "--save-every", str(settings.steps)]
 
     def _read_inputs(self) -> dict[str, Any]:
         return {
             **{k: v for k, v in vars(self.settings).items() if k not in ("model", "seeds", "grid_seed")},
             "model": self.model.to_dict(),
             "text": {k: v for k, v in vars(self._text).items() if k not in ("train", "validation", "tokenizer")},
+            "table": "test half",  # of the held-out text; rates are chosen on the first
             "train": [_fingerprint(name) for name in self._train],
             "validation": [_fingerprint(name) for name in self._validation],
             "tokenizer": None if self._tokenizer is None else _fingerprint(self._tokenizer),

@@ -33,6 +33,8 @@ class DataConfig:
             100 million of a hub dataset, which may be endless for all we know.
         max_eval_tokens: hold out no more tokens than this. None means all of a local text, 10 million of a
             hub one.
+        test_half: keep the second half of the held-out text apart, for a test at the end: what is chosen by the
+            first half has not been chosen by that.
 
     Raises:
         UserError: a value that cannot work.
@@ -50,6 +52,7 @@ class DataConfig:
     cache_dir: str | None = None
     max_train_tokens: int | None = None
     max_eval_tokens: int | None = None
+    test_half: bool = False
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,11 @@ _HUB_EVAL_TOKENS = 10_000_000
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and is judged by; ``description`` says it in two lines for the reader."""
+    """What a run trains on and is judged by; ``description`` says it for the reader, a line for each text."""
 
     train: Examples
     evaluation: Examples
+    test: Examples | None
     description: str
 
 
@@ -154,12 +156,36 @@ def _data(
             "one from another; choose a longer text or a larger eval_fraction"
         )
     train_examples = _examples(train, config, tokenizer, keep_tail=False)
+    test_examples = None
+    lines = [_describe("training text", train, train_examples, origins[0])]
+    if config.test_half:
+        held, test = _halves(held, config)
+        test_examples = _examples(test, config, tokenizer, keep_tail=True)
+        lines.append(_describe("test text", test, test_examples, origins[-1]))
     held_examples = _examples(held, config, tokenizer, keep_tail=True)
-    lines = (
-        _describe("training text", train, train_examples, origins[0]),
-        _describe("held-out text", held, held_examples, origins[-1]),
+    lines.insert(1, _describe("held-out text", held, held_examples, origins[-1]))
+    return Data(train_examples, held_examples, test_examples, "\n".join(lines))
+
+
+def _halves(held: _Part, config: DataConfig) -> tuple[_Part, _Part]:
+    """Both halves of a text, cut between two examples."""
+    count = math.ceil(len(held.tokens) / config.sequence_length) if config.pack else len(held.ends)
+    if config.pack:
+        cut = count // 2 * config.sequence_length
+        documents = int(np.searchsorted(held.ends, cut))
+        first, second = np.append(held.ends[:documents], cut), held.ends[documents:] - cut
+    else:
+        cut = int(held.ends[count // 2 - 1]) if count > 1 else 0
+        first, second = held.ends[: count // 2], held.ends[count // 2 :] - cut
+    if min(cut, len(held.tokens) - cut) < 2:
+        raise UserError(
+            f"the held-out text ({held.label}) is too short to keep half of it for a test: name a longer one, or a "
+            "shorter sequence_length"
+        )
+    return (
+        _Part(held.tokens[:cut], first, f"{held.identity} first half {cut}", f"the first half of {held.label}"),
+        _Part(held.tokens[cut:], second, f"{held.identity} second half {cut}", f"the second half of {held.label}"),
     )
-    return Data(train_examples, held_examples, "\n".join(lines))
 
 
 def _examples(part: _Part, config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, keep_tail: bool) -> Examples:

@@ -33,6 +33,7 @@ class PretrainArguments:
     pack: bool = True
     max_train_tokens: int | None = None
     max_eval_tokens: int | None = None
+    test_half: bool = False
     steps: int | None = None
     batch_size: int | None = None
     micro_batch_size: int | None = None
@@ -166,6 +167,11 @@ def add_text(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--max-train-tokens", type=positive, metavar="N", help="read no more training text")
     group.add_argument("--max-eval-tokens", type=positive, metavar="N", help="hold out no more text")
+    group.add_argument(
+        "--test-half",
+        action="store_true",
+        help="evaluate on the first half of the held-out text, and score the second half once, at the end",
+    )
 
 
 def _add_training(group: argparse._ArgumentGroup) -> None:

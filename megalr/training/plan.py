@@ -199,6 +199,7 @@ def _data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
         seed=seed,
         max_train_tokens=arguments.max_train_tokens,
         max_eval_tokens=arguments.max_eval_tokens,
+        test_half=arguments.test_half,
     )
 
 

@@ -18,6 +18,7 @@ import torch
 
 from megalr.data import Batches, unigram_perplexity
 from megalr.training.arguments import PretrainArguments, parse_arguments
+from megalr.training.evaluation import Evaluation, evaluate
 from megalr.training.export import export_dense
 from megalr.training.loop import Loop, LoopSettings
 from megalr.training.models import build_model
@@ -72,7 +73,8 @@ def pretrain(arguments: PretrainArguments, ranks: Ranks, models_folder: Path) ->
     if arguments.export is not None:
         screen.say(f"exporting to {arguments.export}")
         difference = _export(loop.engine, plan, Path(arguments.export).expanduser(), ranks)
-    finish(loop, plan, Baselines(untrained=untrained, unigram=unigram), difference, ranks, screen)
+    test = _test(loop, plan, ranks)
+    finish(loop, plan, Baselines(untrained=untrained, unigram=unigram), difference, test, ranks, screen)
 
 
 def build_loop(plan: Plan, ranks: Ranks, screen: Screen) -> Loop:
@@ -121,6 +123,13 @@ def build_loop(plan: Plan, ranks: Ranks, screen: Screen) -> Loop:
 def _unigram(plan: Plan) -> float:
     size = plan.model.vocab_size
     return unigram_perplexity(plan.data.train.token_counts(size), plan.data.evaluation.token_counts(size))
+
+
+def _test(loop: Loop, plan: Plan, ranks: Ranks) -> Evaluation | None:
+    """What the trained model scores on the text that was kept for it, if one was."""
+    if plan.data.test is None:
+        return None
+    return evaluate(loop.engine, plan.data.test, micro_batch_size=plan.resolved.batch.micro, ranks=ranks)
 
 
 def _prepare_folder(plan: Plan) -> None:

@@ -32,6 +32,7 @@ _TEXT_FLAGS = (
     "pack",
     "max_train_tokens",
     "max_eval_tokens",
+    "test_half",
 )
 
 
@@ -123,17 +124,17 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
     tokenizer = load_tokenizer(text.tokenizer)
     fit_to_text(found.model.config, tokenizer, text.sequence_length)
     data = load_data(text, tokenizer, rank=0, barrier=ranks.barrier)
-    print(data.description.splitlines()[-1])
-    result = evaluate(
-        found.model.to(ranks.device),
-        data.evaluation,
-        micro_batch_size=arguments.micro_batch_size or found.micro_batch_size,
-        ranks=ranks,
-    )
-    assert result is not None  # nobody asked it to give up
-    print(f"held-out perplexity {result.perplexity:,.2f} (loss {result.loss:.4f}, {result.tokens:,} tokens)")
-    if arguments.galore_compatible_eval:
-        print(f"  as published code computes it {result.galore_compatible:,.2f}")
+    print("\n".join(data.description.splitlines()[1:]))
+    model = found.model.to(ranks.device)
+    for kind, examples in (("held-out", data.evaluation), ("test", data.test)):
+        if examples is None:
+            continue
+        micro = arguments.micro_batch_size or found.micro_batch_size
+        result = evaluate(model, examples, micro_batch_size=micro, ranks=ranks)
+        assert result is not None  # nobody asked it to give up
+        print(f"{kind} perplexity {result.perplexity:,.2f} (loss {result.loss:.4f}, {result.tokens:,} tokens)")
+        if arguments.galore_compatible_eval:
+            print(f"  as published code computes it {result.galore_compatible:,.2f}")
 
 
 def load_scored(folder: Path) -> Scored:

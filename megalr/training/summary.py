@@ -13,6 +13,7 @@ from megalr.planner import (
     plot_losses,
     summary_table,
 )
+from megalr.training.evaluation import Evaluation
 from megalr.training.loop import Loop
 from megalr.training.plan import Plan
 from megalr.training.ranks import Ranks
@@ -38,6 +39,7 @@ def finish(
     plan: Plan,
     baselines: Baselines,
     export_difference: float | None,
+    test: Evaluation | None,
     ranks: Ranks,
     screen: Screen,
 ) -> None:
@@ -48,6 +50,7 @@ def finish(
         plan: what the run was.
         baselines: to be shown beside the model's perplexity.
         export_difference: largest logit difference of the exported model; None where nothing was exported.
+        test: of the text that was kept for the end, if one was.
         ranks, screen: this process, where to print.
     """
     peak = max(ranks.gather(peak_memory_bytes()))
@@ -60,10 +63,12 @@ def finish(
     numbers: dict[str, Any] = {
         "perplexity": evaluation.perplexity,
         "perplexity_galore_compatible": evaluation.galore_compatible,
+        "perplexity_test": None if test is None else test.perplexity,
         "perplexity_untrained": baselines.untrained,
         "perplexity_unigram": baselines.unigram,
         "loss": evaluation.loss,
         "eval_tokens": evaluation.tokens,
+        "test_tokens": None if test is None else test.tokens,
         "steps": loop.step,
         "tokens": loop.tokens,
         "tokens_per_second": loop.tokens_per_second,
@@ -89,6 +94,8 @@ def _table(numbers: dict[str, Any], plan: Plan, ranks: Ranks) -> str:
     rows: list[tuple[str, object] | None] = [("held-out perplexity", f"{numbers['perplexity']:,.2f}")]
     if plan.arguments.galore_compatible_eval:
         rows.append(("  as published code computes it", f"{numbers['perplexity_galore_compatible']:,.2f}"))
+    if numbers["perplexity_test"] is not None:
+        rows.append(("test perplexity", f"{numbers['perplexity_test']:,.2f}"))
     if numbers["perplexity_untrained"] is not None:
         rows.append(("  of the untrained model", f"{numbers['perplexity_untrained']:,.2f}"))
     rows += [

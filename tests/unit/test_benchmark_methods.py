@@ -44,7 +44,8 @@ if lr == 9:
     sys.exit(2)
 (folder / "metrics.jsonl").write_text("".join(row(step, 6 - step / 100) for step in range(1, 251)))
 perplexity = 100 + abs(lr - 0.02) * 1000 + seed
-(folder / "summary.json").write_text(json.dumps({"perplexity": perplexity, "tokens_per_second": 1234.5}))
+summary = {"perplexity": perplexity, "perplexity_test": perplexity + 50 - 3 * seed, "tokens_per_second": 1234.5}
+(folder / "summary.json").write_text(json.dumps(summary))
 """
 
 
@@ -249,7 +250,7 @@ def test_a_comparison_from_start_to_end(write, launchers, capsys):
     assert "projected, learning rate 9, seed 0: perplexity inf" in printed
     table = (output / "table.md").read_text()
     assert table in printed + "\n"
-    assert "| AdamW | 101.00 (100.00 to 102.00) | 0.02 | 0.01: 110.00; 0.02: 100.00; 0.04: 120.00 |" in table
+    assert "| AdamW | 148.00 (146.00 to 150.00; 3 seeds) | 0.02 | 0.01: 110.00; 0.02: 100.00; 0.04: 120.00 |" in table
     assert "0.01: 110.00; 0.02: 100.00; 9: inf |" in table
     assert "Incomplete" not in table
     assert "edge" not in table
@@ -289,6 +290,18 @@ def test_every_rate_diverged(write, launchers, capsys):
     assert "every learning rate diverged" in capsys.readouterr().out
 
 
+def test_a_method_may_have_seeds_and_a_published_figure_of_its_own(write, launchers):
+    given = {"a": {**method(), "seeds": [0, 3], "published": 34.58}, "b": method()}
+    output = compare(write(methods=given), launchers)
+    assert starts(launchers) == ["0.01 0", "0.01 3", "0.01 1", "0.01 2"]  # their grids are the same run
+    lines = (output / "table.md").read_text().splitlines()
+    a, b = (next(line for line in lines if line.startswith(f"| {name} ")) for name in "ab")
+    assert "2 seeds" in a and a.endswith("| 34.58 |")
+    assert "3 seeds" in b and b.endswith("| - |")
+    with pytest.raises(UserError, match="seeds names one twice"):
+        Recipe(write(methods={"a": {**method(), "seeds": [1, 1]}}), launchers / "models")
+
+
 def test_a_report_of_what_is_there_so_far(write, launchers, capsys):
     with pytest.raises(UserError, match="there is no folder"):
         compare(write(), launchers, "--report")
@@ -300,7 +313,8 @@ def test_a_report_of_what_is_there_so_far(write, launchers, capsys):
     results = Results(output / "results.jsonl")
     for lr, perplexity in ((0.01, 50.0), (0.02, 60.0), (0.04, None)):
         key = recipe.run(recipe.methods[0], lr, 0).key
-        results.append({"key": key, "perplexity": perplexity, "tokens_per_second": 10.0, "curve": [[8, 5.0]]})
+        scores = {"perplexity": perplexity, "test_perplexity": perplexity}
+        results.append({"key": key, **scores, "tokens_per_second": 10.0, "curve": [[8, 5.0]]})
     compare(write(), launchers, "--report")
     table = (output / "table.md").read_text()
     assert "| AdamW | 50.00, 1 of 3 seeds | 0.01 \\* | 0.01: 50.00; 0.02: 60.00; 0.04: inf |" in table

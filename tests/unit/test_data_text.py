@@ -237,6 +237,26 @@ def test_limits_on_tokens(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) ->
 # --- bad input ---
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_half_of_the_held_out_text_is_kept_for_a_test(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, pack: bool
+) -> None:
+    text = write_jsonl(tmp_path / "text.jsonl", [f"{i} times as many words as before" for i in range(25)])
+    kept = write_jsonl(tmp_path / "kept.jsonl", [f"a novel of {i} words and a few more" for i in range(7)])
+    settings = {"dataset": str(text), "eval_dataset": str(kept), "sequence_length": 16, "pack": pack}
+    whole = read(tokenizer, tmp_path / "cache", **settings)
+    halved = read(tokenizer, tmp_path / "cache", **settings, test_half=True)
+    first, second = content(halved, "evaluation"), content(halved, "test")
+    assert whole.test is None
+    assert first + second == content(whole, "evaluation")
+    assert content(halved) == content(whole)
+    assert 0 <= len(second) - len(first) <= 1
+    assert len({whole.evaluation.fingerprint, halved.evaluation.fingerprint, halved.test.fingerprint}) == 3
+    short = write_jsonl(tmp_path / "short.jsonl", ["two words"])
+    settings["eval_dataset"] = str(short)
+    assert "too short to keep half" in rejected(tokenizer, tmp_path / "cache", **settings, test_half=True)
+
+
 def rejected(tokenizer: PreTrainedTokenizerFast, cache: Path, **settings: Any) -> str:
     with pytest.raises(UserError) as caught:
         read(tokenizer, cache, **settings)
