@@ -10,9 +10,12 @@ import argparse
 import fcntl
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from megalr.benchmarks.methods_report import write_report
 from megalr.benchmarks.processes import Ended, run_processes
@@ -36,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=positive, default=1, metavar="N", help="runs at a time, each with one thread (default: 1)"
     )
+    parser.add_argument(
+        "--processes", type=positive, default=1, metavar="N", help="of each run, a GPU each where there are GPUs"
+    )
     parser.add_argument("--keep-runs", action="store_true", help="keep the runs' folders, checkpoints included")
     parser.add_argument("--report", action="store_true", help="train nothing: report what is there so far")
 
@@ -53,7 +59,7 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
     if arguments.eval_dataset and not arguments.dataset:
         raise UserError("--eval-dataset goes with --dataset: name the text to train on, too")
     text = (arguments.dataset, arguments.eval_dataset or ()) if arguments.dataset else None
-    recipe = Recipe(arguments.recipe, models, text)
+    recipe = Recipe(arguments.recipe, models, text, world_size=arguments.processes)
     output: Path = arguments.output.expanduser().absolute()
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: name a folder")
@@ -61,7 +67,9 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
     if not arguments.report:
         output.mkdir(parents=True, exist_ok=True)
         with _locked(output):
-            trainer = Trainer(results, output / "runs", models.parent / "pretrain.py", arguments.jobs)
+            trainer = Trainer(
+                results, output / "runs", models.parent / "pretrain.py", arguments.jobs, arguments.processes
+            )
             trainer.keep = arguments.keep_runs
             try:
                 trainer.train_all(recipe)
@@ -80,16 +88,22 @@ class Trainer:
         keep: leave the runs' folders where they are.
     """
 
-    def __init__(self, results: Results, folder: Path, launcher: Path, jobs: int) -> None:
+    def __init__(self, results: Results, folder: Path, launcher: Path, jobs: int, processes: int = 1) -> None:
         """
         Args:
             results: what is known, and where to note more.
             folder: of the runs' folders.
             launcher: ``launchers/pretrain.py``.
             jobs: runs at a time.
+            processes: of each run.
+
+        Raises:
+            UserError: there are GPUs, but not one for each process.
         """
         self.keep = False
-        self._results, self._folder, self._launcher, self._jobs = results, folder, launcher, jobs
+        self._results, self._folder, self._launcher = results, folder, launcher
+        self._jobs, self._processes = jobs, processes
+        self._gpus = _gpus(jobs * processes)
         self._done = self._all = 0
 
     def train_all(self, recipe: Recipe) -> None:
@@ -124,7 +138,7 @@ class Trainer:
         self._folder.mkdir(exist_ok=True)
         by_folder = {one.folder: one for one in missing.values()}
         commands = {name: self._command(one) for name, one in by_folder.items()}
-        for ended in run_processes(commands, self._folder, self._jobs):
+        for ended in run_processes(commands, self._folder, self._jobs, ranks=self._processes, gpus=self._gpus):
             self._note(by_folder[ended.name], ended)
 
     def _command(self, one: Run) -> list[str]:
@@ -149,6 +163,15 @@ class Trainer:
             if folder.path.is_dir() and not any(folder.path.iterdir()):
                 folder.path.rmdir()
             ended.log.unlink(missing_ok=True)
+
+
+def _gpus(needed: int) -> list[str]:
+    """So many GPUs by their names in CUDA_VISIBLE_DEVICES; none where there are none."""
+    count = torch.cuda.device_count()
+    names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
+    if count and needed > count:
+        raise UserError(f"--jobs times --processes is {needed}, and there are {count} GPUs: write less of one of them")
+    return names[:needed] if count else []
 
 
 @contextmanager

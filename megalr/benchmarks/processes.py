@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalr.benchmarks.traffic import import_path
+from megalr.training.ranks import free_port
 
 POLL_SECONDS = 0.1
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
@@ -27,7 +28,7 @@ class Ended:
 
     Attributes:
         name: its name.
-        code: its exit code.
+        code: its exit code; of several processes the first that failed.
         seconds: how long it took.
         log: what it printed.
     """
@@ -38,15 +39,35 @@ class Ended:
     log: Path
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Started:
     name: str
-    process: subprocess.Popen[bytes]
+    processes: list[subprocess.Popen[bytes]]
     log: Path
     since: float
+    slot: int
+    code: int = 0
+
+    def ended(self) -> bool:
+        """Whether all processes are gone; where one has failed, the others are made to go."""
+        codes = [process.poll() for process in self.processes]
+        self.code = self.code or next((code for code in codes if code), 0)
+        if self.code and None in codes:
+            self.kill()
+            return True
+        return None not in codes
+
+    def kill(self) -> None:
+        """End what still runs."""
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def run_processes(commands: Mapping[str, Sequence[str]], folder: Path, jobs: int) -> Iterator[Ended]:
+def run_processes(
+    commands: Mapping[str, Sequence[str]], folder: Path, jobs: int, *, ranks: int = 1, gpus: Sequence[str] = ()
+) -> Iterator[Ended]:
     """Run Python programs in turn, ``jobs`` at a time, each with one thread, and yield each when it has ended.
 
     Whoever stops listening, or fails, ends those that still run; so does the death of this process.
@@ -55,40 +76,54 @@ def run_processes(commands: Mapping[str, Sequence[str]], folder: Path, jobs: int
         commands: the programs' paths and arguments, by name.
         folder: gets a file for what each prints.
         jobs: how many at a time.
+        ranks: processes of each, which find each other by the variables that ``torchrun`` sets.
+        gpus: what CUDA_VISIBLE_DEVICES calls the GPUs to use, ``jobs * ranks`` of them; empty leaves the choice to
+            the programs.
     """
     waiting, running = list(commands.items()), list[_Started]()
+    slots = list(range(jobs))
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                running.append(_start(*waiting.pop(0), folder))
-            ended = [one for one in running if one.process.poll() is not None]
+            while waiting and slots:
+                slot = slots.pop(0)
+                running.append(_start(*waiting.pop(0), folder, slot, ranks, gpus[slot * ranks : (slot + 1) * ranks]))
+            ended = [one for one in running if one.ended()]
             for one in ended:
                 running.remove(one)
-                yield Ended(one.name, one.process.returncode, time.monotonic() - one.since, one.log)
+                slots.append(one.slot)
+                yield Ended(one.name, one.code, time.monotonic() - one.since, one.log)
             if not ended:
                 time.sleep(POLL_SECONDS)
     finally:
         for one in running:
-            with suppress(ProcessLookupError):
-                os.killpg(one.process.pid, signal.SIGKILL)
-            one.process.wait()
+            one.kill()
 
 
-def _start(name: str, command: Sequence[str], folder: Path) -> _Started:
+def _start(name: str, command: Sequence[str], folder: Path, slot: int, ranks: int, gpus: Sequence[str]) -> _Started:
     environment = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": import_path()}
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    if ranks > 1:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
     log = folder / f"{name}.log"
+    started = _Started(name, [], log, time.monotonic(), slot)
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for this program, which then ends them
-            preexec_fn=die_with_parent(),  # noqa: PLW1509  (one system call, which takes no lock)
-        )
-    return _Started(name, process, log, time.monotonic())
+        for rank in range(ranks):
+            if ranks > 1:
+                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for this program, which then ends them
+                preexec_fn=die_with_parent(),  # noqa: PLW1509  (one system call, which takes no lock)
+            )
+            started.processes.append(process)
+    return started
 
 
 def die_with_parent() -> Callable[[], object] | None:

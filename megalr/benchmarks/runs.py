@@ -99,16 +99,25 @@ class Recipe:
         model: the shape, a transformers configuration.
     """
 
-    def __init__(self, path: Path, models: Path, text: tuple[Sequence[str], Sequence[str]] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        models: Path,
+        text: tuple[Sequence[str], Sequence[str]] | None = None,
+        *,
+        world_size: int = 1,
+    ) -> None:
         """
         Args:
             path: of the YAML file.
             models: the folder of the named shapes.
             text: to train on and to hold out instead of the recipe's, as in the launcher's flags.
+            world_size: processes of each run.
 
         Raises:
             UserError: whatever would fail in a run, or make runs incomparable.
         """
+        self._world_size = world_size
         content = read_recipe(path)
         self.settings, self.methods, self._text = content.settings, content.methods, content.text
         here = content.folder
@@ -130,10 +139,10 @@ class Recipe:
         config = copy.deepcopy(method.config)
         config["optimizer"].setdefault("params", {})["lr"] = lr
         cuda = torch.cuda.is_available()
-        request = request_for(self.settings, self.model, seed=seed, world_size=1, on_gpu=cuda)
+        request = request_for(self.settings, self.model, seed=seed, world_size=self._world_size, on_gpu=cuda)
         resolved = resolve(config, request).config
         flags = [*self._flags(), "--seed", str(seed)]
-        inputs = {**self._inputs, "device": "cuda" if cuda else "cpu"}
+        inputs = {**self._inputs, "device": "cuda" if cuda else "cpu", "processes": self._world_size}
         return Run(
             method=method.name,
             lr=lr,

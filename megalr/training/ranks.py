@@ -119,7 +119,9 @@ def start_ranks() -> Ranks:
     import deepspeed.ops  # noqa: PLC0415
 
     if "RANK" not in os.environ and world_size_from_environment() == 1:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
     # At its first start on a CPU DeepSpeed would compile an op for tensor-parallel inference, which takes over
     # a minute and serves nothing here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -152,7 +154,9 @@ def stop_ranks() -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> str:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+        port: int = probe.getsockname()[1]
+        return port

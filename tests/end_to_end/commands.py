@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from megalr.benchmarks.processes import die_with_parent
+from megalr.training.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = ROOT / "launchers" / "pretrain.py"
@@ -94,14 +94,6 @@ def torchrun(processes: int) -> list[str]:
         "--master_port",
         str(free_port()),
     ]
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def run(command: Sequence[str | Path], folder: Path, timeout: int = TIMEOUT) -> Finished:

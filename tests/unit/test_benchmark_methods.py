@@ -14,6 +14,7 @@ import yaml
 
 from megalr.benchmarks import methods
 from megalr.benchmarks.methods_report import COLUMNS, method_memory
+from megalr.benchmarks.processes import run_processes
 from megalr.benchmarks.results import Results, best_run
 from megalr.benchmarks.runs import Recipe
 from megalr.errors import UserError
@@ -169,7 +170,10 @@ def test_numbers_without_a_dot_are_numbers(write, launchers):
     assert Recipe(path, launchers / "models").methods[0].rates == (0.01, 0.02, 0.04)
 
 
-@pytest.mark.parametrize(("name", "count", "ranks"), [("projected", 11, {None, 16, 32}), ("merge_rounding", 3, {32})])
+@pytest.mark.parametrize(
+    ("name", "count", "ranks"),
+    [("projected", 11, {None, 16, 32}), ("merge_rounding", 3, {32}), ("paper_tiny", 11, {None, 32})],
+)
 def test_the_shipped_recipes_are_valid(name, count, ranks):
     recipe = Recipe(ROOT / "launchers" / "recipes" / f"{name}.yaml", ROOT / "launchers" / "models")
     assert len(recipe.methods) == count
@@ -177,7 +181,11 @@ def test_the_shipped_recipes_are_valid(name, count, ranks):
 
 
 def test_every_shipped_recipe_is_tested():
-    assert {path.stem for path in (ROOT / "launchers" / "recipes").glob("*.yaml")} == {"projected", "merge_rounding"}
+    assert {path.stem for path in (ROOT / "launchers" / "recipes").glob("*.yaml")} == {
+        "merge_rounding",
+        "paper_tiny",
+        "projected",
+    }
 
 
 def test_the_key_names_what_determines_a_run(write, launchers):
@@ -365,6 +373,42 @@ def test_a_killed_benchmark_takes_its_runs_with_it_and_keeps_others_out(write, l
             process.kill()
     _wait_for(lambda: not _running("--output", str(path.parent / "out" / "runs")))
     assert not (path.parent / "out" / "results.jsonl").exists()
+
+
+SAYS_WHO_IT_IS = """
+import os, sys, time
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES")
+print(*(os.environ.get(name) for name in names), flush=True)
+if sys.argv[1] == "fails":
+    sys.exit(3) if os.environ["RANK"] == "1" else time.sleep(600)
+"""
+
+
+def test_runs_of_several_processes_have_gpus_of_their_own(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(SAYS_WHO_IT_IS)
+    commands = {name: [str(program), "works"] for name in ("a", "b", "c")}
+    ended = list(run_processes(commands, tmp_path, 2, ranks=2, gpus=["4", "5", "6", "7"]))
+    assert [one.code for one in ended] == [0, 0, 0]
+    lines = {one.name: sorted(one.log.read_text().splitlines()) for one in ended}
+    assert lines["a"] == ["0 0 2 4,5", "1 1 2 4,5"]
+    assert lines["b"] == ["0 0 2 6,7", "1 1 2 6,7"]
+    (alone,) = run_processes({"d": [str(program), "works"]}, tmp_path, 1)
+    assert alone.log.read_text() == "None None None None\n"
+
+
+def test_one_process_that_fails_ends_its_run(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(SAYS_WHO_IT_IS)
+    (ended,) = run_processes({"a": [str(program), "fails"]}, tmp_path, 1, ranks=2)
+    assert ended.code == 3
+    assert not _running(str(program))
+
+
+def test_more_processes_than_gpus_are_refused(write, launchers, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match="--jobs times --processes is 4, and there are 2 GPUs"):
+        compare(write(), launchers, "--jobs", "2", "--processes", "2")
 
 
 def _wait_for(condition, seconds=120):
