@@ -6,7 +6,9 @@ Importing is cheap: nothing is compiled, and DeepSpeed is imported when an engin
 from megalr.config import MegalrConfig
 from megalr.engine import build_optimizer, consolidated_state_dict, initialize, parametrize, trainer_optimizer
 from megalr.errors import UserError
+from megalr.layers.registry import register_parametrization
 from megalr.optim import MegalrOptimizer
+from megalr.rules.registry import register_rule
 
 __all__ = [
     "MegalrConfig",
@@ -16,5 +18,7 @@ __all__ = [
     "consolidated_state_dict",
     "initialize",
     "parametrize",
+    "register_parametrization",
+    "register_rule",
     "trainer_optimizer",
 ]

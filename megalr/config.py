@@ -18,8 +18,9 @@ from megalr.layers.base import FullConfig, ParametrizationConfig
 from megalr.layers.low_rank import LowRankConfig
 from megalr.layers.projected import ProjectedConfig
 from megalr.layers.registry import PARAMETRIZATIONS
+from megalr.plugins import load_plugins
 from megalr.rules.base import Rule
-from megalr.rules.registry import RULES
+from megalr.rules.registry import RULES, plain
 from megalr.sections import Json, build, check_keys, check_targets, check_types, nearest, require
 
 # What "auto" stands for in the optimizer's "params" when transformers' TrainingArguments are at hand.
@@ -126,6 +127,7 @@ class MegalrConfig:
     momentum_reset: MomentumResetConfig | None = None
     exchange_bucket_bytes: int = 256 * 1024 * 1024
     seed: int = 0
+    plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         low_rank, rule = isinstance(self.parametrization, LowRankConfig), self.optimizer.rule
@@ -191,8 +193,9 @@ class MegalrConfig:
             raise UserError(f'"megalr" must be an object like {{"parametrization": {{...}}}}, not {section!r}')
         known = {f.name: None for f in dataclasses.fields(cls)}
         check_keys(section, known, "megalr")
-        values: dict[str, Any] = {k: v for k, v in section.items() if k in ("seed", "exchange_bucket_bytes")}
-        check_types(cls, values, "megalr")
+        plain_keys = ("seed", "exchange_bucket_bytes", "plugins")
+        values = check_types(cls, {k: v for k, v in section.items() if k in plain_keys}, "megalr")
+        load_plugins(values.get("plugins", ()))
         if "parametrization" in section:
             values["parametrization"] = _parametrization(section["parametrization"])
         if section.get("refactorization") is not None:
@@ -264,12 +267,12 @@ def _optimizer(section: Any) -> OptimizerConfig:
     if not isinstance(section, Mapping) or "type" not in section:
         raise UserError(f'"optimizer" must be an object with a "type", one of: {", ".join(RULES)}')
     check_keys(section, {"type": None, "params": None}, "optimizer")
-    rules = {_plain(name): rule for name, rule in RULES.items()}
+    rules = {plain(name): rule for name, rule in RULES.items()}
     if not isinstance(section["type"], str):
         raise UserError(f"optimizer.type is {json.dumps(section['type'])}; write one of: {', '.join(RULES)}")
-    if _plain(section["type"]) not in rules:
+    if plain(section["type"]) not in rules:
         raise UserError(f"optimizer.type is {section['type']!r}{nearest(str(section['type']), RULES)}")
-    rule = rules[_plain(str(section["type"]))]
+    rule = rules[plain(section["type"])]
     params = section.get("params", {})
     where = "optimizer.params"
     if not isinstance(params, Mapping):
@@ -295,11 +298,6 @@ def _optimizer(section: Any) -> OptimizerConfig:
     given = {key: value for key, value in params.items() if key in rule_fields}
     defaults = {"lr": rule.default_lr, "eps": rule.default_eps, "betas": getattr(rule, "betas", (0.9, 0.999))}
     return OptimizerConfig(**{**defaults, **own}, rule=build(rule, given, where))
-
-
-def _plain(name: str) -> str:
-    """An optimizer's name without the spellings in which libraries differ: GaLoreAdamW, galore_adamw."""
-    return name.lower().replace("_", "").replace("-", "")
 
 
 def _is_group(value: Any) -> bool:

@@ -17,6 +17,7 @@ import yaml
 
 from megalr.config import read_json
 from megalr.errors import UserError
+from megalr.plugins import absolute_plugin
 from megalr.sections import build, check_keys, require
 
 SECTIONS = ("base", "methods", "text")
@@ -58,6 +59,7 @@ class Text:
 
     Attributes:
         train, validation: lists of files, folders, globs (relative to the recipe) or names of the hub.
+        pack: False gives a sequence to each document, truncated or padded.
         dataset_config, tokenizer, text_column, max_train_tokens, max_eval_tokens: see ``--help`` of the launcher.
     """
 
@@ -68,6 +70,7 @@ class Text:
     text_column: str | None = None
     max_train_tokens: int | None = None
     max_eval_tokens: int | None = None
+    pack: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +132,11 @@ def read_recipe(path: Path) -> Content:
     methods = content.get("methods")
     if not isinstance(methods, Mapping) or not methods:
         raise UserError(f'{where} needs "methods": names, each with {", ".join(METHOD_KEYS)}')
-    built = tuple(_method(str(name), section, base, where) for name, section in methods.items())
+    built = tuple(_method(str(name), section, base, folder, where) for name, section in methods.items())
     return Content(settings=settings, text=text, methods=built, folder=folder)
 
 
-def _method(name: str, section: Any, base: Mapping[str, Any], where: str) -> Method:
+def _method(name: str, section: Any, base: Mapping[str, Any], folder: Path, where: str) -> Method:
     here = f'{where}: method "{name}"'
     if not isinstance(section, Mapping):
         raise UserError(f"{here} must be an object with {', '.join(METHOD_KEYS)}, not {section!r}")
@@ -155,10 +158,18 @@ def _method(name: str, section: Any, base: Mapping[str, Any], where: str) -> Met
         raise UserError(f"{here} needs learning_rates, positive numbers, e.g. [1e-3, 3e-3]")
     if len(set(rates)) < len(rates):
         raise UserError(f"{here} names a learning rate twice: {rates}")
-    given = {"optimizer": optimizer, "megalr": section.get("megalr") or {}}
+    given = {"optimizer": optimizer, "megalr": _with_plugins(section.get("megalr") or {}, folder)}
     rest = build(_Rest, {key: section[key] for key in ("seeds", "published") if key in section}, here)
     config = _merged(base, given, here)
     return Method(name=name, config=config, rates=tuple(map(float, rates)), seeds=rest.seeds, published=rest.published)
+
+
+def _with_plugins(section: Any, folder: Path) -> Any:
+    """The section with its plugins' paths absolute; they start at the recipe's folder."""
+    plugins = section.get("plugins") if isinstance(section, Mapping) else None
+    if not isinstance(plugins, list):
+        return section
+    return {**section, "plugins": [absolute_plugin(n, folder) if isinstance(n, str) else n for n in plugins]}
 
 
 def _base(given: Any, here: Path, where: str) -> dict[str, Any]:

@@ -60,7 +60,10 @@ class Run:
     @cached_property
     def key(self) -> str:
         """Names the run: equal if and only if everything that determines it is equal. The method's name does not."""
-        content = {"config": self.resolved, "inputs": self.inputs, "lr": self.lr, "seed": self.seed}
+        config = copy.deepcopy(self.resolved)
+        if plugins := (config.get("megalr") or {}).get("plugins"):
+            config["megalr"]["plugins"] = [_fingerprint(plugin) for plugin in plugins]
+        content = {"config": config, "inputs": self.inputs, "lr": self.lr, "seed": self.seed}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -172,8 +175,9 @@ class Recipe:
         if settings.micro_batch_size is not None:
             flags += ["--micro-batch-size", str(settings.micro_batch_size)]
         for name, value in vars(self._text).items():
-            if value is not None and name not in ("train", "validation", "tokenizer"):
+            if value is not None and name not in ("train", "validation", "tokenizer", "pack"):
                 flags += [f"--{name.replace('_', '-')}", str(value)]
+        flags += [] if self._text.pack else ["--no-pack"]
         flags += [] if self._tokenizer is None else ["--tokenizer", self._tokenizer]
         for flag, names in (("--dataset", self._train), ("--eval-dataset", self._validation)):
             flags += [flag, *names] if names else []

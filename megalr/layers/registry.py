@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
+from megalr.errors import UserError
 from megalr.layers.base import FullConfig, Parametrization
 from megalr.layers.low_rank import LowRankConfig
 from megalr.layers.projected import ProjectedConfig
@@ -11,3 +15,26 @@ PARAMETRIZATIONS: dict[str, type[FullConfig] | type[Parametrization]] = {
     "low_rank": LowRankConfig,
     "projected": ProjectedConfig,
 }
+
+P = TypeVar("P", bound=type[Parametrization])
+
+
+def register_parametrization(name: str) -> Callable[[P], P]:
+    """A decorator that makes a parametrization known under a name; see :mod:`megalr.plugins`.
+
+    Args:
+        name: what ``"parametrization": {"type": ...}`` calls it.
+
+    Raises:
+        UserError: the name is taken, or what is decorated is no parametrization.
+    """
+
+    def register(parametrization: P) -> P:
+        if not (isinstance(parametrization, type) and issubclass(parametrization, Parametrization)):
+            raise UserError(f'register_parametrization("{name}") is for classes that derive from Parametrization')
+        if name in PARAMETRIZATIONS:
+            raise UserError(f'there is a parametrization called "{name}" already: choose another name')
+        PARAMETRIZATIONS[name] = parametrization
+        return parametrization
+
+    return register

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+from megalr.errors import UserError
 from megalr.rules.apollo import Apollo, ApolloMini
 from megalr.rules.base import Rule
 from megalr.rules.fira import Fira
@@ -23,3 +28,33 @@ RULES: dict[str, type[Rule] | None] = {
     "OnlineSubspaceDescent": OnlineSubspaceDescent,
     "Muon": Muon,
 }
+
+R = TypeVar("R", bound=type[Rule])
+
+
+def register_rule(name: str) -> Callable[[R], R]:
+    """A decorator that makes a rule known under a name; see :mod:`megalr.plugins`.
+
+    Args:
+        name: what ``"optimizer": {"type": ...}`` calls it.
+
+    Raises:
+        UserError: the name is taken, or what is decorated is no rule.
+    """
+
+    def register(rule: R) -> R:
+        if not (isinstance(rule, type) and issubclass(rule, Rule) and dataclasses.is_dataclass(rule)):
+            raise UserError(
+                f'register_rule("{name}") is for dataclasses that derive from megalr.rules.Rule, not {rule!r}'
+            )
+        if plain(name) in map(plain, RULES):
+            raise UserError(f'there is a rule called "{name}" already: choose another name')
+        RULES[name] = rule
+        return rule
+
+    return register
+
+
+def plain(name: str) -> str:
+    """A rule's name without the spellings in which libraries differ: GaLoreAdamW, galore_adamw."""
+    return name.lower().replace("_", "").replace("-", "")

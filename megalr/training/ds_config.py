@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalr.errors import UserError
+from megalr.plugins import absolute_plugin
 
 AUTO = "auto"
 WARMUP_SHARE = 0.1  # of the steps
@@ -96,6 +97,7 @@ def resolve(content: Mapping[str, Any], request: Request) -> Resolved:
     steps = _resolve_schedule(config, request)
     _resolve_rank(config, request, notes)
     seed = _resolve_seed(config, request)
+    _resolve_plugins(config)
     _resolve_monitors(config, request)
     _refuse_auto({key: value for key, value in config.items() if key not in _OTHERS_AUTO})
     return Resolved(config=config, batch=batch, steps=steps, seed=seed, bf16=bf16, notes=tuple(notes))
@@ -199,6 +201,13 @@ def _resolve_seed(config: dict[str, Any], request: Request) -> int:
     if request.seed is not None and request.seed != written:
         raise UserError(f"--seed is {request.seed}, but the JSON says megalr.seed = {written}: leave one of them out")
     return written if isinstance(written, int) else 0  # what it should be is megalr.config's to say
+
+
+def _resolve_plugins(config: dict[str, Any]) -> None:
+    """Paths made absolute, so that the run can go on from another folder."""
+    section = config.get("megalr")
+    if isinstance(section, dict) and isinstance(section.get("plugins"), list):
+        section["plugins"] = [absolute_plugin(n) if isinstance(n, str) else n for n in section["plugins"]]
 
 
 def _resolve_monitors(config: dict[str, Any], request: Request) -> None:

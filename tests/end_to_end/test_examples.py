@@ -6,6 +6,7 @@ import pytest
 
 from tests.end_to_end.commands import ROOT, deepspeed, run, torchrun
 
+PLUGIN = "own_rule.py"  # is no script: tests/distributed/test_plugins.py uses it
 EXAMPLES = {
     "initialize.py": deepspeed,
     "deepspeed_optimizer.py": torchrun,
@@ -16,8 +17,8 @@ UPDATES, MATRICES, PROCESSES = 40, 14, 2
 
 def test_every_example_is_tested_and_short():
     scripts = {path.name: path for path in (ROOT / "examples").glob("*.py")}
-    assert scripts.keys() == EXAMPLES.keys()
-    assert all(len(path.read_text().splitlines()) < 40 for path in scripts.values())
+    assert scripts.keys() == {*EXAMPLES, PLUGIN}
+    assert all(len(path.read_text().splitlines()) <= 40 for path in scripts.values())
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -1,0 +1,87 @@
+"""Methods that users add: modules whose import registers rules or parametrizations.
+
+A module is named in the JSON, ``"megalr": {"plugins": ["my_rules.py", "my_package.rules"]}``, or by an entry point of
+the group ``megalr.plugins`` in a package that is installed. Its classes carry ``@megalr.register_rule("MyRule")`` or
+``@megalr.register_parametrization("my_layers")`` and are used as megalr's own are; see examples/own_rule.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from megalr.errors import UserError
+
+GROUP = "megalr.plugins"
+WHERE = "megalr.plugins"
+
+
+def load_plugins(names: Sequence[str]) -> None:
+    """Import modules that register methods, each once in a process; and those of installed packages.
+
+    Args:
+        names: modules that can be imported, or paths of ``.py`` files.
+
+    Raises:
+        UserError: a module is not there, cannot be imported, or registers a name that is taken.
+    """
+    _load_installed()
+    for name in names:
+        if not name.endswith(".py"):
+            _import(name, name)
+            continue
+        path = Path(name).expanduser().absolute()
+        if not path.is_file():
+            raise UserError(f"{WHERE} names {name}, and there is no such file ({path})")
+        _import_file(path)
+
+
+def absolute_plugin(name: str, folder: Path | None = None) -> str:
+    """A plugin's name that means the same in any folder: a file's absolute path, a module's name as it is.
+
+    Args:
+        name: as the user wrote it.
+        folder: where a relative path is looked for first.
+    """
+    if not name.endswith(".py"):
+        return name
+    beside = (folder or Path()) / Path(name).expanduser()
+    return str((beside if beside.is_file() else Path(name).expanduser()).absolute())
+
+
+@cache
+def _load_installed() -> None:
+    for point in entry_points(group=GROUP):
+        _import(point.module, f"{point.module} (an entry point of {point.dist.name if point.dist else 'a package'})")
+
+
+def _import(module: str, words: str) -> None:
+    try:
+        importlib.import_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{WHERE}: {words} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _import_file(path: Path) -> None:
+    # One name for one file, so that its classes are the same however often it is named.
+    module = f"megalr_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    if module in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(module, path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[module] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    try:
+        spec.loader.exec_module(sys.modules[module])
+    except Exception as error:
+        del sys.modules[module]
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{WHERE}: {path} cannot be imported: {type(error).__name__}: {error}") from error

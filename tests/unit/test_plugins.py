@@ -1,0 +1,134 @@
+"""Methods that users add: how modules are found, and what is refused."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megalr
+from megalr.config import MegalrConfig
+from megalr.layers.registry import PARAMETRIZATIONS
+from megalr.plugins import absolute_plugin
+from megalr.rules.muon import Muon
+from megalr.rules.registry import RULES
+
+ROOT = Path(__file__).parents[2]
+RULE = """
+from dataclasses import dataclass
+import megalr
+from megalr.rules.muon import Muon
+
+@megalr.register_rule("{name}")
+@dataclass(frozen=True, kw_only=True)
+class Mine(Muon):
+    sharpness: float = 1.0
+"""
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    """What a test registers is forgotten after it."""
+    before, layers = RULES.copy(), PARAMETRIZATIONS.copy()
+    yield
+    RULES.clear()
+    RULES.update(before)
+    PARAMETRIZATIONS.clear()
+    PARAMETRIZATIONS.update(layers)
+
+
+def config(*plugins, kind="Mine", **params):
+    return MegalrConfig.from_json({"optimizer": {"type": kind, "params": params}, "megalr": {"plugins": [*plugins]}})
+
+
+def write(folder, name="Mine", text=RULE):
+    folder.mkdir(exist_ok=True)
+    path = folder / "own rules.py"
+    path.write_text(text.format(name=name))
+    return path
+
+
+def test_a_file_registers_a_rule_once(tmp_path, monkeypatch):
+    path = write(tmp_path / "a folder")
+    rule = config(str(path), sharpness=2).optimizer.rule
+    assert (type(rule).__name__, rule.sharpness) == ("Mine", 2.0)
+    monkeypatch.chdir(path.parent)
+    assert type(config(path.name, str(path), kind="mine").optimizer.rule) is type(rule)
+    with pytest.raises(megalr.UserError, match='has no key "sharpnes"; did you mean "sharpness"'):
+        config(str(path), sharpnes=2)
+
+
+def test_a_module_registers_a_rule(tmp_path, monkeypatch):
+    write(tmp_path, "Module").rename(tmp_path / "own_rules_module.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert config("own_rules_module", kind="Module").optimizer.rule.sharpness == 1.0
+
+
+def test_an_installed_package_registers_a_rule(tmp_path):
+    write(tmp_path, "Installed").rename(tmp_path / "own_rules_package.py")
+    info = tmp_path / "own_rules-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own-rules\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[megalr.plugins]\nrules = own_rules_package\n")
+    program = "import megalr, sys, json; print(megalr.MegalrConfig.from_json(json.loads(sys.argv[1])).optimizer.rule)"
+    content = json.dumps({"optimizer": {"type": "Installed", "params": {"sharpness": 3}}})
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", program, content],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "sharpness=3.0" in done.stdout, done.stderr
+
+
+def test_what_cannot_be_imported(tmp_path):
+    with pytest.raises(megalr.UserError, match="there is no such file"):
+        config(str(tmp_path / "none.py"))
+    with pytest.raises(megalr.UserError, match="no_such_module cannot be imported: ModuleNotFoundError"):
+        config("no_such_module")
+    broken = write(tmp_path, text="import megalr\nraise RuntimeError('so it is')")
+    for _ in range(2):
+        with pytest.raises(megalr.UserError, match="own rules.py cannot be imported: RuntimeError: so it is"):
+            config(str(broken))
+    with pytest.raises(megalr.UserError, match=r'megalr.plugins is "a.py"; expected a list of strings'):
+        MegalrConfig.from_json({"megalr": {"plugins": "a.py"}})
+
+
+def test_names_that_are_taken_and_things_that_are_no_methods(tmp_path):
+    with pytest.raises(megalr.UserError, match='there is a rule called "galore_adamw" already'):
+        config(str(write(tmp_path, "galore_adamw")))
+    with pytest.raises(megalr.UserError, match="derive from"):
+        megalr.register_rule("x")(dict)
+    with pytest.raises(megalr.UserError, match='there is a parametrization called "low_rank" already'):
+        megalr.register_parametrization("low_rank")(PARAMETRIZATIONS["projected"])
+    with pytest.raises(megalr.UserError, match="derive from Parametrization"):
+        megalr.register_parametrization("x")(Muon)
+
+
+def test_a_parametrization_of_ones_own():
+    low_rank = PARAMETRIZATIONS["low_rank"]
+
+    @megalr.register_parametrization("own_layers")
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Own(low_rank):
+        """Low-rank layers under another name."""
+
+        type: str = "own_layers"
+
+    section = {"megalr": {"parametrization": {"type": "own_layers", "rank": 3}}}
+    assert isinstance(MegalrConfig.from_json(section).parametrization, Own)
+
+
+def test_names_that_mean_the_same_anywhere(tmp_path, monkeypatch):
+    path = write(tmp_path)
+    assert absolute_plugin(path.name, tmp_path) == str(path)
+    assert absolute_plugin("a.module", tmp_path) == "a.module"
+    monkeypatch.chdir(tmp_path)
+    assert absolute_plugin(path.name) == str(path)
+    assert absolute_plugin("gone.py") == str(tmp_path / "gone.py")
