@@ -5,9 +5,11 @@ from __future__ import annotations
 from megalr.layers.base import FullConfig, Parametrization
 from megalr.layers.low_rank import LowRankConfig
 from megalr.layers.projected import ProjectedConfig
+from megalr.layers.sltrain import SLTrainConfig
 
 PARAMETRIZATIONS: dict[str, type[FullConfig] | type[Parametrization]] = {
     "full": FullConfig,
     "low_rank": LowRankConfig,
     "projected": ProjectedConfig,
+    "sltrain": SLTrainConfig,
 }

@@ -304,9 +304,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
         return not any(grad.any() for grad in grads)
 
     def _form(self) -> dict[str, Any]:
-        rule, parametrization = self.config.optimizer.rule, self.config.parametrization
-        form = {"rule": "adamw"} if rule is None else rule.form()
-        return form | parametrization.form() if isinstance(parametrization, ProjectedConfig) else form
+        rule = self.config.optimizer.rule
+        return ({"rule": "adamw"} if rule is None else rule.form()) | self.config.parametrization.form()
 
     def _load_matrices(self) -> None:
         """Hand over what was loaded, once the layout is known: DeepSpeed loads this state before its own masters."""
