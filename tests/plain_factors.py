@@ -1,6 +1,6 @@
 """One plain PyTorch process that trains layers with factors in the place of weights, as their papers write them.
 
-Each parametrization is a module of a few lines that forms its whole weight where there is one; gradients are autograd's.
+Each parametrization is a module of a few lines that forms its whole weight where it has one; autograd does the rest.
 Only the start of the factors comes from megalr. Nothing is of its layers' passes or its optimizer.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import megalr
+from megalr.seeding import generator
 from tests.references.common import Adam
 
 Adams = dict[str, Adam]
@@ -97,7 +98,43 @@ class SLTrain(LowRank):
         return self.product() + S
 
 
-PLAIN: dict[str, type[Plain]] = {"low_rank": LowRank, "sltrain": SLTrain}
+class Lora(LowRank):
+    """arXiv 2106.09685, equation 3: W = W0 + s B A."""
+
+    def __init__(self, name: str, start: dict[str, Tensor], section: dict[str, Any]) -> None:
+        super().__init__(name, start, section)
+        self.W0 = start["weight"].detach().clone()
+
+    def dense(self) -> Tensor:
+        return self.W0 + self.product()
+
+
+class Relora(Lora):
+    """arXiv 2307.05695, algorithm 1; a moment that is pruned by its size takes the first moment beside it with it."""
+
+    def end_update(self, t: int, adams: Adams) -> bool:
+        if t % self.section["merge_every"] != 0:
+            return False
+        count = t // self.section["merge_every"]
+        self.W0 = self.dense().detach().clone()
+        n = self.A.shape[1]
+        self.B.zero_()
+        self.A.copy_((2 * torch.rand(self.A.shape, generator=generator(0, f"{self.name}.A", count)) - 1) / n**0.5)
+        how, ratio = self.section.get("moments", "magnitude"), self.section.get("prune_ratio", 0.99)
+        for key, adam in adams.items():
+            if how == "reset":
+                adam.reset()
+            if how == "magnitude":
+                keep_m, keep_v = (x.abs() > torch.quantile(x.abs().flatten(), ratio) for x in (adam.m, adam.v))
+                adam.m, adam.v = adam.m * keep_m * keep_v, adam.v * keep_v
+            if how == "random":
+                drawn = torch.rand(adam.m.numel(), generator=generator(0, f"{self.name}.{key}", "prune", count))
+                keep = (drawn > ratio).view_as(adam.m)
+                adam.m, adam.v = adam.m * keep, adam.v * keep
+        return True
+
+
+PLAIN: dict[str, type[Plain]] = {"low_rank": LowRank, "sltrain": SLTrain, "lora": Lora, "relora": Relora}
 
 
 def plain_factors(
@@ -115,6 +152,7 @@ def plain_factors(
     layers = _replace(model, section)
     ours = {f"{name}.{key}" for name, layer in layers.items() for key in layer.trained}
     weights = {n: w for n, w in model.named_parameters() if w.requires_grad}
+    warmup = section.get("restart_warmup_steps", 10)
     adams = {n: Adam(params.get("betas", (0.9, 0.999)), params.get("eps", 1e-8)) for n in weights}
     since: int | None = None
     for t, ids in enumerate(data, start=1):
@@ -125,7 +163,7 @@ def plain_factors(
         grads = {n: g * min(1.0, clip / (norm + 1e-6)) for n, g in grads.items()}
         ramp = 1.0
         if since is not None:
-            ramp = 0.001 + 0.999 * min(1.0, since / section.get("restart_warmup_steps", 10))
+            ramp = 0.001 + 0.999 * min(1.0, since / warmup)
             since += 1
         with torch.no_grad():
             for name in weights.keys() - ours:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megalr.layers.base import FullConfig, Parametrization
+from megalr.layers.lora import LoraConfig, ReloraConfig
 from megalr.layers.low_rank import LowRankConfig
 from megalr.layers.projected import ProjectedConfig
 from megalr.layers.sltrain import SLTrainConfig
@@ -10,6 +11,8 @@ from megalr.layers.sltrain import SLTrainConfig
 PARAMETRIZATIONS: dict[str, type[FullConfig] | type[Parametrization]] = {
     "full": FullConfig,
     "low_rank": LowRankConfig,
+    "lora": LoraConfig,
     "projected": ProjectedConfig,
+    "relora": ReloraConfig,
     "sltrain": SLTrainConfig,
 }

@@ -58,3 +58,19 @@ def test_resume_is_bitwise(ranks, case, stage, tmp_path):
 def test_bf16_stays_close(ranks, case, stage):
     got = ranks(2).run("tests.distributed.factoring:train", stage, case, bf16={"enabled": True})[0]
     assert_same_weights(got, reference(case), tolerance=5e-2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_merge_of_relora_really_zeroes_the_moments(ranks, stage):
+    run = ranks(3).run
+    for case, least in (("relora, magnitude", 0.8), ("relora, random", 0.7), ("relora, reset", 1.0)):
+        for shares in run("tests.distributed.factoring:zeroed", stage, case, 4):
+            assert all(least - 0.03 < share <= min(1.0, least + 0.15) for share in shares.values()), (case, shares)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("rounding", ["stochastic", "remainder"])
+def test_resume_of_rounded_merges_is_bitwise(ranks, stage, rounding, tmp_path):
+    changes = {"bf16": {"enabled": True}, "section": {"merge_rounding": rounding}}
+    different = ranks(2).run("tests.distributed.factoring:resume", stage, "relora, magnitude", str(tmp_path), **changes)
+    assert different == [[], []]

@@ -33,7 +33,7 @@ def test_megalr_keeps_what_adamw_keeps(ranks, world, stage):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_what_factorized_layers_keep_is_counted(ranks, stage, dtype):
-    for kind in ("sltrain",):
+    for kind in ("sltrain", "lora", "relora"):
         for measured, computed in ranks(2).run("tests.distributed.measuring:with_megalr", stage, kind, dtype):
             assert measured == computed, kind
 
