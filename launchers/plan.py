@@ -20,7 +20,7 @@ from megalr.layers import parametrize
 from megalr.optim.groups import parameter_groups
 from megalr.optim.matrices import choose_owners, matrix_shapes, state_numel
 from megalr.partition import planned_layout
-from megalr.planner import deepspeed_bytes, frozen_shapes, human_bytes, paper_bytes
+from megalr.planner import buffer_bytes, deepspeed_bytes, frozen_shapes, human_bytes, paper_bytes
 from megalr.rules.base import Rule
 from megalr.rules.registry import RULES
 from megalr.training.models import empty_model, read_model_config
@@ -82,6 +82,7 @@ def _cells(name: str, title: str, parametrization: ParametrizationConfig, argume
         world_size=arguments.processes,
         dtype=DTYPES[arguments.dtype],
         frozen=frozen_shapes(model),
+        buffers=buffer_bytes(model),
     )
     parts = (paper_bytes(model), held.weights, held.gradients, held.masters, held.optimizer_state, held.total)
     parameters = sum(p.numel() for p in model.parameters())

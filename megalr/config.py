@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from megalr.errors import UserError
 from megalr.layers.base import FullConfig, ParametrizationConfig
-from megalr.layers.low_rank import LowRankConfig
-from megalr.layers.projected import ProjectedConfig
+from megalr.layers.low_rank import LowRankConfig  # noqa: F401  (importable from here, too)
+from megalr.layers.projected import ProjectedConfig  # noqa: F401
 from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.plugins import load_plugins
 from megalr.rules.base import Rule
@@ -130,29 +130,33 @@ class MegalrConfig:
     plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        low_rank, rule = isinstance(self.parametrization, LowRankConfig), self.optimizer.rule
+        chosen, rule = self.parametrization, self.optimizer.rule
+        name = rule.name if rule else ""
         require(
-            self.refactorization is None or low_rank,
-            'megalr.refactorization needs low-rank factors: add "parametrization": {"type": "low_rank", "rank": ...} '
-            "or remove the section",
+            self.refactorization is None or not chosen.not_refactorized,
+            f'megalr.refactorization needs low-rank factors B, A, and "{chosen.type}" {chosen.not_refactorized}: '
+            'add "parametrization": {"type": "low_rank", "rank": ...} or remove the section',
         )
         require(
-            self.momentum_reset is None or low_rank or self.momentum_reset.scope == "all",
+            self.momentum_reset is None or not chosen.not_reset,
+            f'"{chosen.type}" {chosen.not_reset}',
+        )
+        require(
+            self.momentum_reset is None or chosen.trains_factors or self.momentum_reset.scope == "all",
             'megalr.momentum_reset.scope is "factors", but there are no low-rank factors: write "scope": "all"',
         )
         require(
             self.momentum_reset is None or rule is None or bool(rule.reset_keys),
-            f"megalr.momentum_reset cannot reset {rule.name if rule else ''}: remove it; a rule with a basis has "
-            '"moments": "reset" instead',
+            f'megalr.momentum_reset cannot reset {name}: remove it; a rule with a basis has "moments": "reset" instead',
+        )
+        refused = chosen.not_by_rule or (chosen.trains_factors and rule is not None and rule.not_for_factors)
+        require(
+            rule is None or not refused,
+            f'"{chosen.type}" factors cannot be trained with {name}, because {refused}: write "type": "AdamW" in '
+            '"optimizer", or remove "megalr.parametrization" to train dense matrices with the rule',
         )
         require(
-            not low_rank or rule is None or not rule.not_for_factors,
-            f'"{self.parametrization.type}" factors cannot be trained with {rule.name if rule else ""}, because '
-            f'{rule.not_for_factors if rule else ""}: write "type": "AdamW" in "optimizer", or remove '
-            '"megalr.parametrization" to train dense matrices with the rule',
-        )
-        require(
-            not low_rank or rule is None or self.optimizer.target_modules is None,
+            not chosen.trains_factors or rule is None or self.optimizer.target_modules is None,
             "the rule trains all factors: remove optimizer.params.target_modules; "
             "megalr.parametrization.target_modules chooses the layers",
         )
@@ -160,17 +164,6 @@ class MegalrConfig:
             self.refactorization is None or rule is None or self.refactorization.moments != "transport",
             'megalr.refactorization.moments is "transport", which carries AdamW\'s moments: write "reset" or "keep" '
             "with another rule",
-        )
-        projected = isinstance(self.parametrization, ProjectedConfig)
-        require(
-            not (projected and self.optimizer.rule),
-            'R of "projected" layers is trained with AdamW: write "type": "AdamW" in "optimizer", or remove '
-            '"megalr.parametrization" to train dense matrices with the rule',
-        )
-        require(
-            not (projected and self.momentum_reset),
-            '"projected" layers reset their moments themselves: remove "megalr.momentum_reset" and write "moments": '
-            '"reset" in "megalr.parametrization"',
         )
         require(self.exchange_bucket_bytes >= 1, "megalr.exchange_bucket_bytes must be at least 1")
 

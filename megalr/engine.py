@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from megalr.config import FullConfig, Json, MegalrConfig, fill_auto, read_json
 from megalr.errors import UserError
 from megalr.layers import parametrize as _parametrize
-from megalr.layers.parametrize import factor_pairs, projected_layers
+from megalr.layers.parametrize import factor_pairs, replaced_layers
 from megalr.optim.groups import parameter_groups
 from megalr.optim.optimizer import MegalrOptimizer
+from megalr.optim.registry import layer_events
 
 
 def parametrize(model: nn.Module, config: Json | str | Path) -> nn.Module:
@@ -52,14 +53,15 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
         content = fill_auto(content, training_args)
         _complete(training_args, content)
     parsed = MegalrConfig.from_json(content)
-    pairs, projected = list(factor_pairs(model)), projected_layers(model)
-    if not pairs and not projected and not isinstance(parsed.parametrization, FullConfig):
+    layers = replaced_layers(model)
+    if not layers and not isinstance(parsed.parametrization, FullConfig):
         raise UserError(
             f'the configuration asks for parametrization "{parsed.parametrization.type}", but the model has no such '
             "layer: call megalr.parametrize(model, config) before megalr.build_optimizer"
         )
     groups = parameter_groups(model, parsed.optimizer)
-    return MegalrOptimizer(groups, parsed, pairs=pairs, projected=projected)
+    events = layer_events(parsed.parametrization, layers, parsed.seed)
+    return MegalrOptimizer(groups, parsed, pairs=list(factor_pairs(model)), events=events)
 
 
 def trainer_optimizer(training_args: Any) -> tuple[Callable[[], Any], dict[str, Any]]:

@@ -15,7 +15,14 @@ from megalr.benchmarks.results import best_run, score, test_score
 from megalr.benchmarks.runs import Recipe, Run
 from megalr.layers import parametrize
 from megalr.optim.matrices import state_numel
-from megalr.planner import ParameterRecord, deepspeed_bytes, frozen_shapes, human_bytes, paper_bytes
+from megalr.planner import (
+    ParameterRecord,
+    buffer_bytes,
+    deepspeed_bytes,
+    frozen_shapes,
+    human_bytes,
+    paper_bytes,
+)
 from megalr.planner.report import TEXT_COLOR
 from megalr.training.models import empty_model
 
@@ -158,6 +165,7 @@ def method_memory(one: Run, recipe: Recipe) -> Memory:
         treated=treated,
         treated_state=sum(state.values()),
         frozen=frozen_shapes(model),
+        buffers=buffer_bytes(model),
     )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Memory(trained, paper_bytes(model, treated_state=own_state), held.total)

@@ -83,7 +83,7 @@ class Training:
         """
         state = self._optimizer.state_dict()
         if "projected" in state["megalr"]:
-            for counts in state["megalr"]["projected"]["bases"].values():
+            for counts in state["megalr"]["layers"]["bases"].values():
                 counts["refreshes"] = max(1, counts["refreshes"])
             self._optimizer.load_state_dict(state)
 

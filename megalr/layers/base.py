@@ -17,7 +17,17 @@ from megalr.sections import check_targets, require
 class FullConfig:
     """The model as it is: every weight a dense matrix."""
 
+    trains_factors: ClassVar[bool] = False
+    not_refactorized: ClassVar[str] = "has none"
+    not_reset: ClassVar[str] = ""
+    not_by_rule: ClassVar[str] = ""
+    not_dense: ClassVar[str] = ""
+
     type: Literal["full"] = "full"
+
+    def form(self) -> dict[str, str | int | bool]:
+        """See :meth:`Parametrization.form`."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +45,16 @@ class Parametrization(ABC):
     parts: ClassVar[frozenset[str]]
     # Keys that a user of a kindred method may write, and what to write instead.
     instead: ClassVar[Mapping[str, str]] = {}
+    # Whether its layers are FactorizedLinear, so that there is something for a rule, and for a reset of the factors.
+    trains_factors: ClassVar[bool] = True
+    # Why there is nothing to refactorize; empty where the layers have a pair B, A of which the product alone counts.
+    not_refactorized: ClassVar[str] = ""
+    # What to write instead of a momentum reset; empty where there can be one.
+    not_reset: ClassVar[str] = ""
+    # Why no rule but AdamW can train what stands in the weight's place; empty where one can.
+    not_by_rule: ClassVar[str] = ""
+    # Why no dense weight computes the same; empty where one does.
+    not_dense: ClassVar[str] = ""
 
     type: str = ""
     rank: int = 128
@@ -72,6 +92,10 @@ class Parametrization(ABC):
     def weight(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The dense weight (m, n), multiplied and kept in fp32, from a layer's :attr:`parts` by last name."""
 
+    def form(self) -> dict[str, str | int | bool]:
+        """What decides what the optimizer's state looks like, beside the parameters' shapes."""
+        return {}
+
 
 class FactorizedLinear(nn.Module):
     """A linear layer that trains something smaller than its weight.
@@ -81,6 +105,12 @@ class FactorizedLinear(nn.Module):
     """
 
     factors: ClassVar[tuple[str, ...]]
+
+
+def kept_buffers(model: nn.Module) -> list[Tensor]:
+    """What the model's factorized layers keep beside parameters, such as the places of trained values."""
+    layers = [module for module in model.modules() if isinstance(module, FactorizedLinear)]
+    return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
 
 
 ParametrizationConfig = FullConfig | Parametrization

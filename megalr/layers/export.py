@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from megalr.errors import UserError
 from megalr.layers.base import FullConfig, ParametrizationConfig
 
 
@@ -18,9 +19,14 @@ def densify(state: Mapping[str, Tensor], config: ParametrizationConfig) -> dict[
 
     Returns:
         The weights in fp32 (multiplied in fp32 and not yet cast), everything else as it is.
+
+    Raises:
+        UserError: the parametrization computes what no dense weight does.
     """
     if isinstance(config, FullConfig):
         return dict(state)
+    if config.not_dense:
+        raise UserError(f'"{config.type}" layers have no dense weight: {config.not_dense}')
     dense: dict[str, Tensor] = {}
     for name, tensor in state.items():
         layer, _, last = name.rpartition(".")

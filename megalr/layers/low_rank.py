@@ -18,20 +18,14 @@ from megalr.seeding import generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankConfig(Parametrization):
-    """W = (alpha / rank) * B @ A in place of every linear layer that ``target_modules`` names.
+class ScaledParametrization(Parametrization):
+    """A parametrization with s B A, s = alpha / rank, in it.
 
     Attributes:
         alpha: numerator of the fixed scale; None stands for ``rank``, that is, a scale of one.
-        init: "variance_matched" gives the product the dense layer's variance, "kaiming_uniform" is the published
-            code's start.
     """
 
-    parts: ClassVar[frozenset[str]] = frozenset({"B", "A"})
-
-    type: Literal["low_rank"] = "low_rank"
     alpha: float | None = None
-    init: Literal["variance_matched", "kaiming_uniform"] = "variance_matched"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,6 +36,25 @@ class LowRankConfig(Parametrization):
     def scale(self) -> float:
         """alpha / rank, the constant in front of B @ A."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def product(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """s B A in fp32."""
+        return self.scale * (parts["B"].to(torch.float32) @ parts["A"].to(torch.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(ScaledParametrization):
+    """W = (alpha / rank) * B @ A in place of every linear layer that ``target_modules`` names.
+
+    Attributes:
+        init: "variance_matched" gives the product the dense layer's variance, "kaiming_uniform" is the published
+            code's start.
+    """
+
+    parts: ClassVar[frozenset[str]] = frozenset({"B", "A"})
+
+    type: Literal["low_rank"] = "low_rank"
+    init: Literal["variance_matched", "kaiming_uniform"] = "variance_matched"
 
     def replace(self, layer: nn.Linear, *, seed: int, name: str) -> LowRankLinear:
         weight = layer.weight
@@ -57,19 +70,13 @@ class LowRankConfig(Parametrization):
         if weight.is_meta:
             return new
         if self.init == "variance_matched":
-            # Root mean square rather than the configuration's nominal value: it is right for any model and any start.
-            dense_std = torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).item() / weight.numel() ** 0.5
-            if dense_std == 0:
-                raise UserError(
-                    f"{name}.weight is all zeros, so there is no variance to match: initialise the model first"
-                )
-            variance_matched_(new, dense_std, seed, name)
+            variance_matched_(new, root_mean_square(weight, name), seed, name)
         else:
             kaiming_uniform_(new, seed, name)
         return new
 
     def weight(self, parts: Mapping[str, Tensor]) -> Tensor:
-        return self.scale * (parts["B"].to(torch.float32) @ parts["A"].to(torch.float32))
+        return self.product(parts)
 
 
 class LowRankLinear(FactorizedLinear):
@@ -139,19 +146,32 @@ def variance_matched_(layer: LowRankLinear, dense_std: float, seed: int, name: s
     m, n = layer.out_features, layer.in_features
     product = dense_std / (layer.scale * math.sqrt(layer.rank))  # std(B) * std(A)
     balance = (n / m) ** 0.25
-    _normal_(layer.B, math.sqrt(product) * balance, seed, f"{name}.B")
-    _normal_(layer.A, math.sqrt(product) / balance, seed, f"{name}.A")
+    normal_(layer.B, math.sqrt(product) * balance, seed, f"{name}.B")
+    normal_(layer.A, math.sqrt(product) / balance, seed, f"{name}.A")
 
 
 @torch.no_grad()
 def kaiming_uniform_(layer: LowRankLinear, seed: int, name: str) -> None:
     """The published code's start: both factors U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as ``nn.Linear``'s own."""
     for key, factor in (("B", layer.B), ("A", layer.A)):
-        bound = 1 / math.sqrt(factor.shape[1])
-        draw = torch.rand(factor.shape, generator=generator(seed, f"{name}.{key}"))
-        factor.copy_((2 * draw - 1) * bound)
+        uniform_(factor, 1 / math.sqrt(factor.shape[1]), seed, f"{name}.{key}")
 
 
-def _normal_(factor: Tensor, std: float, seed: int, key: str) -> None:
-    # Drawn in fp32 on the CPU: the same numbers whatever the model's dtype and device are.
+@torch.no_grad()
+def uniform_(tensor: Tensor, bound: float, seed: int, *keys: str | int) -> None:
+    """U(-bound, bound), in place; drawn in fp32 on the CPU, the same whatever the model's dtype and device are."""
+    tensor.copy_((2 * torch.rand(tensor.shape, generator=generator(seed, *keys)) - 1) * bound)
+
+
+def root_mean_square(weight: Tensor, name: str) -> float:
+    """Of a dense weight: rather than the configuration's nominal value it is right for any model and any start."""
+    size = torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).item() / weight.numel() ** 0.5
+    if size == 0:
+        raise UserError(f"{name}.weight is all zeros, so there is no variance to match: initialise the model first")
+    return size
+
+
+@torch.no_grad()
+def normal_(factor: Tensor, std: float, seed: int, key: str) -> None:
+    """N(0, std²), in place; drawn in fp32 on the CPU, as :func:`uniform_`."""
     factor.copy_(torch.randn(factor.shape, generator=generator(seed, key)) * std)

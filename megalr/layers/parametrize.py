@@ -57,6 +57,11 @@ def factor_names(model: nn.Module) -> Iterator[str]:
             yield from (f"{name}.{factor}" if name else factor for factor in module.factors)
 
 
+def replaced_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of the model that stand in the place of a linear one, by qualified name, in its order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, FactorizedLinear | ProjectedLinear)}
+
+
 def projected_layers(model: nn.Module) -> dict[str, ProjectedLinear]:
     """The projected layers of the model by qualified name, in its order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ProjectedLinear)}

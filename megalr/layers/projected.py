@@ -48,6 +48,13 @@ class ProjectedConfig(Parametrization):
     """
 
     parts: ClassVar[frozenset[str]] = frozenset({"weight", "R", "basis"})
+    trains_factors: ClassVar[bool] = False
+    not_refactorized: ClassVar[str] = "has none"
+    not_reset: ClassVar[str] = (
+        'layers reset their moments themselves: remove "megalr.momentum_reset" and write "moments": "reset" in '
+        '"megalr.parametrization"'
+    )
+    not_by_rule: ClassVar[str] = "a refresh carries over the moments of AdamW"
     instead: ClassVar[Mapping[str, str]] = {
         "proj_type": 'write "side": "std", "input" or "output"',
         "scale": "multiply optimizer.params.lr by GaLore's scale",

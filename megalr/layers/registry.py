@@ -7,13 +7,18 @@ from typing import TypeVar
 
 from megalr.errors import UserError
 from megalr.layers.base import FullConfig, Parametrization
+from megalr.layers.lora import LoraConfig, ReloraConfig
 from megalr.layers.low_rank import LowRankConfig
 from megalr.layers.projected import ProjectedConfig
+from megalr.layers.sltrain import SLTrainConfig
 
 PARAMETRIZATIONS: dict[str, type[FullConfig] | type[Parametrization]] = {
     "full": FullConfig,
     "low_rank": LowRankConfig,
+    "lora": LoraConfig,
     "projected": ProjectedConfig,
+    "relora": ReloraConfig,
+    "sltrain": SLTrainConfig,
 }
 
 P = TypeVar("P", bound=type[Parametrization])

@@ -1,4 +1,4 @@
-"""W0 takes over R Qᵀ: the sum in fp32, and how it becomes a weight of the model's dtype."""
+"""A frozen W0 takes over what was learnt beside it: the sum in fp32, and how it becomes of the model's dtype."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Merging:
     """
 
     def __init__(
-        self, rounding: str, shard: Shard, exchange: Exchange, seed: int, remainders: dict[str, Tensor]
+        self, rounding: str, shard: Shard, exchange: Exchange, seed: int, remainders: dict[str, Tensor], trained: str
     ) -> None:
         """
         Args:
@@ -32,10 +32,12 @@ class Merging:
             shard, exchange: of the masters.
             seed: key of stochastic rounding.
             remainders: what was loaded from a checkpoint, or empty; modified.
+            trained: the last name of a parameter that each of the layers trains; where that is whole on every rank,
+                every rank keeps everything.
         """
         self.remainders = remainders
         self._rounding, self._seed = rounding, seed
-        self._shard, self._exchange = shard, exchange
+        self._shard, self._exchange, self._trained = shard, exchange, trained
 
     def take(self, name: str, weight: Tensor, learnt: Tensor, *, decay: float, count: int) -> None:
         """W0 <- decay · W0 + learnt, in place, wherever this rank holds a part of it; collective.
@@ -94,7 +96,7 @@ class Merging:
     def _share(self, name: str, weight: Tensor, start: int, held: Tensor) -> tuple[int, int]:
         """The elements whose remainder this rank keeps."""
         layout, numel = self._shard.layout, math.prod(logical_shape(weight))
-        if held.numel() < numel or layout.is_replicated(f"{name}.R"):
+        if held.numel() < numel or layout.is_replicated(f"{name}.{self._trained}"):
             return start, start + held.numel()
         chunk = math.ceil(numel / layout.world_size)
         return min(numel, self._shard.rank * chunk), min(numel, (self._shard.rank + 1) * chunk)

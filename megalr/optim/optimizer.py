@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from megalr.config import MegalrConfig
 from megalr.errors import UserError
-from megalr.layers.projected import ProjectedConfig, ProjectedLinear
 from megalr.ops import low_rank_adam
 from megalr.optim.clock import Clock
 from megalr.optim.groups import ParameterGroup
+from megalr.optim.layer_events import LayerEvents
 from megalr.optim.matrices import MatrixUpdater
-from megalr.optim.projection import Projections
 from megalr.optim.refactorization import OwnedPairs, refactorize_pairs
+from megalr.optim.routing import routing_table
 from megalr.partition import Exchange, Item, Shard, Unit, buckets, read_shard
 from megalr.partition.exchange import COPIES
 from megalr.rules.base import State
@@ -46,14 +46,14 @@ class MegalrOptimizer(torch.optim.Optimizer):
         config: MegalrConfig,
         *,
         pairs: Sequence[tuple[str, str]] = (),
-        projected: Mapping[str, ProjectedLinear] | None = None,
+        events: LayerEvents | None = None,
     ) -> None:
         """
         Args:
             groups: trainable parameters and their settings; see :func:`megalr.optim.groups.parameter_groups`.
             config: the events, and the exchange's bound.
             pairs: qualified names of the low-rank factors, as (B, A).
-            projected: projected layers by qualified name.
+            events: what the parametrization does beside; see :func:`megalr.optim.registry.layer_events`.
         """
         self.config = config
         self.updates = 0
@@ -64,9 +64,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         self._pairs = list(pairs)
         self._shard: Shard | None = None
         self._matrices: MatrixUpdater | None = None
-        self._projections: Projections | None = None
-        if isinstance(config.parametrization, ProjectedConfig) and projected:
-            self._projections = Projections(projected, config.parametrization, config.seed)
+        self._events = events
         self._loaded: dict[str, Any] | None = None
         self._stepped: set[int] = set()
         self._skipping = False
@@ -105,8 +103,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
                 continue
             if group["by_rule"]:
                 self._update_matrices(here, group)
-            elif group["name"] == "projected":
-                self._update_projected(here, group)
+            elif self._events is not None and group["name"] == self._events.group:
+                self._update_by_events(here, group)
             else:
                 self._update(list(here.values()), group)
         if len(self._stepped) == len(shard.keys):
@@ -114,13 +112,13 @@ class MegalrOptimizer(torch.optim.Optimizer):
             self.last_events = self._end_update()
 
     def begin_update(self) -> None:
-        """Forget what backward passes have left in projected layers for an update that was skipped.
+        """Forget what backward passes have left in layers for an update that was skipped.
 
         To be called before the first backward pass of an update where somebody else skips updates, as DeepSpeed does;
         without it a refresh that meets such remains is put off by one update.
         """
-        if self._projections is not None:
-            self._projections.forget_gradients()
+        if self._events is not None:
+            self._events.forget_gradients()
 
     def prepare(self) -> Shard:
         """Read what lies where, choose owners; done once, on first use after ``deepspeed.initialize``."""
@@ -141,8 +139,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
                     bucket_bytes=self.config.exchange_bucket_bytes,
                     seed=self.config.seed,
                 )
-            if self._projections is not None:
-                self._projections.attach(shard, self._exchange, self._moments)
+            if self._events is not None:
+                self._events.attach(shard, self._exchange, self._moments)
             self._shard = shard
             self._load_matrices()
         return self._shard
@@ -156,8 +154,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
             state["megalr"]["matrices"] = self._matrices.state_dict()
         elif self._loaded is not None:  # loaded, and no update since
             state["megalr"]["matrices"] = self._loaded
-        if self._projections is not None:
-            state["megalr"]["projected"] = self._projections.state_dict()
+        if self._events is not None:
+            state["megalr"]["layers"] = self._events.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -179,8 +177,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
             group.update({key: value for key, value in vars(given.settings).items() if key != "lr"})
         self._loaded = state_dict["megalr"].get("matrices", {})
         self._load_matrices()
-        if self._projections is not None:
-            self._projections.load_state_dict(state_dict["megalr"]["projected"])
+        if self._events is not None:
+            self._events.load_state_dict(state_dict["megalr"]["layers"])
         self.updates = state_dict["megalr"]["updates"]
         self._clocks = {name: Clock(**values) for name, values in state_dict["megalr"]["clocks"].items()}
 
@@ -191,36 +189,10 @@ class MegalrOptimizer(torch.optim.Optimizer):
         is element-wise has none. A last line says how evenly the rule's state is spread over the ranks.
         """
         shard = self.prepare()
-        owner = {
-            name: rank
-            for unit, rank in zip(self._owned_pairs.units, self._owned_pairs.owners, strict=True)
-            for name in unit.names
-        }
-        bases = [] if self._projections is None else self._projections.bases
-        ranks = {f"{name}.R": layer.rank for basis in bases for name, layer in basis.layers.items()}
-        owner |= {f"{name}.R": basis.owner for basis in bases for name in basis.layers}
-        rows = [("parameter", "shape", "group", "rule", "rank", "lr", "owner", "state bytes")]
-        for group, given in zip(self._all_groups, self._groups, strict=True):
-            lr = f"{given.settings.lr:g}"  # the schedule's own is that of its first step already
-            if given.by_rule and self._matrices is not None:
-                routes = self._matrices.routes(given.parameters)
-                rows += [(*row[:2], given.name, *row[2:4], lr, *row[4:]) for row in routes]
-                continue
-            for name in given.parameters:
-                if name in shard.layout.shapes:
-                    shape = " x ".join(map(str, shard.layout.shapes[name]))
-                    size = f"{2 * 4 * shard.layout.numel(name):,}"
-                    rank = str(ranks.get(name, "-"))
-                    rows.append((name, shape, group["name"], "adamw", rank, lr, str(owner.get(name, "-")), size))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        if self._matrices is not None and (balance := self._matrices.balance()) is not None:
-            found, least = balance
-            lines.append(
-                f"state bytes of {self._matrices.rule.name} by rank: "
-                f"largest {found:.2f} x the mean; these shapes and cuts allow {least:.2f}"
-            )
-        return "\n".join(lines)
+        pairs = zip(self._owned_pairs.units, self._owned_pairs.owners, strict=True)
+        looked_after: dict[str, tuple[int | None, int | None]] = {n: (None, rank) for u, rank in pairs for n in u.names}
+        looked_after |= {} if self._events is None else self._events.routes()
+        return routing_table(self._groups, shard.layout, looked_after, self._matrices)
 
     def summary(self) -> str:
         """One line for each rule: how many parameters or matrices it updates, and with how many elements."""
@@ -232,15 +204,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
             projected = f" projected to rank {'-'.join(map(str, sorted({ranks[0], ranks[-1]})))}" if ranks else ""
             size = sum(m.shape[0] * m.shape[1] for m in matrices)
             lines.append(f"{rule.name}: {len(matrices)} matrices with {size:,} elements{projected}")
-        if self._projections is not None:
-            bases = self._projections.bases
-            layers = [layer for basis in bases for layer in basis.layers.values()]
-            size = sum(layer.out_features * layer.in_features for layer in layers)
-            chosen = sorted({layer.rank for layer in layers})
-            lines.append(
-                f"projected: {len(layers)} matrices with {size:,} elements and {len(bases)} bases of rank "
-                + "-".join(map(str, sorted({chosen[0], chosen[-1]})))
-            )
+        if self._events is not None and self._events.summary():
+            lines.append(self._events.summary())
         owned = {n for g in self._groups if g.by_rule for n in g.parameters} if self._matrices else set()
         rest = [name for name in shard.layout.shapes if name not in owned]
         lines.append(f"adamw: {len(rest)} parameters with {sum(map(shard.layout.numel, rest)):,} elements")
@@ -266,13 +231,13 @@ class MegalrOptimizer(torch.optim.Optimizer):
 
     @property
     def remainders(self) -> dict[str, Tensor]:
-        """What this rank keeps of projected layers' W0 beside the model's weights, by layer; not copies."""
-        return {} if self._projections is None else self._projections.remainders
+        """What this rank keeps of frozen W0 beside the model's weights, by layer; not copies."""
+        return {} if self._events is None else self._events.remainders
 
     @property
     def refreshes(self) -> int:
-        """Refreshes of projected layers' bases since the start of the run; a shared basis counts once."""
-        return 0 if self._projections is None else sum(basis.refreshes for basis in self._projections.bases)
+        """Refreshes of projected layers' bases, merges of ReLoRA's factors, ... since the start of the run."""
+        return 0 if self._events is None else self._events.made
 
     @property
     def rule_calls(self) -> int:
@@ -304,9 +269,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
         return not any(grad.any() for grad in grads)
 
     def _form(self) -> dict[str, Any]:
-        rule, parametrization = self.config.optimizer.rule, self.config.parametrization
-        form = {"rule": "adamw"} if rule is None else rule.form()
-        return form | parametrization.form() if isinstance(parametrization, ProjectedConfig) else form
+        rule = self.config.optimizer.rule
+        return ({"rule": "adamw"} if rule is None else rule.form()) | self.config.parametrization.form()
 
     def _load_matrices(self) -> None:
         """Hand over what was loaded, once the layout is known: DeepSpeed loads this state before its own masters."""
@@ -333,15 +297,18 @@ class MegalrOptimizer(torch.optim.Optimizer):
             updates=self.updates,
         )
 
-    def _update_projected(self, here: dict[int, Tensor], group: dict[str, Any]) -> None:
-        assert self._projections is not None
+    def _update_by_events(self, here: dict[int, Tensor], group: dict[str, Any]) -> None:
+        assert self._events is not None
+        clock = _clock_of(group["name"])
         for parameter in here.values():
             self._moments_of(parameter)
-        self._projections.update(
+        self._events.update(
             sorted(here),
             self._flat_gradients(here),
             updates=self.updates,
-            **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")},
+            count=self._clocks[clock].count + 1,
+            lr=group["lr"] * self._ramp(clock),
+            **{key: group[key] for key in ("betas", "eps", "weight_decay")},
         )
 
     def _flat_gradients(self, here: dict[int, Tensor]) -> list[Tensor]:
@@ -388,9 +355,11 @@ class MegalrOptimizer(torch.optim.Optimizer):
         )
 
     def _ramp(self, clock: str) -> float:
-        """What a momentum reset leaves of the learning rate at this update."""
+        """What a restart leaves of the learning rate at this update."""
         reset = self.config.momentum_reset
-        return self._clocks[clock].ramp(reset.warmup_steps) if reset else 1.0
+        if reset is None:
+            return 1.0 if self._events is None else self._clocks[clock].ramp(self._events.restart_warmup_steps)
+        return self._clocks[clock].ramp(reset.warmup_steps)
 
     def _resets_due(self, updates: int) -> set[str]:
         """The clocks whose moments become zero at the end of an update, which stores zeros right away."""
@@ -400,7 +369,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
             due |= {"factors"} if updates % refactorization.interval == 0 else set()
         if reset and updates % reset.interval == 0:
             due |= {"factors", "dense"} if reset.scope == "all" else {"factors"}
-        return due
+        return due if self._events is None else due | self._events.resets_due(updates)
 
     def _run_events(self) -> list[str]:
         """Refactorization and momentum reset, where due after this update."""
@@ -418,8 +387,10 @@ class MegalrOptimizer(torch.optim.Optimizer):
             for name in ("factors", "dense") if reset.scope == "all" else ("factors",):
                 self._clocks[name].since_reset = 0
             events.append("momentum_reset")
-        if self._projections is not None:
-            for buffer in self._projections.end_update(self.updates):
+        if self._events is not None:
+            for name in self._events.restarts_due(self.updates):
+                self._clocks[name].since_reset = 0
+            for buffer in self._events.end_update(self.updates):
                 self.prepare().publish(buffer)
         return events
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,9 +26,10 @@ from torch import Tensor
 from megalr.layers.projected import ProjectedConfig, ProjectedLinear
 from megalr.ops import low_rank_adam, momentum_reset
 from megalr.optim.groups import logical_shape
+from megalr.optim.layer_events import LayerEvents, Moments
 from megalr.optim.merging import Merging
 from megalr.partition import Exchange, Fragment, Shard, frozen_parts
-from megalr.partition.exchange import Field, run_of
+from megalr.partition.exchange import Field, run_of, write
 from megalr.rules.adam import rotate_moments
 from megalr.rules.base import State, tensor
 from megalr.rules.bases import Projector, Side, SummedMatrix, leading_basis, random_basis, sketched_basis
@@ -90,16 +91,16 @@ class Basis:
             layer.collecting, layer.full_gradient = collecting, None
 
 
-class Projections:
+class Projections(LayerEvents):
     """The bases of a model's projected layers, and AdamW on their R.
 
     Attributes:
         bases: all of them, in the model's order.
-        remainders: what this rank keeps of each W0 beside the model's, by layer; see
-            :class:`~megalr.optim.merging.Merging`.
     """
 
-    def __init__(self, layers: Mapping[str, ProjectedLinear], config: ProjectedConfig, seed: int) -> None:
+    group: ClassVar[str] = "projected"
+
+    def __init__(self, layers: Mapping[str, Any], config: ProjectedConfig, seed: int) -> None:
         """
         Args:
             layers: the model's, by qualified name; those whose R is not trained are left alone.
@@ -127,18 +128,11 @@ class Projections:
             basis.refreshes = int(self._projector(0) == "random")  # it started with one
         self._plan(0)
 
-    def attach(self, shard: Shard, exchange: Exchange, moments: Callable[[str], Field]) -> None:
-        """Take note of what lies where, once it is known.
-
-        Args:
-            shard: the masters.
-            exchange: over their ranks.
-            moments: gives the flat buffers of "exp_avg" or "exp_avg_sq", in the masters' layout.
-        """
-        self._shard, self._exchange, self._moments = shard, exchange, moments
+    def attach(self, shard: Shard, exchange: Exchange, moments: Moments) -> None:
+        super().attach(shard, exchange, moments)
         for index, basis in enumerate(self.bases):
             basis.owner = index % shard.layout.world_size
-        self._merging = Merging(self._config.merge_rounding, shard, exchange, self._seed, self.remainders)
+        self._merging = Merging(self._config.merge_rounding, shard, exchange, self._seed, self.remainders, "R")
 
     def update(
         self,
@@ -146,19 +140,13 @@ class Projections:
         gradients: Field,
         *,
         updates: int,
+        count: int,
         lr: float,
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
     ) -> None:
-        """Refresh the bases that are due, then AdamW on all R that lie in some of the flat buffers; collective.
-
-        Args:
-            which: the buffers, the same on every rank.
-            gradients: flat, in the buffers' layout; modified where a basis is new.
-            updates: made so far.
-            lr, betas, eps, weight_decay: AdamW's.
-        """
+        """Refresh the bases that are due, then AdamW on all R that lie in some of the flat buffers; collective."""
         here = [basis for basis in self.bases if any(self._buffer(name) in which for name in basis.layers)]
         self._refresh([basis for basis in here if basis.due], which, gradients, updates)
         runs: list[tuple[Fragment, int]] = []
@@ -168,11 +156,11 @@ class Projections:
                     continue
                 own = self._shard.layout.on(f"{name}.R", self._shard.rank)
                 if name in self._renewed:
-                    _write(self._renewed.pop(name), gradients, own)
+                    write(self._renewed.pop(name), gradients, own)
                 elif name in self._turned:
                     low, turn = self._exchange.everywhere(f"{name}.R", gradients), self._turned.pop(name)
                     turn = turn.to(low.device)
-                    _write(low @ turn.T if basis.side == "right" else turn @ low, gradients, own)
+                    write(low @ turn.T if basis.side == "right" else turn @ low, gradients, own)
                 runs += [(fragment, basis.count + 1) for fragment in own]
         if runs:
             fields = (self._shard.buffers, gradients, self._moments("exp_avg"), self._moments("exp_avg_sq"))
@@ -182,14 +170,7 @@ class Projections:
         self._kept = 1 - lr * weight_decay
 
     def end_update(self, updates: int) -> list[int]:
-        """Count an update, make the refreshes that need no gradient, have layers prepare for those that do.
-
-        Args:
-            updates: made so far, this one included.
-
-        Returns:
-            The flat buffers that a refresh has changed.
-        """
+        """Count an update, make the refreshes that need no gradient, have layers prepare for those that do."""
         for basis in self.bases:
             basis.count += 1
             basis.decay *= self._kept
@@ -207,15 +188,30 @@ class Projections:
         for basis in self.bases:
             basis.collect(basis.due)
 
+    @property
+    def made(self) -> int:
+        """Refreshes since the start of the run; a shared basis counts once."""
+        return sum(basis.refreshes for basis in self.bases)
+
+    def routes(self) -> dict[str, tuple[int, int | None]]:
+        return {f"{name}.R": (layer.rank, basis.owner) for basis in self.bases for name, layer in basis.layers.items()}
+
+    def summary(self) -> str:
+        layers = [layer for basis in self.bases for layer in basis.layers.values()]
+        if not layers:
+            return ""
+        size = sum(layer.out_features * layer.in_features for layer in layers)
+        chosen = sorted({layer.rank for layer in layers})
+        ranks = "-".join(map(str, sorted({chosen[0], chosen[-1]})))
+        return f"projected: {len(layers)} matrices with {size:,} elements and {len(self.bases)} bases of rank {ranks}"
+
     def state_dict(self) -> dict[str, Any]:
-        """Counts by basis, and what this rank keeps of each W0 beside the model's."""
         return {
             "bases": {basis.name: {key: getattr(basis, key) for key in COUNTS} for basis in self.bases},
             "remainders": dict(self.remainders),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, at the same stage and world size."""
         for basis in self.bases:
             for key in COUNTS:
                 setattr(basis, key, state["bases"][basis.name][key])
@@ -357,7 +353,7 @@ class Projections:
                 state: State = {key: self._exchange.everywhere(f"{name}.R", flat) for key, flat in fields.items()}
                 rotate_moments(state, turn.to(fields["exp_avg"][0].device), left=left)
                 for key, flat in fields.items():
-                    _write(tensor(state, key), flat, own)
+                    write(tensor(state, key), flat, own)
 
     def _whole(self, parameter: Tensor) -> Tensor:
         """A frozen parameter, whole, fp32, new."""
@@ -380,10 +376,3 @@ def _take_gradient(layer: ProjectedLinear) -> Tensor:
 
 def _stack(matrices: list[Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-
-
-def _write(whole: Tensor, flat: Field, own: Sequence[Fragment]) -> None:
-    """Put a whole tensor's values where this rank's fragments of it are."""
-    values = whole.reshape(-1)
-    for fragment in own:
-        run_of(flat, fragment).copy_(values[fragment.start : fragment.start + fragment.length])

@@ -323,3 +323,10 @@ def _nothing() -> None:
 def run_of(field: Field, fragment: Fragment) -> Tensor:
     """The elements of one of this rank's fragments, as a view of its flat buffer."""
     return field[fragment.buffer][fragment.offset : fragment.offset + fragment.length]
+
+
+def write(whole: Tensor, field: Field, fragments: Sequence[Fragment]) -> None:
+    """Put a whole tensor's values where this rank's fragments of it are."""
+    values = whole.reshape(-1)
+    for fragment in fragments:
+        run_of(field, fragment).copy_(values[fragment.start : fragment.start + fragment.length])

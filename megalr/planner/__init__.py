@@ -3,6 +3,7 @@
 from megalr.planner.memory import (
     ParameterRecord,
     RankBytes,
+    buffer_bytes,
     deepspeed_bytes,
     expected_bytes,
     frozen_shapes,
@@ -15,6 +16,7 @@ from megalr.planner.report import human_bytes, peak_memory_bytes, plot_losses, s
 __all__ = [
     "ParameterRecord",
     "RankBytes",
+    "buffer_bytes",
     "deepspeed_bytes",
     "expected_bytes",
     "frozen_shapes",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megalr.layers import factor_names
+from megalr.layers.base import kept_buffers
 from megalr.optim.groups import logical_shape
 from megalr.partition.fragments import PADDING
 
@@ -96,6 +97,11 @@ def frozen_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     return [logical_shape(parameter) for parameter in model.parameters() if not parameter.requires_grad]
 
 
+def buffer_bytes(model: nn.Module) -> int:
+    """Bytes of what the layers keep beside parameters: the indices of SLTrain's values, 4 bytes each."""
+    return sum(buffer.numel() * buffer.element_size() for buffer in kept_buffers(model))
+
+
 def paper_bytes(
     parameters: nn.Module | Iterable[ParameterRecord],
     *,
@@ -106,14 +112,16 @@ def paper_bytes(
     That is 2 bytes for every weight, 4 for every parameter under plain Adam, and 2 for every float of state,
     projector included, of a matrix that has a rule of its own. Gradients, masters and activations do not
     count. A low-rank model is plain Adam on its factors: 6 bytes for each of its parameters. What is frozen, such as
-    W0 and Q of projected layers, counts as the weight it is.
+    W0 and Q of projected layers, counts as the weight it is, and indices with 4 bytes.
 
     Args:
         parameters: a model (on the meta device, if need be), or records of trained parameters.
         treated_state: how many floats of state a parameter's own rule keeps; None for plain Adam.
     """
     listed = records(parameters) if isinstance(parameters, nn.Module) else list(parameters)
-    total = 2 * sum(map(math.prod, frozen_shapes(parameters))) if isinstance(parameters, nn.Module) else 0
+    total = 0
+    if isinstance(parameters, nn.Module):
+        total = 2 * sum(map(math.prod, frozen_shapes(parameters))) + buffer_bytes(parameters)
     for record in listed:
         state = treated_state(record) if treated_state is not None else None
         total += 2 * record.numel + 2 * (ADAM_STATE_FLOATS * record.numel if state is None else state)
@@ -132,6 +140,7 @@ def deepspeed_bytes(
     treated: Collection[int] = (),
     treated_state: int = 0,
     frozen: Sequence[Shape] = (),
+    buffers: int = 0,
 ) -> RankBytes:
     """Bytes that one rank holds under DeepSpeed 0.19.8 with AdamW and no offload, padding included.
 
@@ -169,6 +178,7 @@ def deepspeed_bytes(
         treated_state: elements of state, scalars left out, that this rank keeps for them: it depends on who owns what.
         frozen: the shapes of parameters that are not trained. They are weights and nothing else, whole on every rank
             except at stage 3.
+        buffers: bytes of what layers keep beside parameters, see :func:`buffer_bytes`; whole on every rank.
 
     Raises:
         ValueError: an unknown stage, a rank outside the world, or a gradient dtype that DeepSpeed refuses.
@@ -205,7 +215,7 @@ def deepspeed_bytes(
             raise ValueError(f"stage is {stage}; ZeRO has the stages 0, 1, 2 and 3")
     plain = sum(part for index, part in enumerate(parts) if index not in treated)
     return RankBytes(
-        weights=(held + sum(fixed)) * dtype.itemsize,
+        weights=(held + sum(fixed)) * dtype.itemsize + buffers,
         gradients=gradients,
         masters=0 if stage == 0 and dtype == torch.float32 else 4 * sum(parts),
         optimizer_state=4 * (ADAM_STATE_FLOATS * plain + treated_state),
@@ -233,6 +243,7 @@ def expected_bytes(engine: Any) -> RankBytes:
         treated=[index for index, group in enumerate(groups) if own.issuperset(map(id, group))],
         treated_state=engine.basic_optimizer.matrix_state_numel if own else 0,
         frozen=frozen_shapes(engine.module),
+        buffers=buffer_bytes(engine.module),
     )
 
 
@@ -247,6 +258,7 @@ def measured_bytes(engine: Any) -> RankBytes:
     parameters = list(engine.module.parameters())
     seen: Storages = set()
     weights = _storage_bytes([[p, getattr(p, "ds_tensor", None)] for p in parameters], seen)
+    weights += _storage_bytes(kept_buffers(engine.module), seen)
     masters = _storage_bytes([getattr(optimizer, name, None) for name in MASTERS], seen)
     state = _storage_bytes(list(engine.basic_optimizer.state.values()), seen)
     state += _storage_bytes(getattr(engine.basic_optimizer, "matrix_states", {}), seen)

@@ -52,12 +52,12 @@ def sixty_million() -> Counts:
     return _count(model, {"input_ids": ids, "labels": ids}, Setting(stage=2))
 
 
-def with_megalr(stage: int) -> tuple[RankBytes, RankBytes]:
-    """Measured and computed for a low-rank LLaMA under megalr's own optimizer."""
+def with_megalr(stage: int, parametrization: str = "low_rank", dtype: str = "fp32") -> tuple[RankBytes, RankBytes]:
+    """Measured and computed for a LLaMA with factors under megalr's own optimizer."""
     shape = {"hidden_size": 20, "intermediate_size": 33, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=61))
-    config = _configuration(Setting(stage))
-    config |= {"optimizer": {"type": "AdamW"}, "megalr": {"parametrization": {"type": "low_rank", "rank": 5}}}
+    config = _configuration(Setting(stage, dtype, dtype))
+    config |= {"optimizer": {"type": "AdamW"}, "megalr": {"parametrization": {"type": parametrization, "rank": 5}}}
     engine, *_ = megalr.initialize(model=model, config=config)
     ids = torch.arange(8).view(1, 8)
     _train(engine, {"input_ids": ids, "labels": ids})

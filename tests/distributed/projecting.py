@@ -68,7 +68,7 @@ def train(
 def everything(engine: Any) -> dict[str, Any]:
     """All that training depends on, of this rank."""
     seen = rule_training.everything(engine)
-    state = engine.basic_optimizer._projections.state_dict()
+    state = engine.basic_optimizer._events.state_dict()
     for name, counts in state["bases"].items():
         seen[f"basis {name}"] = dict(counts)
     for name, remainder in state["remainders"].items():
@@ -160,7 +160,7 @@ def overflowing(stage: int) -> tuple[bool, int]:
     config = projected_configuration(stage, section={"projector": "power", "stagger": False})
     engine = engine_of(config)
     optimizer = engine.basic_optimizer
-    original = optimizer._projections._new_basis
+    original = optimizer._events._new_basis
     data = rule_training.batches(6)
     run_steps(engine, data[:5])
 
@@ -169,7 +169,7 @@ def overflowing(stage: int) -> tuple[bool, int]:
             grad.fill_(3e38)
         return original(basis, old, parts, updates)
 
-    optimizer._projections._new_basis = enlarged
+    optimizer._events._new_basis = enlarged
     run_steps(engine, data[5:])
     refreshes = optimizer.refreshes
     state = megalr.consolidated_state_dict(engine)

@@ -30,6 +30,14 @@ def test_megalr_keeps_what_adamw_keeps(ranks, world, stage):
         assert measured == computed
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_what_factorized_layers_keep_is_counted(ranks, stage, dtype):
+    for kind in ("sltrain", "lora", "relora"):
+        for measured, computed in ranks(2).run("tests.distributed.measuring:with_megalr", stage, kind, dtype):
+            assert measured == computed, kind
+
+
 def test_60m_low_rank_at_stage_2(ranks):
     for counts in ranks(2).run("tests.distributed.measuring:sixty_million"):
         assert counts.measured == counts.formula == counts.of_engine

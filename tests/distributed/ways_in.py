@@ -220,7 +220,7 @@ def _state(engine: Any) -> dict[str, Any]:
         "masters": shard.buffers,
         "moments": [moments.get(key, {}) for key in shard.keys],
         "matrices": {} if optimizer._matrices is None else optimizer._matrices.state_dict(),
-        "projected": {} if optimizer._projections is None else optimizer._projections.state_dict(),
+        "layers": {} if optimizer._events is None else optimizer._events.state_dict(),
         "clocks": {name: vars(clock) for name, clock in optimizer._clocks.items()},
         "updates": optimizer.updates,
         "settings": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],

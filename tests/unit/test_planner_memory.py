@@ -12,7 +12,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megalr.config import LowRankConfig
 from megalr.layers import parametrize
-from megalr.planner import ParameterRecord, RankBytes, deepspeed_bytes, measured_bytes, paper_bytes, records
+from megalr.layers.sltrain import SLTrainConfig
+from megalr.planner import (
+    ParameterRecord,
+    RankBytes,
+    buffer_bytes,
+    deepspeed_bytes,
+    measured_bytes,
+    paper_bytes,
+    records,
+)
 
 MODELS = Path(__file__).parents[2] / "launchers" / "models"
 
@@ -120,6 +129,18 @@ def test_shipped_low_rank_shapes_up_to_padding(size, rank, world_size):
 
 def matrices_are_larger(groups):
     return min(m * n for m, n in groups[0]) - 1
+
+
+@pytest.mark.parametrize(("size", "rank", "gigabytes"), [("60m", 128, 0.264), ("130m", 256, 0.589), ("1b", 512, 4.018)])
+def test_sltrain_is_counted_with_its_indices(size, rank, gigabytes):
+    """Published bytes: 6 for each parameter, 4 for each index (arXiv 2406.02214, appendix F, with 32 bits)."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig.from_json_file(MODELS / f"{size}.json"))
+    parametrize(model, SLTrainConfig(rank=rank))
+    values = sum(r.numel for r in records(model) if r.name.endswith(".values"))
+    keys = 16 * sum(r.name.endswith(".values") for r in records(model))
+    assert buffer_bytes(model) == 4 * values + keys
+    assert paper_bytes(model) / 1e9 == pytest.approx(gigabytes, abs=6e-4)
 
 
 def test_paper_bytes_of_a_treated_matrix():

@@ -305,7 +305,7 @@ def test_messages(section, message):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"optimizer": {"type": "Muon"}}, '"projected" layers is trained with AdamW'),
+        ({"optimizer": {"type": "Muon"}}, '"projected" factors cannot be trained with muon, because a refresh'),
         ({"momentum_reset": {"interval": 5, "scope": "all"}}, '"projected" layers reset their moments themselves'),
         ({"refactorization": {"interval": 5}}, "refactorization needs low-rank factors"),
     ],

@@ -1,0 +1,245 @@
+"""The sparse plus low-rank linear layer of SLTrain, W = s B A + S (arXiv 2406.02214).
+
+S has trained values at a fixed random set of places, a share of 3 % of them, which lets W have full rank. Both passes
+form W, use it and let go of it: a product with a matrix of 3 % non-zeros is slower than one with the whole matrix on
+anything that has matrix units, and about as fast on a CPU, while s B A + S costs r/T of the product with T tokens. The
+values' gradient is (dyᵀ x) at their places; the published code forms all m x n of it, here no more than an eighth
+exists at once. Saved for the backward pass is x alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megalr.errors import UserError
+from megalr.layers.low_rank import (
+    LowRankLinear,
+    ScaledParametrization,
+    normal_,
+    root_mean_square,
+    uniform_,
+    variance_matched_,
+)
+from megalr.sections import require
+from megalr.seeding import seed_for
+
+BLOCK = 2**20  # elements of the full gradient that exist at once, at most
+BLOCKS = 8  # into so many, at least, are the rows cut
+KEY_BITS, KEY_PARTS = 16, 4  # a key in parts that survive being cast to any floating-point type of 32 bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLTrainConfig(ScaledParametrization):
+    """W = (alpha / rank) B A + S in place of every linear layer that ``target_modules`` names.
+
+    Refactorization rewrites B, A and leaves S alone; a momentum reset of the factors takes the values in.
+
+    Attributes:
+        density: the share of W's elements that have a value in S.
+        init: "kaiming_uniform" is the published start, B = 0, A and the values U(-1/sqrt(n), 1/sqrt(n)): W starts with
+            the variance of a dense layer times ``density``. "variance_matched" gives W the dense layer's variance, a
+            share of ``density`` of it in S.
+    """
+
+    parts: ClassVar[frozenset[str]] = frozenset({"B", "A", "values", "support_key"})
+
+    type: Literal["sltrain"] = "sltrain"
+    density: float = 0.03
+    init: Literal["kaiming_uniform", "variance_matched"] = "kaiming_uniform"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            0 < self.density < 1,
+            f"megalr.parametrization.density is {self.density}; write a share above 0 and below 1, e.g. 0.03",
+        )
+
+    def check(self, name: str, layer: nn.Linear) -> None:
+        super().check(name, layer)
+        if layer.out_features * layer.in_features >= 2**31:
+            raise UserError(
+                f"{name} is a {layer.out_features} x {layer.in_features} matrix, too large for indices of 32 bits: "
+                "leave it out of target_modules"
+            )
+
+    def replace(self, layer: nn.Linear, *, seed: int, name: str) -> SLTrainLinear:
+        weight = layer.weight
+        new = SLTrainLinear(
+            layer.in_features,
+            layer.out_features,
+            self.rank,
+            density=self.density,
+            support_seed=seed_for(seed, name, "support"),
+            scale=self.scale,
+            bias=layer.bias,
+            device=weight.device,
+            dtype=weight.dtype,
+        ).train(layer.training)
+        if weight.is_meta:
+            return new
+        if self.init == "variance_matched":
+            dense_std = root_mean_square(weight, name)
+            variance_matched_(new, dense_std * math.sqrt(1 - self.density), seed, name)
+            normal_(new.values, dense_std, seed, f"{name}.values")
+        else:
+            bound = 1 / math.sqrt(layer.in_features)
+            nn.init.zeros_(new.B)
+            uniform_(new.A, bound, seed, f"{name}.A")
+            uniform_(new.values, bound, seed, f"{name}.values")
+        return new
+
+    def weight(self, parts: Mapping[str, Tensor]) -> Tensor:
+        product = self.product(parts)
+        values = parts["values"].to(torch.float32)
+        support = random_support(product.shape, values.numel(), _seed_in(parts["support_key"]))
+        product.view(-1).index_add_(0, support.to(product.device), values)
+        return product
+
+
+class SLTrainLinear(LowRankLinear):
+    """y = x (s B A + S)ᵀ + bias, in place of ``nn.Linear``.
+
+    Attributes:
+        B, A, bias, scale: as those of :class:`~megalr.layers.low_rank.LowRankLinear`.
+        values: (k,), model dtype, what S has at its places, in their order; k is the density's share of m n.
+        support: (k,), int32, the places in the flattened weight, ascending. Not in checkpoints: ``support_key`` is.
+        support_key: int32, the seed that the places are drawn with, in parts.
+    """
+
+    factors: ClassVar[tuple[str, ...]] = ("B", "A", "values")
+
+    support: Tensor
+    support_key: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        density: float,
+        support_seed: int,
+        scale: float = 1.0,
+        bias: nn.Parameter | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, scale=scale, bias=bias, device=device, dtype=dtype)
+        count = max(1, round(density * in_features * out_features))
+        self.values = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
+        self.register_buffer("support", torch.empty(count, dtype=torch.int32, device=device), persistent=False)
+        self.register_buffer("support_key", torch.empty(KEY_PARTS, dtype=torch.int32, device=device))
+        self._rows = max(1, min(BLOCK // in_features, -(-out_features // BLOCKS)))
+        self._bounds: list[int] = []
+        if not self.values.is_meta:
+            self.support_key.copy_(_parts_of(support_seed))
+            self._draw_support()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x of shape (..., in_features)."""
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+            with torch.autocast(x.device.type, enabled=False):
+                return self._output(x)
+        return self._output(x)
+
+    def _output(self, x: Tensor) -> Tensor:  # the layer in x's dtype
+        y: Tensor = _SparsePlusLowRank.apply(x, self.B, self.A, self.values, self.bias, self)
+        return y
+
+    def materialized(self, dtype: torch.dtype) -> Tensor:
+        """s B A + S: (m, n), new, without a gradient."""
+        with torch.no_grad():
+            weight = (self.B.to(dtype) * self.scale) @ self.A.to(dtype)
+            weight.view(-1).index_add_(0, self.support, self.values.to(dtype))
+        return weight
+
+    def at_support(self, left: Tensor, right: Tensor) -> Tensor:
+        """leftᵀ right, (m, n), at the places of the values alone; a block of rows at a time.
+
+        Args:
+            left: (tokens, m).
+            right: (tokens, n).
+        """
+        found = torch.empty(self.support.numel(), dtype=left.dtype, device=left.device)
+        for block, (first, last) in enumerate(zip(self._bounds, self._bounds[1:], strict=False)):
+            begin = block * self._rows
+            rows = left[:, begin : begin + self._rows].T @ right
+            torch.index_select(
+                rows.view(-1), 0, self.support[first:last] - begin * self.in_features, out=found[first:last]
+            )
+        return found
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows of this layer."""
+        return f"{super().extra_repr()}, values={self.values.numel()}"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        before = self.support_key.clone()
+        super()._load_from_state_dict(*args, **kwargs)
+        if not torch.equal(before, self.support_key):  # the checkpoint of a run with another seed
+            self._draw_support()
+
+    def _draw_support(self) -> None:
+        shape = (self.out_features, self.in_features)
+        self.support.copy_(random_support(shape, self.support.numel(), _seed_in(self.support_key)))
+        starts = torch.arange(0, self.out_features + self._rows, self._rows).clamp_(max=self.out_features)
+        self._bounds = torch.searchsorted(self.support.cpu(), (starts * self.in_features).int()).tolist()
+
+
+class _SparsePlusLowRank(torch.autograd.Function):
+    """The layer's two passes. The weights are read from the layer, not saved: ZeRO-3 takes them away in between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, b: Tensor, a: Tensor, values: Tensor, bias: Tensor | None, layer: SLTrainLinear
+    ) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return nn.functional.linear(x, layer.materialized(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layer: SLTrainLinear = ctx.layer
+        (x,) = ctx.saved_tensors
+        dtype, scale = x.dtype, layer.scale
+        flat, dy = x.reshape(-1, layer.in_features), grads[0].reshape(-1, layer.out_features)
+        dx = db = da = dvalues = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ layer.materialized(dtype)).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            db = (dy.T @ (flat @ layer.A.to(dtype).T * scale)).to(layer.B.dtype)  # (m, r)
+        if ctx.needs_input_grad[2]:
+            da = ((dy @ layer.B.to(dtype) * scale).T @ flat).to(layer.A.dtype)  # (r, n)
+        if ctx.needs_input_grad[3]:
+            dvalues = layer.at_support(dy, flat).to(layer.values.dtype)
+        if ctx.needs_input_grad[4] and layer.bias is not None:
+            dbias = dy.sum(0).to(layer.bias.dtype)
+        return dx, db, da, dvalues, dbias, None
+
+
+def random_support(shape: torch.Size | tuple[int, int], count: int, seed: int) -> Tensor:
+    """So many places of an m x n matrix, int32, ascending; every set of places is as likely as any other."""
+    numbers = torch.Generator().manual_seed(seed)
+    found = torch.empty(0, dtype=torch.int64)
+    # Drawing the few places with repetition is much faster than permuting all m n.
+    while found.numel() < count:
+        found = torch.cat([found, torch.randint(math.prod(shape), (count,), generator=numbers)]).unique()
+    kept = torch.randperm(found.numel(), generator=numbers)[:count]
+    return found[kept].sort().values.to(torch.int32)
+
+
+def _parts_of(seed: int) -> Tensor:
+    return torch.tensor([(seed >> KEY_BITS * i) % 2**KEY_BITS for i in range(KEY_PARTS)], dtype=torch.int32)
+
+
+def _seed_in(key: Tensor) -> int:
+    return sum(int(part) << KEY_BITS * i for i, part in enumerate(key.tolist()))

@@ -1,0 +1,111 @@
+"""What a parametrization has the optimizer do beside its update: refreshes, merges, switches of factors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from megalr.partition import Exchange, Shard
+from megalr.partition.exchange import Field
+
+# Gives the flat buffers of "exp_avg" or "exp_avg_sq", in the masters' layout.
+Moments = Callable[[str], Field]
+
+
+class LayerEvents(ABC):
+    """The events of a model's replaced layers; one object for all of them.
+
+    The optimizer calls :meth:`attach` once, then for each update :meth:`update` for flat buffers of its
+    :attr:`group`, and :meth:`end_update` when all buffers have been stepped. A skipped update calls neither.
+    What it returns from :meth:`resets_due` and :meth:`restarts_due` are clocks: "factors", "dense" or both.
+
+    Attributes:
+        group: the group of parameters that it updates itself; empty where AdamW does that.
+        restart_warmup_steps: length of the learning rate's ramp after what :meth:`restarts_due` names.
+        remainders: what this rank keeps of frozen weights beside the model's, by layer; see
+            :class:`~megalr.optim.merging.Merging`.
+    """
+
+    group: ClassVar[str] = ""
+
+    restart_warmup_steps: int = 0
+    remainders: dict[str, Tensor]
+
+    @property
+    def made(self) -> int:
+        """Events since the start of the run."""
+        return 0
+
+    def attach(self, shard: Shard, exchange: Exchange, moments: Moments) -> None:
+        """Take note of what lies where, once it is known.
+
+        Args:
+            shard: the masters.
+            exchange: over their ranks.
+            moments: this rank's.
+        """
+        self._shard, self._exchange, self._moments = shard, exchange, moments
+
+    def update(
+        self,
+        which: Sequence[int],
+        gradients: Field,
+        *,
+        updates: int,
+        count: int,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        """Update what lies in some of the flat buffers, all of :attr:`group`; collective.
+
+        Args:
+            which: the buffers, the same on every rank.
+            gradients: flat, in the buffers' layout; may be modified.
+            updates: made so far.
+            count: of this update since the moments were zero, for the bias correction.
+            lr, betas, eps, weight_decay: AdamW's; the ramp is in the learning rate.
+        """
+        raise NotImplementedError(f"{type(self).__name__} updates nothing itself")
+
+    def resets_due(self, updates: int) -> set[str]:
+        """The clocks whose moments become zero at the end of an update, counted from 1."""
+        return set()
+
+    def restarts_due(self, updates: int) -> set[str]:
+        """The clocks whose learning rate warms up again after an update, counted from 1."""
+        return set()
+
+    @abstractmethod
+    def end_update(self, updates: int) -> list[int]:
+        """Make what is due after an update; collective.
+
+        Args:
+            updates: made so far, this one included.
+
+        Returns:
+            The flat buffers that have changed.
+        """
+
+    def forget_gradients(self) -> None:  # noqa: B027  (most keep none)
+        """Drop what backward passes have left in the layers for an update that was skipped."""
+
+    def routes(self) -> dict[str, tuple[int, int | None]]:
+        """Of each parameter that it looks after: its rank r, and the process that owns it, if one does."""
+        return {}
+
+    def summary(self) -> str:
+        """A line on what there is; empty where the rest says it."""
+        return ""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, and what this rank keeps of frozen weights: plain numbers and tensors, by name."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, at the same stage and world size."""
