@@ -139,15 +139,15 @@ class MegalrConfig:
             'megalr.momentum_reset.scope is "factors", but there are no low-rank factors: write "scope": "all"',
         )
         require(
-            self.momentum_reset is None or rule is None or bool(rule.reset_keys),
-            f"megalr.momentum_reset cannot reset {rule.name if rule else ''}: remove it; a rule with a basis has "
-            '"moments": "reset" instead',
-        )
-        require(
             not low_rank or rule is None or not rule.not_for_factors,
             f'"{self.parametrization.type}" factors cannot be trained with {rule.name if rule else ""}, because '
             f'{rule.not_for_factors if rule else ""}: write "type": "AdamW" in "optimizer", or remove '
             '"megalr.parametrization" to train dense matrices with the rule',
+        )
+        require(
+            self.momentum_reset is None or rule is None or bool(rule.reset_keys),
+            f"megalr.momentum_reset cannot reset {rule.name if rule else ''}: remove it; a rule with a basis has "
+            '"moments": "reset" instead',
         )
         require(
             not low_rank or rule is None or self.optimizer.target_modules is None,

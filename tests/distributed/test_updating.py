@@ -74,6 +74,8 @@ def of_one_matrix(optimizer: str, m: int, n: int, r: int = 16) -> int:
     match optimizer:
         case "Muon":
             return m * n
+        case "StableSPAM":
+            return 2 * m * n + 3
         case "APOLLOMini":
             return m + 2 * n
         case "LDAdamW":  # the error is kept, too
@@ -84,7 +86,7 @@ def of_one_matrix(optimizer: str, m: int, n: int, r: int = 16) -> int:
             return m * r + 2 * n * r
 
 
-RULES = ("GaLoreAdamW", "FiraAdamW", "APOLLO", "APOLLOMini", "LDAdamW", "OnlineSubspaceDescent", "Muon")
+RULES = ("GaLoreAdamW", "FiraAdamW", "APOLLO", "APOLLOMini", "LDAdamW", "OnlineSubspaceDescent", "Muon", "StableSPAM")
 
 
 @pytest.mark.parametrize(
