@@ -10,6 +10,7 @@ from megalr.rules.golore import GoLore
 from megalr.rules.ldadam import LDAdam
 from megalr.rules.muon import Muon
 from megalr.rules.online_subspace_descent import OnlineSubspaceDescent
+from megalr.rules.spam import SPAM
 from megalr.rules.stable_spam import StableSPAM
 
 # AdamW is element-wise: it needs no matrices, and is the optimizer's own.
@@ -24,4 +25,5 @@ RULES: dict[str, type[Rule] | None] = {
     "OnlineSubspaceDescent": OnlineSubspaceDescent,
     "Muon": Muon,
     "StableSPAM": StableSPAM,
+    "SPAM": SPAM,
 }

@@ -31,9 +31,9 @@ class StableSPAM(Rule):
     M, a, b. In a vector, or a matrix with one row, the equations are the same.
 
     Where the published code departs from its paper this rule follows the paper: a reset comes before the update that it
-    is due at; M, a and b keep a count of their own, t, since they survive a reset, and would otherwise be inflated by up
-    to 1 / (1-θ), a thousandfold, after each; the bias correction of m is the product of the β1 s_t that there were; and
-    the cosine stays at η once it is there. In the code γ1 is multiplied by s_t, too.
+    is due at; M, a and b keep a count of their own, t, since they survive a reset, and would otherwise be inflated
+    after each, at first by 1 / (1-θ); the bias correction of m is the product of the β1 s_t that there were; and the
+    cosine stays at η once it is there. In the code γ1 is multiplied by s_t, too.
 
     Attributes:
         betas, eps: Adam's; ε is AdaGN's as well.

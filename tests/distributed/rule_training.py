@@ -29,6 +29,7 @@ RULES: dict[str, dict[str, Any]] = {
     "OnlineSubspaceDescent": {**COMMON, "rank": 5, "update_proj_gap": 50},
     "Muon": COMMON,
     "StableSPAM": {**COMMON, "lr": 3e-3, "reset_interval": 5, "total_steps": 9},
+    "SPAM": {**COMMON, "lr": 3e-3, "reset_interval": 5, "warmup_steps": 3, "threshold": 4.0},
 }
 
 

@@ -23,6 +23,7 @@ STEPS = 20
 # Resets of their own at update 12, between those of the optimizer at 7, 9, 14 and 18.
 RULES: dict[str, dict[str, Any]] = {
     "StableSPAM": {"reset_interval": 12, "total_steps": 15},
+    "SPAM": {"reset_interval": 12, "warmup_steps": 4, "eps": 1e-8},
 }
 
 

@@ -160,7 +160,7 @@ def test_bf16(ranks, optimizer, case):
 
 
 # Rules whose state is of a form of its own, each at one stage; at the others in the slow selection.
-NEWER = ["StableSPAM"]
+NEWER = ["StableSPAM", "SPAM"]
 
 
 @pytest.mark.parametrize(

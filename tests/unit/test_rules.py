@@ -29,7 +29,7 @@ from tests.unit.rule_runs import (
 UPDATES = 25
 BOUND = 2e-5
 PROJECTED = ["GaLoreAdamW", "GoLoreAdamW", "FiraAdamW", "APOLLO", "APOLLOMini", "LDAdamW", "OnlineSubspaceDescent"]
-WHOLE = ["Muon", "StableSPAM"]  # those without a projection
+WHOLE = ["Muon", "StableSPAM", "SPAM"]  # those without a projection
 KEPT_MOMENTS = ["GaLoreAdamW", "GoLoreAdamW", "FiraAdamW"]  # those for which "moments" says something
 SIDES = ["std", "reverse_std", "left", "right"]
 
@@ -41,6 +41,7 @@ def small(type_name, **changes):
         "APOLLOMini": {"update_proj_gap": 6},
         "LDAdamW": {"rank": 4},
         "Muon": {},
+        "SPAM": {"reset_interval": 7, "warmup_steps": 5},
         "StableSPAM": {"reset_interval": 7, "total_steps": 15},
     }.get(type_name, {"rank": 4, "update_proj_gap": 6})
     return {**params, **changes}

@@ -5,6 +5,7 @@ import torch
 
 import megalr
 from megalr.rules.registry import RULES
+from megalr.rules.spam import SPAM
 from megalr.rules.stable_spam import StableSPAM
 from tests.references import REFERENCES
 from tests.unit.rule_runs import LR, SHAPES, drifting_gradients, reference_weights, rule_weights, worst
@@ -39,6 +40,51 @@ def test_stable_spam_equals_its_reference(settings, published):
         assert worst(rule_weights(StableSPAM(published=published, **settings), gradients), expected) < BOUND, shape
 
 
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"reset_interval": 50, "threshold": 10.0},
+        {"reset_interval": 25, "warmup_steps": 10, "threshold": 2.0, "betas": (0.8, 0.95)},
+        {"reset_interval": 0, "threshold": 10.0},
+        {"reset_interval": 7, "warmup_steps": 0, "threshold": 0.0, "eps": 1e-8},
+    ],
+)
+def test_spam_equals_its_reference(settings, published):
+    for shape in SHAPES:
+        gradients = spiky_gradients(shape, 60)
+        expected = reference_weights(REFERENCES["SPAM"](shape, published=published, **settings), gradients)
+        assert worst(rule_weights(SPAM(published=published, **settings), gradients), expected) < BOUND, shape
+
+
+def test_spam_clips_spikes_and_nothing_else():
+    rule, state = SPAM(threshold=100.0), SPAM().init_state((3, 4))
+    for _ in range(30):
+        rule.update(torch.full((3, 4), 0.1), state, None)
+    before = state["exp_avg"].clone()
+    spike = torch.full((3, 4), 0.1)
+    spike[1, 2] = -100.0
+    limit = (100 * state["exp_avg_sq"][1, 2]).sqrt().item()
+    rule.update(spike, state, None)
+    spike[1, 2] = -limit
+    torch.testing.assert_close(state["exp_avg"], 0.9 * before + 0.1 * spike)
+
+
+def test_the_first_update_after_a_reset():
+    """Adam's is the sign of the gradient; with the count that the published code keeps it is far larger."""
+    gradients = [torch.ones(2, 3)] * 3000
+    sizes = {}
+    for published in (False, True):
+        rule = SPAM(reset_interval=2999, warmup_steps=0, published=published)
+        state = rule.init_state((2, 3))
+        for grad in gradients[:2999]:
+            update = rule.update(grad, state, None)
+        sizes[published] = update[0, 0].item()
+    assert sizes[False] == pytest.approx(1, rel=1e-3)
+    assert sizes[True] == pytest.approx(3.16, rel=0.05)
+
+
 def test_the_published_code_differs_from_the_first_reset_on():
     gradients = spiky_gradients((12, 20))
     paper, published = (rule_weights(StableSPAM(reset_interval=10, published=p), gradients) for p in (False, True))
@@ -53,7 +99,7 @@ def test_the_cosine_stays_at_its_end():
     assert published.beta1_factor(20) == 1.0
 
 
-@pytest.mark.parametrize("optimizer", ["StableSPAM"])
+@pytest.mark.parametrize("optimizer", ["StableSPAM", "SPAM"])
 def test_a_reset_from_without_equals_that_of_the_reference(optimizer):
     """As the optimizer's momentum reset makes it, at other updates than the rule's own."""
     for shape in SHAPES:
@@ -70,7 +116,7 @@ def test_a_reset_from_without_equals_that_of_the_reference(optimizer):
             assert (weight - expected).norm() < BOUND * expected.norm()
 
 
-@pytest.mark.parametrize("optimizer", ["StableSPAM"])
+@pytest.mark.parametrize("optimizer", ["StableSPAM", "SPAM"])
 def test_a_vector_is_a_matrix_with_one_row(optimizer):
     gradients = spiky_gradients((1, 30))
     reference = REFERENCES[optimizer]((30,), reset_interval=9)
@@ -94,3 +140,6 @@ def test_a_vector_is_a_matrix_with_one_row(optimizer):
 def test_mistakes(params, message):
     with pytest.raises(megalr.UserError, match=message):
         StableSPAM(**params)
+    if "reset_interval" in params:
+        with pytest.raises(megalr.UserError, match=message):
+            SPAM(**params)
