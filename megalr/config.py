@@ -145,15 +145,15 @@ class MegalrConfig:
             self.momentum_reset is None or chosen.trains_factors or self.momentum_reset.scope == "all",
             'megalr.momentum_reset.scope is "factors", but there are no low-rank factors: write "scope": "all"',
         )
-        require(
-            self.momentum_reset is None or rule is None or bool(rule.reset_keys),
-            f'megalr.momentum_reset cannot reset {name}: remove it; a rule with a basis has "moments": "reset" instead',
-        )
         refused = chosen.not_by_rule or (chosen.trains_factors and rule is not None and rule.not_for_factors)
         require(
             rule is None or not refused,
             f'"{chosen.type}" factors cannot be trained with {name}, because {refused}: write "type": "AdamW" in '
             '"optimizer", or remove "megalr.parametrization" to train dense matrices with the rule',
+        )
+        require(
+            self.momentum_reset is None or rule is None or bool(rule.reset_keys),
+            f'megalr.momentum_reset cannot reset {name}: remove it; a rule with a basis has "moments": "reset" instead',
         )
         require(
             not chosen.trains_factors or rule is None or self.optimizer.target_modules is None,

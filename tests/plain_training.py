@@ -54,8 +54,9 @@ class _Updates:
         self.references: dict[str, list[Any]] = {}
         self.settings: dict[str, dict[str, Any]] = {}
         adam = {k: v for k, v in params.items() if k in ("betas", "eps")}
-        # The projected rules' own epsilon serves the other groups as well.
-        adam.setdefault("eps", 1e-6 if optimizer.startswith(("GaLore", "GoLore", "Fira", "APOLLO", "Online")) else 1e-8)
+        # A rule's own epsilon serves the other groups as well.
+        other = ("GaLore", "GoLore", "Fira", "APOLLO", "Online", "SPAM")
+        adam.setdefault("eps", 1e-6 if optimizer.startswith(other) else 1e-8)
         if optimizer == "LDAdamW":
             adam.setdefault("betas", (0.908, 0.99))
         for name, w in weights.items():

@@ -1,7 +1,7 @@
 """One plain PyTorch process that trains a low-rank model as the paper writes it; no DeepSpeed, nothing of megalr.optim.
 
 Written to be read against the equations, not to be fast: AdamW is spelled out, and refactorization decomposes the
-m x n product itself, in fp64.
+m x n product itself, in fp64. Another rule on the factors comes from tests/references/.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class Recipe:
     reset_every: int = 0
     reset_all: bool = False
     ramp_steps: int = 10
+    rule: Callable[[tuple[int, ...]], Any] | None = None  # a factor's reference, by its shape; None for AdamW
 
 
 class Reference:
@@ -43,6 +45,9 @@ class Reference:
         self.t = dict.fromkeys(self.weights, 0)
         self.since_reset: dict[str, int | None] = dict.fromkeys(self.weights)
         self.step_count = 0
+        self.factors = [name for name in self.weights if name.endswith((".A", ".B"))]
+        ruled = self.factors if recipe.rule else []
+        self.rules = {name: recipe.rule(tuple(self.weights[name].shape)) for name in ruled}
 
     def step(self, micro_batches: Iterable[Tensor]) -> float:
         """One update from the mean gradient of the micro-batches (each: token ids, (sequences, length))."""
@@ -54,7 +59,7 @@ class Reference:
             loss.backward()
             total += loss.item()
         self._clip()
-        self._adamw()
+        self._update()
         self.step_count += 1
         self._events()
         return total
@@ -65,7 +70,7 @@ class Reference:
             w.grad.mul_(min(1.0, self.recipe.clip / (norm + 1e-6)))
 
     @torch.no_grad()
-    def _adamw(self) -> None:
+    def _update(self) -> None:
         r = self.recipe
         b1, b2 = r.betas
         for name, w in self.weights.items():
@@ -75,26 +80,28 @@ class Reference:
             if k is not None:
                 lr *= 0.001 + 0.999 * min(1.0, k / r.ramp_steps)
                 self.since_reset[name] = k + 1
+            decay = r.weight_decay if w.ndim > 1 else 0.0
+            if name in self.rules:
+                self.rules[name].step(w, w.grad, lr, decay)
+                continue
             self.t[name] += 1
             self.m[name] = b1 * self.m[name] + (1 - b1) * w.grad
             self.v[name] = b2 * self.v[name] + (1 - b2) * w.grad**2
             m_hat = self.m[name] / (1 - b1 ** self.t[name])
             v_hat = self.v[name] / (1 - b2 ** self.t[name])
-            decay = r.weight_decay if w.ndim > 1 else 0.0
             w.sub_(lr * (m_hat / (v_hat.sqrt() + r.eps) + decay * w))
 
     @torch.no_grad()
     def _events(self) -> None:
         r = self.recipe
-        factors = [name for name in self.weights if name.endswith((".A", ".B"))]
         if r.refactorize_every and self.step_count % r.refactorize_every == 0:
-            for name in factors:
+            for name in self.factors:
                 if name.endswith(".B"):
                     self._refactorize(self.weights[name], self.weights[name[:-1] + "A"])
             if r.refactorization_resets:
-                self._reset(factors)
+                self._reset(self.factors)
         if r.reset_every and self.step_count % r.reset_every == 0:
-            names = list(self.weights) if r.reset_all else factors
+            names = list(self.weights) if r.reset_all else self.factors
             self._reset(names)
             for name in names:
                 self.since_reset[name] = 0
@@ -108,6 +115,8 @@ class Reference:
 
     def _reset(self, names: list[str]) -> None:
         for name in names:
+            if name in self.rules:
+                self.rules[name].reset()
             self.m[name].zero_()
             self.v[name].zero_()
             self.t[name] = 0

@@ -12,8 +12,9 @@ from torch import Tensor
 from megalr.errors import UserError
 from megalr.rules.adam import adam_direction
 from megalr.rules.base import Basis, Shape, State, count
+from megalr.rules.checks import require_positive
 from megalr.rules.fira import GROWTH_LIMIT
-from megalr.rules.projected import ProjectedRule, limit_growth, project, require_positive
+from megalr.rules.projected import ProjectedRule, limit_growth, project
 from megalr.seeding import generator
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megalr.rules.adam import adam_direction
 from megalr.rules.base import Basis, State
-from megalr.rules.projected import ProjectedRule, factors_back, project, project_back, require_positive
+from megalr.rules.checks import require_positive
+from megalr.rules.projected import ProjectedRule, factors_back, project, project_back
 
 
 @dataclass(frozen=True, kw_only=True)

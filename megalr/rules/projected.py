@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from megalr.errors import UserError
 from megalr.rules.adam import adam_state, reset_moments, rotate_moments
 from megalr.rules.base import Basis, Rule, Shape, State, count, tensor
 from megalr.rules.bases import Projector, Side, leading_basis
+from megalr.rules.checks import require_positive
 from megalr.seeding import generator
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
@@ -170,10 +170,3 @@ def limit_growth(update: Tensor, state: State, limit: float) -> Tensor:
     factor = torch.where(last > 0, (norm / (last + 1e-8)).clamp(min=limit) / limit, 1.0)
     last.copy_(norm / factor)
     return update.div_(factor)
-
-
-def require_positive(**values: float) -> None:
-    """Raise a UserError unless all of the named hyper-parameters are above zero."""
-    for key, value in values.items():
-        if not value > 0:
-            raise UserError(f"optimizer.params.{key} is {value}; write a positive number")

@@ -15,6 +15,8 @@ from megalr.rules.golore import GoLore
 from megalr.rules.ldadam import LDAdam
 from megalr.rules.muon import Muon
 from megalr.rules.online_subspace_descent import OnlineSubspaceDescent
+from megalr.rules.spam import SPAM
+from megalr.rules.stable_spam import StableSPAM
 
 # AdamW is element-wise: it needs no matrices, and is the optimizer's own.
 RULES: dict[str, type[Rule] | None] = {
@@ -27,6 +29,8 @@ RULES: dict[str, type[Rule] | None] = {
     "LDAdamW": LDAdam,
     "OnlineSubspaceDescent": OnlineSubspaceDescent,
     "Muon": Muon,
+    "StableSPAM": StableSPAM,
+    "SPAM": SPAM,
 }
 
 R = TypeVar("R", bound=type[Rule])

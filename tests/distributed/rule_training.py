@@ -28,6 +28,8 @@ RULES: dict[str, dict[str, Any]] = {
     "LDAdamW": {**COMMON, "rank": 5, "lr": 3e-3},
     "OnlineSubspaceDescent": {**COMMON, "rank": 5, "update_proj_gap": 50},
     "Muon": COMMON,
+    "StableSPAM": {**COMMON, "lr": 3e-3, "reset_interval": 5, "total_steps": 9},
+    "SPAM": {**COMMON, "lr": 3e-3, "reset_interval": 5, "warmup_steps": 3, "threshold": 4.0},
 }
 
 
@@ -105,6 +107,12 @@ def resume(stage: int, optimizer: str, folder: str, **changes: Any) -> list[str]
     """Seven updates, a checkpoint, five more; the last five again from the checkpoint. Names of what differs."""
     config = rule_configuration(stage, optimizer, **changes)
     return lost_by_resuming(lambda: engine_of(config), batches(STEPS), 7, folder, everything)
+
+
+def resume_factors(stage: int, folder: str, **changes: Any) -> list[str]:
+    """The same on low-rank factors: eleven updates, of 20 with refactorizations and momentum resets."""
+    config = configuration(stage, scheduler=training.WARMUP_COSINE, **changes)
+    return lost_by_resuming(lambda: training.engine_of(config), training.batches(20), 11, folder, everything)
 
 
 def one_update(stage: int, optimizer: str, clipping: float) -> dict[str, Tensor] | None:

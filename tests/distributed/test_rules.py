@@ -159,8 +159,20 @@ def test_bf16(ranks, optimizer, case):
     assert sum(counts["calls"] for _, counts in results) == MATRICES * rule_training.STEPS * (2 if stage == 0 else 1)
 
 
-@pytest.mark.parametrize("optimizer", ["GaLoreAdamW", "FiraAdamW", "LDAdamW", "OnlineSubspaceDescent", "Muon"])
-@pytest.mark.parametrize("stage", STAGES)
+# Rules whose state is of a form of its own, each at one stage; at the others in the slow selection.
+NEWER = ["StableSPAM", "SPAM"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "stage"),
+    [
+        *itertools.product(["GaLoreAdamW", "FiraAdamW", "LDAdamW", "OnlineSubspaceDescent", "Muon"], STAGES),
+        *(
+            pytest.param(rule, stage, marks=() if stage == (i + 3) % len(STAGES) else pytest.mark.slow)
+            for (i, rule), stage in itertools.product(enumerate(NEWER), STAGES)
+        ),
+    ],
+)
 def test_resume_is_bitwise(ranks, optimizer, stage, tmp_path):
     different = ranks(2).run("tests.distributed.rule_training:resume", stage, optimizer, str(tmp_path / "check point"))
     assert different == [[], []]

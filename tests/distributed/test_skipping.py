@@ -28,8 +28,20 @@ def test_infinite_gradient_changes_nothing(ranks, stage, rank, where, precision)
         assert skipped == OURS[precision][stage]
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "FiraAdamW", "LDAdamW", "OnlineSubspaceDescent", "Muon"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+# Each rule whose state is of a form of its own, at one stage; at the others in the slow selection.
+NEWER = ["StableSPAM", "SPAM"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "stage"),
+    [
+        *itertools.product(["AdamW", "FiraAdamW", "LDAdamW", "OnlineSubspaceDescent", "Muon"], [0, 2, 3]),
+        *(
+            pytest.param(rule, stage, marks=() if stage == (0, 2, 3)[i % 3] else pytest.mark.slow)
+            for (i, rule), stage in itertools.product(enumerate(NEWER), (0, 2, 3))
+        ),
+    ],
+)
 def test_every_rule_survives_a_gradient_that_is_no_number(ranks, optimizer, stage):
     for changed, still, _ in ranks(3).run(POISON, stage, optimizer, "mlp_tall.weight", 2, float("nan")):
         assert changed == [] and still == []

@@ -24,6 +24,7 @@ from megalr.optim.refactorization import OwnedPairs, refactorize_pairs
 from megalr.partition import Exchange, Shard, planned_layout
 from megalr.planner import RankBytes, expected_bytes, measured_bytes
 from megalr.rules.base import Basis, Rule, Shape, State
+from megalr.rules.registry import RULES
 from tests.distributed.rule_training import batches, engine_of, rule_configuration
 from tests.distributed.training import run_steps
 
@@ -171,7 +172,7 @@ def state_bytes(stage: int, optimizer: str) -> tuple[int, int, str, RankBytes, R
     """
     shape = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=61))
-    params = {"rank": 16} if optimizer not in ("Muon", "APOLLOMini") else {}
+    params = {"rank": 16} if getattr(RULES[optimizer], "rank", 1) > 1 else {}
     config = rule_configuration(stage, optimizer, accumulation=2)
     config["optimizer"] = {"type": optimizer, "params": params}
     engine = megalr.initialize(model=model, config=config)[0]

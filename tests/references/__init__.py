@@ -23,6 +23,8 @@ from tests.references.golore import GoLore
 from tests.references.ldadam import LDAdam
 from tests.references.muon import Muon
 from tests.references.online_subspace_descent import OnlineSubspaceDescent
+from tests.references.spam import SPAM
+from tests.references.stable_spam import StableSPAM
 
 # By the name that the JSON's "optimizer": {"type": ...} gives them.
 REFERENCES: dict[str, type[Reference]] = {
@@ -35,6 +37,8 @@ REFERENCES: dict[str, type[Reference]] = {
     "LDAdamW": LDAdam,
     "OnlineSubspaceDescent": OnlineSubspaceDescent,
     "Muon": Muon,
+    "StableSPAM": StableSPAM,
+    "SPAM": SPAM,
 }
 
 

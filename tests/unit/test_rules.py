@@ -29,6 +29,7 @@ from tests.unit.rule_runs import (
 UPDATES = 25
 BOUND = 2e-5
 PROJECTED = ["GaLoreAdamW", "GoLoreAdamW", "FiraAdamW", "APOLLO", "APOLLOMini", "LDAdamW", "OnlineSubspaceDescent"]
+WHOLE = ["Muon", "StableSPAM", "SPAM"]  # those without a projection
 KEPT_MOMENTS = ["GaLoreAdamW", "GoLoreAdamW", "FiraAdamW"]  # those for which "moments" says something
 SIDES = ["std", "reverse_std", "left", "right"]
 
@@ -40,6 +41,8 @@ def small(type_name, **changes):
         "APOLLOMini": {"update_proj_gap": 6},
         "LDAdamW": {"rank": 4},
         "Muon": {},
+        "SPAM": {"reset_interval": 7, "warmup_steps": 5},
+        "StableSPAM": {"reset_interval": 7, "total_steps": 15},
     }.get(type_name, {"rank": 4, "update_proj_gap": 6})
     return {**params, **changes}
 
@@ -53,7 +56,7 @@ def difference(type_name, params, shape, *, phase=0, gradients=None):
 
 
 def rules():
-    return [(name, RULES[name](**small(name))) for name in (*PROJECTED, "Muon")]
+    return [(name, RULES[name](**small(name))) for name in (*PROJECTED, *WHOLE)]
 
 
 @pytest.mark.parametrize("proj_type", SIDES)
@@ -122,7 +125,7 @@ def test_muon_equals_its_reference(nesterov, adjust_lr_fn):
         assert difference("Muon", params, shape) < BOUND, shape
 
 
-@pytest.mark.parametrize("type_name", [*PROJECTED, "Muon"])
+@pytest.mark.parametrize("type_name", [*PROJECTED, *WHOLE])
 def test_a_zero_gradient_among_others_equals_the_reference(type_name):
     """The norm-growth limiter lets anything follow a zero, and an error that was fed back moves the weights still."""
     gradients = drifting_gradients((12, 20), UPDATES)
@@ -144,7 +147,7 @@ def test_a_complete_basis_of_online_subspace_descent():
         assert (state[side].T @ state[side] - torch.eye(3)).abs().max() < 10 / gap
 
 
-@pytest.mark.parametrize("type_name", [*PROJECTED, "Muon"])
+@pytest.mark.parametrize("type_name", [*PROJECTED, *WHOLE])
 def test_defaults_equal_the_references(type_name):
     expected = hyperparameters(REFERENCES[type_name])
     fields = {f.name: f.default for f in dataclasses.fields(RULES[type_name])}
@@ -227,8 +230,8 @@ def test_updates_do_not_share_memory_with_the_gradient_or_the_state():
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (1, 9)])
 def test_zero_gradients_give_finite_updates(shape, proj_type):
     zeros, some = [torch.zeros(shape)] * 8, drifting_gradients(shape, 4)
-    for name in (*PROJECTED, "Muon"):
-        rule = RULES[name](**small(name, **({} if name == "Muon" else {"proj_type": proj_type})))
+    for name in (*PROJECTED, *WHOLE):
+        rule = RULES[name](**small(name, **({} if name in WHOLE else {"proj_type": proj_type})))
         state = rule.init_state(shape)
         for gradients, start in ((zeros, 0), (some, 8), (zeros, 12)):
             made = run_from(rule, state, gradients, start=start)
