@@ -115,9 +115,7 @@ def link_and_import() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for kind in build.LIBRARIES:
             begin = time.monotonic()
-            target = Path(folder, f"{kind}.so")
-            build.compile_library(kind, target)
-            torch.ops.load_library(str(target))
+            torch.ops.load_library(str(build.compile_library(kind, Path(folder))))
             print(f"  the library for {kind} tensors: built in {time.monotonic() - begin:.0f} s, and imported")
     for name in library.SCHEMAS:
         for key in ("CPU", "CUDA"):

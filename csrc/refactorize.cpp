@@ -33,7 +33,14 @@ namespace {
 
 using at::Tensor;
 
-enum Status : int64_t { kDone = 0, kNotFinite = 1, kLowRank = 2, kNeedsQr = 3 };  // the last is never returned
+enum Status : int64_t {
+  kDone = 0,
+  kNotFinite = 1,
+  kLowRank = 2,
+  kMoments = 3,
+  kNoDecomposition = 4,
+  kNeedsQr = 5,  // never returned
+};
 enum class Moments { kKeep, kReset, kTransport };
 
 struct Pair {
@@ -42,6 +49,13 @@ struct Pair {
   int64_t rank() const { return b.size(1); }
   int64_t bytes() const { return 4 * (b.numel() + a.numel()); }  // as fp32
 };
+
+// Of the dtype's numbers.
+double largest_of(const Tensor& x) {
+  return x.scalar_type() == at::kBFloat16 ? double{std::numeric_limits<c10::BFloat16>::max()}
+                                          : double{std::numeric_limits<float>::max()};
+}
+double largest_of(const Pair& pair) { return std::min(largest_of(pair.b), largest_of(pair.a)); }
 
 // Rows that are converted and multiplied at once: few enough to stay in a cache and under the factor's own bytes, and
 // no fewer than r, which keeps the products efficient.
@@ -99,6 +113,21 @@ void rewrite(const Pair& pair, const Tensor& m, const Tensor& w, Moments mode, c
   }
 }
 
+// Whether x t is in the range of x's dtype (a 0-dim bool): none of its elements is larger than the largest of x times the
+// largest column sum of |t|. Where x holds a NaN it is not.
+Tensor in_range(const Tensor& x, const Tensor& t) {
+  const auto [low, high] = at::aminmax(x.is_contiguous() ? x : x.t());
+  return at::maximum(high, -low).to(at::kDouble).mul_(t.abs().sum(0).amax()) < largest_of(x);
+}
+
+// Whether all moments are after their transport.
+Tensor moments_in_range(const Pair& pair, const Tensor& m, const Tensor& w) {
+  return in_range(pair.moments[0], w)
+      .logical_and_(in_range(pair.moments[1], w.square()))
+      .logical_and_(in_range(pair.moments[2], m))
+      .logical_and_(in_range(pair.moments[3], m.square()));
+}
+
 // The sign of a singular vector is an accident of the arithmetic: each column of m gets the one that makes its largest
 // element positive, so that the two ways below, and the torch reference, agree.
 Tensor signs(const Tensor& m) {
@@ -112,7 +141,8 @@ struct Maps {
   Tensor m, w;     // (k, r, r) fp64: B_new = B m, A_new^T = A^T w, w = m^-T; undefined if no pair of a CPU call is fit
 };
 
-// The maps of k pairs of rank r from their Gram matrices (k, r, r), which are consumed.
+// The maps of k pairs of rank r from their Gram matrices (k, r, r), which are consumed. Of finite fp32 factors nothing
+// here leaves the range of fp64: K's elements are below 1e155 m n r^2.
 Maps maps_of(Tensor gram_b, Tensor gram_a, double largest) {
   const Tensor diag_b = gram_b.diagonal(0, -2, -1).clone(), diag_a = gram_a.diagonal(0, -2, -1).clone();  // (k, r)
   const Tensor finite = diag_b.isfinite().all(-1).logical_and_(diag_a.isfinite().all(-1));
@@ -154,13 +184,14 @@ Maps maps_of(Tensor gram_b, Tensor gram_a, double largest) {
   const Tensor spread_b = at::matmul(diag_b.unsqueeze(-2), m.square()).sum({-2, -1});
   const Tensor spread_a = at::matmul(diag_a.unsqueeze(-2), w.square()).sum({-2, -1});
   const Tensor peak = at::maximum(m.abs().amax({-2, -1}), w.abs().amax({-2, -1}));
-  const Tensor balanced = at::maximum(spread_b, spread_a) * s.select(-1, 0) < 1e3 * norm;
+  const Tensor spread = at::maximum(spread_b, spread_a);
+  const Tensor balanced = (spread * s.select(-1, 0) < 1e3 * norm).logical_and_(spread < 1e70);  // no sum overflows
   const Tensor gentle = balanced.logical_and_(scale < 64 * norm).logical_and_(peak < 1e15);
   return {verdict, gentle, m, w};
 }
 
-// A group of pairs of one rank; writes their verdicts.
-void by_cholesky(const std::vector<const Pair*>& group, Moments mode, double largest, const Tensor& verdicts) {
+// A group of pairs of one rank and one range; writes their verdicts.
+void by_cholesky(const std::vector<const Pair*>& group, Moments mode, const Tensor& verdicts) {
   const int64_t k = group.size(), r = group[0]->rank();
   const auto options = verdicts.options().dtype(at::kDouble);
   Tensor gram_b = at::empty({k, r, r}, options), gram_a = at::empty({k, r, r}, options);
@@ -168,11 +199,22 @@ void by_cholesky(const std::vector<const Pair*>& group, Moments mode, double lar
     gram_into(gram_b[i], group[i]->b);
     gram_into(gram_a[i], group[i]->a);
   }
-  Maps maps = maps_of(std::move(gram_b), std::move(gram_a), largest);
+  Maps maps;
+  try {
+    maps = maps_of(std::move(gram_b), std::move(gram_a), largest_of(*group[0]));
+  } catch (const c10::LinAlgError&) {  // eigh does not converge, for one of the group
+    verdicts.fill_(kNeedsQr);
+    return;
+  }
   verdicts.copy_(maps.verdict);
   const bool cpu = verdicts.is_cpu();  // there a verdict costs nothing to read
   for (int64_t i = 0; i < k; ++i) {
     if (cpu && verdicts[i].item<int64_t>() != kDone) continue;
+    if (mode == Moments::kTransport) {
+      const Tensor spoilt = moments_in_range(*group[i], maps.m[i], maps.w[i]).logical_not_();
+      verdicts[i].masked_fill_(spoilt.logical_and_(verdicts[i] == kDone), kMoments);
+      if (cpu && verdicts[i].item<int64_t>() != kDone) continue;
+    }
     const Tensor done = cpu ? Tensor() : verdicts[i] == kDone;
     const bool single = cpu && maps.gentle[i].item<bool>();
     const Tensor m = single ? maps.m[i].to(at::kFloat) : maps.m[i], w = single ? maps.w[i].to(at::kFloat) : maps.w[i];
@@ -180,32 +222,59 @@ void by_cholesky(const std::vector<const Pair*>& group, Moments mode, double lar
   }
 }
 
-// R of x = Q R in fp64, from chunks of rows: each time of the triangle so far on top of the next 2 r rows.
+// R of x = Q R in fp64, from chunks of rows: each time of the triangle so far on top of the next rows.
 Tensor triangle_of(const Tensor& x) {
-  const int64_t rows = x.size(0), step = 2 * x.size(1);
-  Tensor r = at::empty({0, x.size(1)}, x.options().dtype(at::kDouble));
-  for (int64_t i = 0; i < rows; i += step) {
-    const Tensor part = x.narrow(0, i, std::min(step, rows - i)).to(at::kDouble);
-    r = std::get<1>(at::linalg_qr(at::cat({r, part}), "r"));
-  }
-  return r;
+  const int64_t rows = x.size(0), r = x.size(1), step = std::max(r, int64_t{64});
+  Tensor stack = at::empty({r + step, r}, x.options().dtype(at::kDouble)), top = stack.narrow(0, 0, r);
+  top.copy_(x.narrow(0, 0, r));
+  int64_t done = r;
+  do {
+    const int64_t some = std::min(step, rows - done);
+    stack.narrow(0, r, some).copy_(x.narrow(0, done, some));
+    top.copy_(std::get<1>(at::linalg_qr(stack.narrow(0, 0, r + some), "r")));
+    done += some;
+  } while (done < rows);
+  return top.clone();
 }
 
-// One finite pair, by QR decompositions and an SVD, whatever its condition: about twice the time.
-Status by_qr(const Pair& pair, Moments mode, double largest) {
+// The maps of one pair by QR decompositions and an SVD, whatever its condition; undefined where it has no status kDone.
+Status qr_maps(const Pair& pair, Tensor& m, Tensor& w) {
   Tensor r_b = triangle_of(pair.b), r_a = triangle_of(pair.a);
-  auto [u, s, vh] = at::linalg_svd(at::mm(r_b, r_a.t()), /*full_matrices=*/false);
+  const double scale = (r_b.norm(2, 0) * r_a.norm(2, 0)).norm().item<double>();
+  if (!std::isfinite(scale)) return kNotFinite;
+  Tensor core = at::mm(r_b, r_a.t());
+  // At a large rank there is no room for the triangles beside the SVD: they are made again.
+  const bool tight = pair.b.size(0) + pair.a.size(0) < 6 * pair.rank();
+  if (tight) r_b.reset(), r_a.reset();
+  auto [u, s, vh] = at::linalg_svd(core, /*full_matrices=*/false);
+  core.reset();
   // Below fp32's rounding of the largest, a singular value is rounding; so it is, where B A cancels, below fp64's of
   // what the factors' norms allow.
   const double high = s[0].item<double>(), low = s[-1].item<double>();
-  const double scale = (r_b.norm(2, 0) * r_a.norm(2, 0)).norm().item<double>();
   if (!(low > std::numeric_limits<float>::epsilon() * high && low > 1e-10 * scale)) return kLowRank;
-  if (!(std::sqrt(high) < largest)) return kNotFinite;
+  if (!(std::sqrt(high) < largest_of(pair))) return kNotFinite;
   const Tensor root = s.sqrt();
-  Tensor m = at::mm(r_a.t(), vh.t()).div_(root);
+  if (tight) r_a = triangle_of(pair.a);
+  m = at::mm(r_a.t(), vh.t()).div_(root);
+  r_a.reset(), vh.reset();
   const Tensor sign = signs(m);
-  const Tensor w = at::mm(r_b.t(), u).div_(root).mul_(sign);
-  rewrite(pair, m.mul_(sign), w, mode, {});
+  m.mul_(sign);
+  if (tight) r_b = triangle_of(pair.b);
+  w = at::mm(r_b.t(), u).div_(root).mul_(sign);
+  return kDone;
+}
+
+// One pair whose condition is too much for the Gram matrices: about twice the time.
+Status by_qr(const Pair& pair, Moments mode) {
+  Tensor m, w;
+  try {
+    const Status status = qr_maps(pair, m, w);
+    if (status != kDone) return status;
+  } catch (const c10::LinAlgError&) {
+    return kNoDecomposition;
+  }
+  if (mode == Moments::kTransport && !moments_in_range(pair, m, w).item<bool>()) return kMoments;
+  rewrite(pair, m, w, mode, {});
   return kDone;
 }
 
@@ -213,7 +282,7 @@ Status by_qr(const Pair& pair, Moments mode, double largest) {
 int64_t needed_bytes(const Pair& pair) { return 8 * 6 * pair.rank() * pair.rank(); }
 
 // Groups of pairs, the largest first: single pairs on a CPU, where threads share them, and on CUDA as many of one rank
-// as stay under the budget, whose r x r matrices are decomposed as a batch.
+// and range as stay under the budget, whose r x r matrices are decomposed as a batch.
 std::vector<std::vector<int64_t>> grouped(const std::vector<Pair>& pairs, int64_t budget, bool cpu) {
   std::vector<int64_t> order(pairs.size());
   std::iota(order.begin(), order.end(), 0);
@@ -222,9 +291,11 @@ std::vector<std::vector<int64_t>> grouped(const std::vector<Pair>& pairs, int64_
   });
   std::vector<std::vector<int64_t>> groups;
   for (const int64_t i : order) {
-    const bool joins = !cpu && !groups.empty() && pairs[groups.back()[0]].rank() == pairs[i].rank() &&
-                       int64_t(groups.back().size() + 1) * needed_bytes(pairs[i]) <= budget;
-    if (joins) {
+    const auto joins = [&](const Pair& first, int64_t count) {
+      return first.rank() == pairs[i].rank() && largest_of(first) == largest_of(pairs[i]) &&
+             (count + 1) * needed_bytes(pairs[i]) <= budget;
+    };
+    if (!cpu && !groups.empty() && joins(pairs[groups.back()[0]], groups.back().size())) {
       groups.back().push_back(i);
     } else {
       groups.push_back({i});
@@ -253,18 +324,6 @@ void share(int64_t count, int64_t workers, const Body& body) {
 
 constexpr const char* kOp = "refactorize";
 
-void check_tensor(const std::string& what, const Tensor& x, const Tensor& model) {
-  const std::string device = model.device().str();
-  MEGALR_CHECK(x.device() == model.device(), kOp, what, " is on ", x.device().str(), " and B[0] on ", device,
-               "; all tensors of a call are on one device: write ", what, ".to(\"", device, "\")");
-  const at::ScalarType type = x.scalar_type();
-  MEGALR_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble, kOp, what,
-               " is ", dtype_name(type), "; it must be float32 or bfloat16 or float16 or float64");
-  MEGALR_CHECK(x.layout() == at::kStrided, kOp, what, " is sparse; write ", what, ".to_dense()");
-  MEGALR_CHECK(x.is_contiguous(), kOp, what, " is not contiguous (shape ", x.sizes(), ", strides ", x.strides(),
-               "); keep it as ", what, ".contiguous()");
-}
-
 Moments mode_of(std::string_view mode) {
   if (mode == "keep") return Moments::kKeep;
   if (mode == "reset") return Moments::kReset;
@@ -281,8 +340,8 @@ std::vector<Pair> checked_pairs(at::TensorList b, at::TensorList a, at::TensorLi
   std::vector<Pair> pairs;
   for (size_t i = 0; i < b.size(); ++i) {
     const std::string index = "[" + std::to_string(i) + "]";
-    check_tensor("B" + index, b[i], b[0]);
-    check_tensor("A" + index, a[i], b[0]);
+    check_tensor(kOp, [&] { return "B" + index; }, b[i], kStorage, "B[0]", b[0]);
+    check_tensor(kOp, [&] { return "A" + index; }, a[i], kStorage, "B[0]", b[0]);
     MEGALR_CHECK(b[i].dim() == 2 && a[i].dim() == 2 && b[i].size(1) == a[i].size(0), kOp, "B", index, " has shape ",
                  b[i].sizes(), " and A", index, " ", a[i].sizes(), "; they must be [m, r] and [r, n]");
     const int64_t most = std::min(b[i].size(0), a[i].size(1));
@@ -292,18 +351,15 @@ std::vector<Pair> checked_pairs(at::TensorList b, at::TensorList a, at::TensorLi
     for (size_t j = 0; j < each; ++j) {
       const std::string what = "moments[" + std::to_string(4 * i + j) + "]";
       const Tensor &moment = moments[4 * i + j], &factor = j < 2 ? b[i] : a[i];
-      check_tensor(what, moment, b[0]);
+      check_tensor(kOp, [&] { return what; }, moment, kStorage, "B[0]", b[0]);
       MEGALR_CHECK(moment.sizes() == factor.sizes(), kOp, what, " has shape ", moment.sizes(), " and ",
                    j < 2 ? "B" : "A", index, " ", factor.sizes(), "; they must be the same");
       pair.moments[j] = j < 2 ? moment : moment.t();
     }
     pairs.push_back(std::move(pair));
   }
+  check_apart(kOp, {{"B", b}, {"A", a}, {"moments", moments}}, {});
   return pairs;
-}
-
-double largest_of(const Tensor& x) {
-  return x.scalar_type() == at::kHalf ? 65504.0 : double{std::numeric_limits<float>::max()};
 }
 
 Tensor refactorize(at::TensorList b, at::TensorList a, at::TensorList moments, std::string_view mode_name) {
@@ -315,13 +371,11 @@ Tensor refactorize(at::TensorList b, at::TensorList a, at::TensorList moments, s
     for (const Tensor& x : list) modified(x);
   }
 
-  // At most 4 times the largest pair's factors exist beside the tensors at once, wherever m + n is at least 6 r.
+  // At most 4 times the largest pair's factors exist beside the tensors at once, wherever m + n is at least 4 r.
   int64_t budget = 0, need = 1;
-  double largest = std::numeric_limits<float>::max();
   for (const Pair& pair : pairs) {
     budget = std::max(budget, 4 * pair.bytes());
     need = std::max(need, needed_bytes(pair));
-    largest = std::min({largest, largest_of(pair.b), largest_of(pair.a)});
   }
   const bool cpu = b[0].is_cpu();
   const auto groups = grouped(pairs, budget, cpu);
@@ -333,7 +387,7 @@ Tensor refactorize(at::TensorList b, at::TensorList a, at::TensorList moments, s
     std::vector<const Pair*> group;
     for (const int64_t i : groups[g]) group.push_back(&pairs[i]);
     verdicts[g] = at::zeros({int64_t(group.size())}, b[0].options().dtype(at::kLong));
-    if (group[0]->rank() > 0) by_cholesky(group, mode, largest, verdicts[g]);
+    if (group[0]->rank() > 0) by_cholesky(group, mode, verdicts[g]);
   });
 
   const Tensor found = at::cat(verdicts).cpu();  // the host waits here, once
@@ -342,7 +396,7 @@ Tensor refactorize(at::TensorList b, at::TensorList a, at::TensorList moments, s
   for (const auto& group : groups) {
     for (const int64_t i : group) {
       int64_t verdict = found[position++].item<int64_t>();
-      if (verdict == kNeedsQr) verdict = by_qr(pairs[i], mode, largest);
+      if (verdict == kNeedsQr) verdict = by_qr(pairs[i], mode);
       status[i] = verdict;
     }
   }

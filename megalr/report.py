@@ -21,7 +21,7 @@ def main() -> None:
     kernels = {kind: _kernels(kind) for kind in build.LIBRARIES}
     print(f"{'op':<20}" + "".join(f"{f'{kind} tensors':<18}" for kind in kernels))
     for op in library.SCHEMAS:
-        print(f"{op:<20}" + "".join(f"{runs_from(op, kind):<18}" for kind in kernels))
+        print(f"{op:<20}" + "".join(f"{library.runs_from(op, kind):<18}" for kind in kernels))
     print("-" * 56)
     for kind, one in kernels.items():
         lines = one.why.splitlines() or [""]
@@ -32,12 +32,6 @@ def main() -> None:
         print(f"{name:<20}{value}")
 
 
-def runs_from(op: str, kind: str) -> str:
-    """What runs an op on a kind of device now: "compiled" or "torch calls"."""
-    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"megalr::{op}", kind.upper())
-    return "compiled" if compiled else "torch calls"
-
-
 def versions() -> dict[str, str]:
     """Name and value of everything that may matter."""
     cxx, nvcc = toolchain.cxx(), toolchain.nvcc()
@@ -45,8 +39,8 @@ def versions() -> dict[str, str]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "MEGALR_OPS": os.environ.get("MEGALR_OPS", "auto"),
-        "C++ compiler": f"{cxx.path} ({cxx.version})" if cxx else "none",
-        "nvcc": f"{nvcc.path} ({nvcc.version})" if nvcc else "none",
+        "C++ compiler": f"{' '.join(cxx.command)} ({cxx.version})" if cxx else _no_compiler(),
+        "nvcc": f"{' '.join(nvcc.command)} ({nvcc.version})" if nvcc else "none",
         "megalr": f"{__version__} in {Path(megalr.__file__).parent}",
         "python": f"{platform.python_version()} on {platform.platform()}",
         **{name: _version(name) for name in _PACKAGES},
@@ -64,6 +58,10 @@ def _kernels(kind: str) -> library.Kernels:
         return library.load(kind)
     except (build.BuildError, OSError) as error:  # MEGALR_OPS=compiled: say so and go on
         return library.Kernels(None, str(error))
+
+
+def _no_compiler() -> str:
+    return f"none: CXX={os.environ['CXX']} does not run" if os.environ.get("CXX") else "none"
 
 
 def _version(package: str) -> str:

@@ -53,6 +53,7 @@ AdamStep step_of(int64_t t, double beta1, double beta2, double eps) {
 
 void momentum_reset(at::TensorList tensors) {
   check_lists("momentum_reset", {{"tensors", tensors}});
+  check_apart("momentum_reset", {{"tensors", tensors}}, {});
   const auto runs = modified_runs(tensors);
   over_elements(tensors, [&](size_t i, int64_t begin, int64_t end) {
     std::memset(runs[i].from(begin).data, 0, (end - begin) * (runs[i].bf16 ? 2 : 4));
@@ -66,6 +67,7 @@ void low_rank_adam(at::TensorList weights, at::TensorList grads, at::TensorList 
   check_lists(op,
               {{"weights", weights}, {"grads", grads}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}});
   check_steps(op, "steps", steps, "weights", weights);
+  check_apart(op, {{"weights", weights}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}}, {{"grads", grads}});
   const auto w = modified_runs(weights), g = read_runs(grads);
   const auto m = modified_runs(exp_avgs), v = modified_runs(exp_avg_sqs);
   std::vector<AdamWStep> adam;
@@ -85,6 +87,8 @@ void projected_adam(at::TensorList directions, at::TensorList grads, at::TensorL
               {{"grads", grads}, {"directions", directions}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}});
   check_float(op, "directions", directions);
   check_steps(op, "steps", steps, "grads", grads);
+  check_apart(op, {{"directions", directions}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}},
+              {{"grads", grads}});
   std::vector<float*> out;
   std::vector<AdamStep> adam;
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -140,6 +144,12 @@ void stable_spam_adam(at::TensorList weights, at::TensorList grads, at::TensorLi
   check_steps(op, "clip_steps", clip_steps, "weights", weights);
   check_bias(op, "bias1", bias1, "weights", weights);
   check_bias(op, "bias2", bias2, "weights", weights);
+  check_apart(op,
+              {{"weights", weights},
+               {"exp_avgs", exp_avgs},
+               {"exp_avg_sqs", exp_avg_sqs},
+               {"statistics", at::TensorList(&statistics, 1)}},
+              {{"grads", grads}});
   const auto w = modified_runs(weights), g = read_runs(grads);
   const auto m = modified_runs(exp_avgs), v = modified_runs(exp_avg_sqs);
   float* rows = static_cast<float*>(modified(statistics));

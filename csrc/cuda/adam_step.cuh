@@ -1,11 +1,12 @@
-// The part of AdamStep that differs from tensor to tensor, as a table's extra.
+// What the kernels of AdamW share: the part of AdamStep that differs from tensor to tensor, as a table's extra, and the
+// pass over a chunk's weights, gradients and moments.
 #pragma once
 
 #include <math.h>
 #include <stdint.h>
 
 #include "../adam.h"
-#include "device.cuh"
+#include "multi_tensor.cuh"
 
 namespace megalr::cuda {
 
@@ -33,6 +34,30 @@ __device__ __forceinline__ AdamStep step_of(AdamStep common, const Bias& own) {
   common.unbias1 = own.unbias1;
   common.root_unbias2 = own.root_unbias2;
   return common;
+}
+
+// f(w, g, m, v) for every element of a block's chunk, in fp32; w, m and v, which it changes, are stored. The table's
+// lists are weights, gradients, first and second moments.
+template <typename W, typename G, typename M, typename V, typename Extra, typename F>
+__device__ __forceinline__ void update_chunk(const Table<4, Extra>& table, const Chunk& chunk, F f) {
+  W* weight = table.template begin<W>(0, chunk);
+  const G* grad = table.template begin<G>(1, chunk);
+  M* exp_avg = table.template begin<M>(2, chunk);
+  V* exp_avg_sq = table.template begin<V>(3, chunk);
+  const bool packed = aligned(weight) && aligned(grad) && aligned(exp_avg) && aligned(exp_avg_sq);
+  for (int first = 0; first < chunk.size; first += kTile) {
+    const Tile tile(first, chunk.size, packed);
+    float w[kPack], g[kPack], m[kPack], v[kPack];
+    load(weight, tile, w);
+    load(grad, tile, g);
+    load(exp_avg, tile, m);
+    load(exp_avg_sq, tile, v);
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) f(w[k], g[k], m[k], v[k]);
+    store(w, tile, weight);
+    store(m, tile, exp_avg);
+    store(v, tile, exp_avg_sq);
+  }
 }
 
 }  // namespace megalr::cuda

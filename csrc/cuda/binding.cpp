@@ -53,6 +53,7 @@ void on_device_of(at::TensorList tensors, const Launch& launch) {
 
 void momentum_reset_cuda(at::TensorList tensors) {
   check_lists("momentum_reset", {{"tensors", tensors}});
+  check_apart("momentum_reset", {{"tensors", tensors}}, {});
   const auto zeroed = Pointers::modified(tensors);
   std::vector<int64_t> bytes;
   for (const at::Tensor& tensor : tensors) bytes.push_back(static_cast<int64_t>(tensor.nbytes()));
@@ -67,6 +68,7 @@ void low_rank_adam_cuda(at::TensorList weights, at::TensorList grads, at::Tensor
   const char* op = "low_rank_adam";
   check_lists(op, {{"weights", weights}, {"grads", grads}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}});
   check_steps(op, "steps", steps, "weights", weights);
+  check_apart(op, {{"weights", weights}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}}, {{"grads", grads}});
   const auto w = Pointers::modified(weights), g = Pointers::read(grads);
   const auto m = Pointers::modified(exp_avgs), v = Pointers::modified(exp_avg_sqs);
   on_device_of(weights, [&](cudaStream_t stream) {
@@ -83,6 +85,8 @@ void projected_adam_cuda(at::TensorList directions, at::TensorList grads, at::Te
               {{"grads", grads}, {"directions", directions}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}});
   check_float(op, "directions", directions);
   check_steps(op, "steps", steps, "grads", grads);
+  check_apart(op, {{"directions", directions}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}},
+              {{"grads", grads}});
   std::vector<float*> out;
   for (const at::Tensor& direction : directions) out.push_back(static_cast<float*>(modified(direction)));
   const auto g = Pointers::read(grads);
@@ -104,6 +108,12 @@ void stable_spam_adam_cuda(at::TensorList weights, at::TensorList grads, at::Ten
   check_steps(op, "clip_steps", clip_steps, "weights", weights);
   check_bias(op, "bias1", bias1, "weights", weights);
   check_bias(op, "bias2", bias2, "weights", weights);
+  check_apart(op,
+              {{"weights", weights},
+               {"exp_avgs", exp_avgs},
+               {"exp_avg_sqs", exp_avg_sqs},
+               {"statistics", at::TensorList(&statistics, 1)}},
+              {{"grads", grads}});
   const auto w = Pointers::modified(weights), g = Pointers::read(grads);
   const auto m = Pointers::modified(exp_avgs), v = Pointers::modified(exp_avg_sqs);
   auto* rows = static_cast<float*>(modified(statistics));

@@ -43,7 +43,7 @@ struct Tile {
 template <typename T>
 __device__ __forceinline__ void load(const T* from, const Tile& tile, float (&x)[kPack]) {
   if (tile.packed) {
-    const auto pack = *reinterpret_cast<const Pack<T>*>(from + tile.own_pack());
+    const auto pack = *whole<const Pack<T>>(from + tile.own_pack());
 #pragma unroll
     for (int k = 0; k < kPack; ++k) x[k] = to_float(pack.value[k]);
   } else {
@@ -58,7 +58,7 @@ __device__ __forceinline__ void store(const float (&x)[kPack], const Tile& tile,
     Pack<T> pack;
 #pragma unroll
     for (int k = 0; k < kPack; ++k) from_float(x[k], pack.value[k]);
-    *reinterpret_cast<Pack<T>*>(to + tile.own_pack()) = pack;
+    *whole<Pack<T>>(to + tile.own_pack()) = pack;
   } else {
 #pragma unroll
     for (int k = 0; k < kPack; ++k)

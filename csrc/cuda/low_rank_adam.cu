@@ -1,6 +1,5 @@
 // AdamW on many runs of elements, with the momentum reset folded in.
 #include "adam_step.cuh"
-#include "multi_tensor.cuh"
 
 namespace megalr::cuda {
 namespace {
@@ -12,27 +11,10 @@ __global__ void __launch_bounds__(kThreads)
     update(const __grid_constant__ Updates table, AdamStep common, float lr, float decay, bool reset) {
   const Chunk chunk = table.own();
   const AdamStep step = step_of(common, table.extra[chunk.slot]);
-  W* weight = table.template begin<W>(0, chunk);
-  const G* grad = table.template begin<G>(1, chunk);
-  M* exp_avg = table.template begin<M>(2, chunk);
-  V* exp_avg_sq = table.template begin<V>(3, chunk);
-  const bool packed = aligned(weight) && aligned(grad) && aligned(exp_avg) && aligned(exp_avg_sq);
-  for (int first = 0; first < chunk.size; first += kTile) {
-    const Tile tile(first, chunk.size, packed);
-    float w[kPack], g[kPack], m[kPack], v[kPack];
-    load(weight, tile, w);
-    load(grad, tile, g);
-    load(exp_avg, tile, m);
-    load(exp_avg_sq, tile, v);
-#pragma unroll
-    for (int k = 0; k < kPack; ++k) {
-      w[k] = adamw(w[k], adam_direction(g[k], m[k], v[k], step), lr, decay);
-      if (reset) m[k] = v[k] = 0.0f;
-    }
-    store(w, tile, weight);
-    store(m, tile, exp_avg);
-    store(v, tile, exp_avg_sq);
-  }
+  update_chunk<W, G, M, V>(table, chunk, [&](float& w, float g, float& m, float& v) {
+    w = adamw(w, adam_direction(g, m, v, step), lr, decay);
+    if (reset) m = v = 0.0f;
+  });
 }
 
 }  // namespace

@@ -20,8 +20,7 @@ __global__ void __launch_bounds__(kThreads) fill(const __grid_constant__ Regions
   const int head = before < bytes ? before : bytes;
   const int words = (bytes - head) / static_cast<int>(sizeof(Word));
   const int thread = static_cast<int>(threadIdx.x);
-  auto* word = reinterpret_cast<Word*>(begin + head);
-  for (int i = thread; i < words; i += kThreads) word[i] = Word{};
+  for (int i = thread; i < words; i += kThreads) *whole<Word>(begin + head + i * sizeof(Word)) = Word{};
   if (thread < head) begin[thread] = 0;
   const int last = head + words * static_cast<int>(sizeof(Word)) + thread;
   if (last < bytes) begin[last] = 0;

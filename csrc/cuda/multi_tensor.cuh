@@ -11,13 +11,13 @@
 #define MEGALR_CHUNK 32768
 #endif
 #ifndef MEGALR_BLOCKS
-#define MEGALR_BLOCKS 320
+#define MEGALR_BLOCKS 256
 #endif
 
 namespace megalr::cuda {
 
 constexpr int kChunk = MEGALR_CHUNK;    // elements
-constexpr int kBlocks = MEGALR_BLOCKS;  // of one launch
+constexpr int kBlocks = MEGALR_BLOCKS;  // of one launch; csrc/README.md says why so many
 constexpr int kTableBytes = 3968;       // a kernel's arguments may have 4096; the rest is for an op's scalars
 static_assert(kChunk % kTile == 0, "a chunk is as aligned as its tensor, and only a tensor's end is not a full tile");
 

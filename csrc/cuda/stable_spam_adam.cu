@@ -6,7 +6,6 @@
 // Most chunks hold nothing to clip, and of these clip_squares reads no gradient. What a chunk found is kept in a place
 // of its own and combined in one order, so that results can be repeated.
 #include "adam_step.cuh"
-#include "multi_tensor.cuh"
 #include "reduce.cuh"
 
 namespace megalr::cuda {
@@ -67,24 +66,29 @@ struct Rows {
   }
 };
 
-// largest, squares: of this launch's first block.
-template <typename G>
-__global__ void __launch_bounds__(kThreads)
-    measure(const __grid_constant__ Grads table, float* largest, double* squares) {
-  const Chunk chunk = table.own();
+// f(g) for every element of a block's chunk of a gradient, and for zeros beyond its end.
+template <typename G, typename F>
+__device__ __forceinline__ void read_chunk(const Grads& table, const Chunk& chunk, F f) {
   const G* grad = table.template begin<G>(0, chunk);
   const bool packed = aligned(grad);
-  float found = 0.0f;
-  double sum = 0.0;
   for (int first = 0; first < chunk.size; first += kTile) {
     float g[kPack];
     load(grad, Tile(first, chunk.size, packed), g);
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) {
-      found = Larger()(found, fabsf(g[k]));
-      sum += static_cast<double>(g[k]) * g[k];
-    }
+    for (int k = 0; k < kPack; ++k) f(g[k]);
   }
+}
+
+// largest, squares: of this launch's first block.
+template <typename G>
+__global__ void __launch_bounds__(kThreads)
+    measure(const __grid_constant__ Grads table, float* largest, double* squares) {
+  float found = 0.0f;
+  double sum = 0.0;
+  read_chunk<G>(table, table.own(), [&](float g) {
+    found = Larger()(found, fabsf(g));
+    sum += static_cast<double>(g) * g;
+  });
   found = over_block(found, 0.0f, Larger());
   sum = over_block(sum, 0.0, Sum());
   if (threadIdx.x == 0) {
@@ -112,18 +116,11 @@ __global__ void __launch_bounds__(kThreads)
   const Chunk chunk = table.own();
   const SpamClip clip = scaling[table.extra[chunk.slot].tensor].clip;
   if (!(largest[blockIdx.x] > clip.threshold)) return;  // the whole block
-  const G* grad = table.template begin<G>(0, chunk);
-  const bool packed = aligned(grad);
   double sum = 0.0;
-  for (int first = 0; first < chunk.size; first += kTile) {
-    float g[kPack];
-    load(grad, Tile(first, chunk.size, packed), g);
-#pragma unroll
-    for (int k = 0; k < kPack; ++k) {
-      const double clipped = spam_clipped(g[k], clip);
-      sum += clipped * clipped;
-    }
-  }
+  read_chunk<G>(table, chunk, [&](float g) {
+    const double clipped = spam_clipped(g, clip);
+    sum += clipped * clipped;
+  });
   sum = over_block(sum, 0.0, Sum());
   if (threadIdx.x == 0) squares[blockIdx.x] = sum;
 }
@@ -149,27 +146,9 @@ __global__ void __launch_bounds__(kThreads)
   const Update& own = table.extra[chunk.slot];
   const AdamStep step = step_of(common, own.bias);
   const Scaling scale = scaling[own.tensor];
-  W* weight = table.template begin<W>(0, chunk);
-  const G* grad = table.template begin<G>(1, chunk);
-  M* exp_avg = table.template begin<M>(2, chunk);
-  V* exp_avg_sq = table.template begin<V>(3, chunk);
-  const bool packed = aligned(weight) && aligned(grad) && aligned(exp_avg) && aligned(exp_avg_sq);
-  for (int first = 0; first < chunk.size; first += kTile) {
-    const Tile tile(first, chunk.size, packed);
-    float w[kPack], g[kPack], m[kPack], v[kPack];
-    load(weight, tile, w);
-    load(grad, tile, g);
-    load(exp_avg, tile, m);
-    load(exp_avg_sq, tile, v);
-#pragma unroll
-    for (int k = 0; k < kPack; ++k) {
-      const float scaled = spam_scaled(g[k], scale.clip, scale.gain);
-      w[k] = adamw(w[k], adam_direction(scaled, m[k], v[k], step), lr, decay);
-    }
-    store(w, tile, weight);
-    store(m, tile, exp_avg);
-    store(v, tile, exp_avg_sq);
-  }
+  update_chunk<W, G, M, V>(table, chunk, [&](float& w, float g, float& m, float& v) {
+    w = adamw(w, adam_direction(spam_scaled(g, scale.clip, scale.gain), m, v, step), lr, decay);
+  });
 }
 
 // launch(rows, tensors, begin) for as many tensors at a time as the arguments of a kernel have room for.

@@ -54,6 +54,12 @@ namespace megalr::emulation {
 
 constexpr unsigned kWarp = 32;
 
+// A GPU faults where an x86 processor loads from anywhere.
+inline void check_aligned(const volatile void* p, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return;
+  throw std::runtime_error("a load or store of " + std::to_string(bytes) + " bytes at an address that is no multiple");
+}
+
 enum class Order { forward, reverse, random };
 
 // Where a thread waits: a barrier of its block, or a shuffle of its warp.

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megalr.ops import apex
-from megalr.ops.library import op
+from megalr.ops.checks import check_tensors
+from megalr.ops.library import run
 
 
 @torch.no_grad()
@@ -23,8 +23,7 @@ def momentum_reset(tensors: Sequence[Tensor]) -> None:
     Args:
         tensors: moments of any shapes; modified in place.
     """
-    if tensors:
-        op("momentum_reset", tensors[0].device)(tensors)
+    run("momentum_reset", tensors)
 
 
 @torch.no_grad()
@@ -55,13 +54,7 @@ def low_rank_adam(
     Raises:
         ValueError: a tensor or a count does not fit; the message says which, and what to write.
     """
-    if not weights:
-        return
-    lists = (weights, grads, exp_avgs, exp_avg_sqs)
-    if not reset and apex.takes(*lists):
-        apex.adamw(*lists, steps=steps, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        return
-    op("low_rank_adam", weights[0].device)(*lists, steps, lr, *betas, eps, weight_decay, reset)
+    run("low_rank_adam", weights, grads, exp_avgs, exp_avg_sqs, steps, lr, *betas, eps, weight_decay, reset)
 
 
 @torch.no_grad()
@@ -90,13 +83,10 @@ def projected_adam(
     Raises:
         ValueError: a tensor or a count does not fit; the message says which, and what to write.
     """
-    if not grads:
-        return []
-    beta1, beta2 = betas
+    check_tensors("projected_adam", "grads", grads)
     # The op fills what it is given: torch.compile takes no op that returns a list.
     directions = [torch.empty(grad.shape, dtype=torch.float32, device=grad.device) for grad in grads]
-    call = op("projected_adam", grads[0].device)
-    call(directions, grads, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, scale)
+    run("projected_adam", directions, grads, exp_avgs, exp_avg_sqs, steps, *betas, eps, scale)
     return directions
 
 
@@ -144,9 +134,8 @@ def stable_spam_adam(
     Raises:
         ValueError: a tensor or a count does not fit; the message says which, and what to write.
     """
-    if not weights:
-        return
-    op("stable_spam_adam", weights[0].device)(
+    run(
+        "stable_spam_adam",
         weights,
         grads,
         exp_avgs,

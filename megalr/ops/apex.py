@@ -1,4 +1,4 @@
-"""apex's fused AdamW, where apex is installed and the tensors are on a GPU."""
+"""apex's fused AdamW, where apex is installed and the tensors are on a GPU; megalr.ops.library chooses it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from megalr.ops.reference import low_rank_adam_fake
 
 # What apex's own FusedAdam passes: elements of a tensor for one block.
 _CHUNK = 2048 * 32
@@ -23,42 +25,25 @@ def kernels() -> ModuleType | None:
         return None
 
 
-def takes(*lists: Sequence[Tensor]) -> bool:
-    """Whether apex's kernel can take these lists: fp32, dense and contiguous, on one GPU, of equal shapes."""
-    weights = lists[0]
-    if weights[0].device.type != "cuda" or kernels() is None:
-        return False
-    return all(
-        len(tensors) == len(weights)
-        and all(
-            tensor.dtype == torch.float32
-            and tensor.device == weights[0].device
-            and tensor.is_contiguous()
-            and tensor.shape == weight.shape
-            for tensor, weight in zip(tensors, weights, strict=True)
-        )
-        for tensors in lists
-    )
-
-
-def adamw(
+def low_rank_adam(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    *,
     steps: Sequence[int],
     lr: float,
-    betas: tuple[float, float],
+    beta1: float,
+    beta2: float,
     eps: float,
     weight_decay: float,
+    reset: bool,
 ) -> None:
-    """The update of :func:`megalr.ops.adam.low_rank_adam`, as apex's ``FusedAdam`` makes it, by step counts.
-
-    Args:
-        weights, grads, exp_avgs, exp_avg_sqs: lists that :func:`takes` has accepted.
-        steps, lr, betas, eps, weight_decay: as in ``low_rank_adam``.
-    """
+    """The op of this name, as apex's ``FusedAdam`` makes it, by step counts; with a reset or bf16 the op itself."""
+    lists = (weights, grads, exp_avgs, exp_avg_sqs)
+    if reset or any(tensor.dtype != torch.float32 for tensors in lists for tensor in tensors[:1]):
+        torch.ops.megalr.low_rank_adam.default(*lists, steps, lr, beta1, beta2, eps, weight_decay, reset)
+        return
+    low_rank_adam_fake(*lists, steps, lr, beta1, beta2, eps, weight_decay, reset)
     module = kernels()
     assert module is not None
     groups: dict[int, list[int]] = {}
@@ -66,8 +51,8 @@ def adamw(
         groups.setdefault(step, []).append(i)
     overflow = torch.zeros(1, dtype=torch.int32, device=weights[0].device)  # apex asks for it; AdamW never sets it
     for step, members in groups.items():
-        lists = [[tensors[i] for i in members] for tensors in (grads, weights, exp_avgs, exp_avg_sqs)]
+        some = [[tensors[i] for i in members] for tensors in (grads, weights, exp_avgs, exp_avg_sqs)]
         adam_w_mode = bias_correction = 1
         module.multi_tensor_adam(
-            _CHUNK, overflow, lists, lr, *betas, eps, step, adam_w_mode, bias_correction, weight_decay
+            _CHUNK, overflow, some, lr, beta1, beta2, eps, step, adam_w_mode, bias_correction, weight_decay
         )

@@ -1,7 +1,8 @@
 """Compile the ops of csrc/, once for a machine, and find what was compiled before.
 
-A library is named by what it depends on: a hash of its sources, its flags and torch's version, and one of the compiler.
-It is looked for beside this file (``MEGALR_BUILD_OPS=1 pip install .`` puts it there), then in the cache; else it is
+A library is named by what it depends on, a hash of its sources, its flags and torch's version and one of the compiler,
+and by a hash of itself: half of a file, as a crash of the machine leaves it, ends a process that loads it by SIGBUS. It
+is looked for beside this file (``MEGALR_BUILD_OPS=1 pip install .`` puts it there), then in the cache; else it is
 compiled into the cache, by one process while the others wait.
 """
 
@@ -16,8 +17,7 @@ import stat
 import subprocess
 import tempfile
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ PREBUILT = Path(__file__).parent / "prebuilt"
 _PACKAGED = Path(__file__).parents[1] / "csrc"  # in an installed package; in a checkout csrc/ is beside megalr/
 CSRC = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "csrc"
 
+_SCRATCH = ".build-"  # follows a library's name in that of the folder where it is compiled
 _LONGEST_BUILD = 900.0  # seconds; a compiler, or a process that others wait for, is taken for stuck after that
 
 
@@ -59,25 +60,22 @@ class Library:
     origin: str
 
 
-def find(kind: str) -> Library | None:
-    """The library that was compiled before from the sources as they are, if there is one.
+def find(kind: str) -> list[Library]:
+    """The libraries that were compiled before from the sources as they are, the best first.
 
     Args:
         kind: a key of :data:`LIBRARIES`.
     """
     # Any compiler's will do where somebody prebuilt it, or where there is none to compile again.
-    anyone = sorted(PREBUILT.glob(f"{_stem(kind)}-*.so"))
-    if anyone:
-        return Library(anyone[0], "prebuilt")
-    pattern = _name(kind) if _missing(kind) is None else f"{_stem(kind)}-*.so"
+    found = [Library(path, "prebuilt") for path in _whole(PREBUILT, f"{_stem(kind)}-*")]
+    name = _name(kind) if _missing(kind) is None else f"{_stem(kind)}-*"
     for folder in _caches():
-        found = sorted(folder.glob(pattern)) if _is_ours(folder) else []
-        if found:
-            return Library(found[0], "cache")
-    return None
+        if _is_ours(folder):
+            found += [Library(path, "cache") for path in _whole(folder, name)]
+    return found
 
 
-def build(kind: str, *, broken: Library | None = None) -> Library:
+def build(kind: str, *, broken: Sequence[Library] = ()) -> Library:
     """Compile into the cache, or wait until another process has.
 
     Args:
@@ -90,75 +88,79 @@ def build(kind: str, *, broken: Library | None = None) -> Library:
     missing = _missing(kind)
     if missing:
         raise BuildError(missing)
-    path = _writable_cache() / _name(kind)
-    failure = path.with_suffix(".failed")
-    useless, old_failure = _written(broken.path) if broken else None, _written(failure)
-    with _lock(path.with_suffix(".lock")):
-        if _written(path) not in (None, useless):
-            return Library(path, "cache")  # another process compiled it while this one waited
+    folder, name = _writable_cache(), _name(kind)
+    failure = folder / f"{name}.failed"
+    useless, old_failure = [(one.path, _written(one.path)) for one in broken], _written(failure)
+    with _lock(folder / f"{name}.lock") as locked:
+        for path in _whole(folder, name):
+            if (path, _written(path)) not in useless:
+                return Library(path, "cache")  # another process compiled it while this one waited
         if _written(failure) not in (None, old_failure):
             raise BuildError(failure.read_text(encoding="utf-8"))  # or failed: the others need not try in turn
+        if locked:
+            _remove(folder.glob(f"{name}{_SCRATCH}*"))  # of a build that was killed
         try:
-            compile_library(kind, path)
+            path = compile_library(kind, folder)
         except BuildError as error:
             with contextlib.suppress(OSError):
                 failure.write_text(str(error), encoding="utf-8")
             raise
+        if locked:
+            _remove(old for old in folder.glob(f"{name}-*.so") if old != path)
     return Library(path, "compiled now")
 
 
-def compile_library(kind: str, target: Path, *, verbose: bool = False) -> None:
-    """Compile a library to ``target``, which appears whole or not at all.
+def compile_library(kind: str, folder: Path) -> Path:
+    """Compile a library into a folder, where it appears whole or not at all.
 
     Args:
         kind: a key of :data:`LIBRARIES`.
-        target: its folder exists.
-        verbose: print the commands and what the compilers say (ptxas' registers and spills among it).
+        folder: exists.
+
+    Returns:
+        Where it is.
 
     Raises:
         BuildError: a compiler failed.
     """
-    start = time.monotonic()
+    start, name = time.monotonic(), _name(kind)
     logger.info("compiling the ops for %s tensors, once for this machine and torch (a minute)", kind)
-    with tempfile.TemporaryDirectory(prefix="megalr-build-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"{name}{_SCRATCH}", dir=folder) as scratch:
         sources = _sources(kind)
         objects = [Path(scratch, f"{i}-{source.stem}.o") for i, source in enumerate(sources)]
         commands = [
             toolchain.compile_command(source, target, CSRC) for source, target in zip(sources, objects, strict=True)
         ]
         with ThreadPoolExecutor(_processors()) as pool:
-            for command, output in zip(commands, pool.map(_run, commands), strict=True):
-                if verbose:
-                    print(" ".join(command), output, sep="\n", flush=True)
-        linked = Path(scratch, target.name)
-        _run(toolchain.link_command(kind, objects, linked))
-        whole = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
+            list(pool.map(lambda command: _run(command, scratch), commands))
+        linked = Path(scratch, f"{name}.so")
+        _run(toolchain.link_command(kind, objects, linked), scratch)
+        path = folder / f"{name}-{_hash(linked)}.so"
         try:
-            shutil.copyfile(linked, whole)
-            os.replace(whole, target)
+            # A file system may remember a new name before the content.
+            _sync(linked)
+            os.replace(linked, path)
+            _sync(folder)
         except OSError as error:
-            raise BuildError(f"cannot write {target}: {error}") from error
-        finally:
-            whole.unlink(missing_ok=True)
-    logger.info("compiled %s in %.0f s", target, time.monotonic() - start)
+            raise BuildError(f"cannot write {path}: {error}") from error
+    logger.info("compiled %s in %.0f s", path, time.monotonic() - start)
+    return path
 
 
 def prebuild() -> list[Path]:
     """Compile what can be compiled here into :data:`PREBUILT`, in place of what is there."""
     shutil.rmtree(PREBUILT, ignore_errors=True)
     PREBUILT.mkdir()
-    kinds = [kind for kind in LIBRARIES if kind == "cpu" or _missing(kind) is None]
-    for kind in kinds:
-        missing = _missing(kind)
-        if missing:
-            raise BuildError(missing)
-        compile_library(kind, PREBUILT / _name(kind))
-    return sorted(PREBUILT.glob("*.so"))
+    if missing := _missing("cpu"):
+        raise BuildError(missing)
+    return [compile_library(kind, PREBUILT) for kind in LIBRARIES if _missing(kind) is None]
 
 
 def _missing(kind: str) -> str | None:
     """What a compilation lacks."""
     if toolchain.cxx() is None:
+        if wish := os.environ.get("CXX"):
+            return f"CXX={wish} does not run: write a C++ compiler that does, as in CXX=g++, or unset it"
         return "no C++ compiler: install g++ (apt install g++), or write its path into CXX"
     if kind == "cuda":
         nvcc = toolchain.nvcc()
@@ -167,7 +169,8 @@ def _missing(kind: str) -> str | None:
         if nvcc is None:
             return f"no nvcc: install the CUDA toolkit {torch.version.cuda}, or write its folder into CUDA_HOME"
         if f"release {torch.version.cuda.split('.')[0]}." not in nvcc.version:
-            return f"{nvcc.path} is of another CUDA ({nvcc.version}) than torch ({torch.version.cuda}): set CUDA_HOME"
+            of_torch = f"torch ({torch.version.cuda})"
+            return f"{nvcc.command[0]} is of another CUDA ({nvcc.version}) than {of_torch}: set CUDA_HOME"
     absent = [source.name for source in _sources(kind) if not source.is_file()]
     return f"{CSRC} lacks {', '.join(absent)}" if absent else None
 
@@ -190,8 +193,38 @@ def _stem(kind: str) -> str:
 
 def _name(kind: str) -> str:
     compilers = [toolchain.cxx(), *([toolchain.nvcc()] if kind == "cuda" else [])]
-    digest = hashlib.sha256(repr([(one.version, one.flags) for one in compilers if one]).encode())
-    return f"{_stem(kind)}-{digest.hexdigest()[:8]}.so"
+    known = [(one.version, one.flags, one.command[1:]) for one in compilers if one]
+    return f"{_stem(kind)}-{hashlib.sha256(repr(known).encode()).hexdigest()[:8]}"
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _whole(folder: Path, name: str) -> list[Path]:
+    """The libraries of a name in a folder whose content is what was once compiled."""
+    found = []
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        with contextlib.suppress(OSError):
+            if path.stem.endswith(f"-{_hash(path)}"):
+                found.append(path)
+    return found
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _caches() -> list[Path]:
@@ -231,18 +264,19 @@ def _is_ours(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one process of this file system at a time.
+def _lock(path: Path) -> Iterator[bool]:
+    """Held by one process of this file system at a time; false where it could not be had.
 
     The kernel lets go of it when its holder ends, however it ends: a lock file that is left behind means nothing.
     """
     import fcntl
 
     with path.open("a") as file:
-        end = time.monotonic() + _LONGEST_BUILD
+        end, locked = time.monotonic() + _LONGEST_BUILD, False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
@@ -251,24 +285,29 @@ def _lock(path: Path) -> Iterator[None]:
                 time.sleep(0.1)
             except OSError:  # a file system without locks: each compiles, and the last to be ready is kept
                 break
-        yield
+        yield locked
 
 
 def _written(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-def _run(command: list[str]) -> str:
+def _run(command: list[str], scratch: str) -> None:
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=_LONGEST_BUILD, check=False
+            command,
+            env=os.environ | {"TMPDIR": scratch},  # a compiler that is killed leaves its files there
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=_LONGEST_BUILD,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{' '.join(command)}: {error}") from error
     if done.returncode:
         end = "\n".join(done.stdout.splitlines()[-20:])
         raise BuildError(f"{' '.join(command)} failed with exit code {done.returncode}:\n{end}")
-    return done.stdout
 
 
 def _processors() -> int:

@@ -1,8 +1,8 @@
-"""What the element-wise ops ask of their tensors: the twin of csrc/checks.h, with the same messages."""
+"""What the ops ask of their tensors: the twin of csrc/checks.h, with the same messages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,12 +42,40 @@ def check_tensor(
         fail(op, f'{where}; all tensors of a call are on one device: write {what}.to("{model.device}")')
     if tensor.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        fail(op, f"{what} is {_dtype(tensor)}; it must be {allowed}")
+        fail(op, f"{what} is {_dtype(tensor)}; it must be {allowed}: keep it as {what}.float()")
     if tensor.layout != torch.strided:
         fail(op, f"{what} is sparse; write {what}.to_dense()")
     if not tensor.is_contiguous():
         strides = f"shape {_shape(tensor)}, strides {list(tensor.stride())}"
         fail(op, f"{what} is not contiguous ({strides}); keep it as {what}.contiguous()")
+
+
+def check_tensors(op: str, name: str, values: object) -> None:
+    """A tensor, or a list of them and of nothing else."""
+    for i, value in enumerate(values if isinstance(values, list | tuple) else [values]):
+        if not isinstance(value, Tensor):
+            what = f"{name}[{i}]" if isinstance(values, list | tuple) else name
+            fail(op, f"{what} is {value if value is None else type(value).__name__}; it must be a tensor")
+
+
+def check_apart(op: str, *, written: Mapping[str, Sequence[Tensor]], read: Mapping[str, Sequence[Tensor]]) -> None:
+    """No tensor that is written shares memory with another of the call."""
+    spans: list[tuple[int, int, int, bool, str]] = []
+    for lists in (written, read):
+        for name, tensors in lists.items():
+            for i, tensor in enumerate(tensors):
+                begin, bytes_ = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+                if bytes_:
+                    spans.append((begin, len(spans), begin + bytes_, lists is written, f"{name}[{i}]"))
+    # By address: of those before, what matters is the one that reaches furthest, of all and of the written ones.
+    furthest = furthest_written = (0, "")
+    for begin, _, end, is_written, what in sorted(spans):
+        other = furthest if is_written else furthest_written
+        if begin < other[0]:
+            fail(op, f"{what} shares memory with {other[1]}, and one of them is written: write {what}.clone()")
+        furthest = max(furthest, (end, what))
+        if is_written:
+            furthest_written = max(furthest_written, (end, what))
 
 
 def check_steps(op: str, name: str, steps: Sequence[int], first: str, tensors: Sequence[Tensor]) -> None:
@@ -70,7 +98,7 @@ def check_float(op: str, name: str, tensors: Sequence[Tensor]) -> None:
     """fp32, all of them: what an op writes is as exact as what it computes."""
     for i, tensor in enumerate(tensors):
         if tensor.dtype != torch.float32:
-            fail(op, f"{name}[{i}] is {_dtype(tensor)}; it must be float32")
+            fail(op, f"{name}[{i}] is {_dtype(tensor)}; it must be float32: keep it as {name}[{i}].float()")
 
 
 def check_length(op: str, name: str, values: Sequence[object], first: str, tensors: Sequence[Tensor]) -> None:

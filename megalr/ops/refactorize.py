@@ -10,16 +10,22 @@ import torch
 from torch import Tensor
 
 from megalr.ops import checks
-from megalr.ops.library import op
+from megalr.ops.library import run
 
 Moments = Literal["keep", "reset", "transport"]
+
+# Why a pair was left as it was, by its status.
+REASONS = {
+    1: "a factor is not finite, or the balanced one would not be in its dtype",
+    2: "the product's rank is below r",
+    3: "a moment is not finite, or might not be in the new pair",
+    4: "a decomposition did not converge",
+}
 
 # Below this multiple of the largest, a singular value of an fp32 product is rounding.
 _SMALLEST_RATIO = torch.finfo(torch.float32).eps
 # And below this multiple of what the factors' norms would allow, where the product cancels, it is fp64's.
 _SMALLEST_OF_FACTORS = 1e-10
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @torch.no_grad()
@@ -32,11 +38,11 @@ def refactorize_(
     """The balanced pairs with the same products, in place, for many pairs at once: compiled where that can be had.
 
     What :func:`refactorize` does with one pair; csrc/refactorize.cpp says how the compiled op does it faster, without
-    allocating m x n elements, or more than 4 times the largest pair's bytes where m + n is at least 6 r. The host waits
+    allocating m x n elements, or more than 4 times the largest pair's bytes where m + n is at least 4 r. The host waits
     for a GPU once in a call, and where torch's decompositions read their own error flags.
 
     Args:
-        B: (m, r) each, m >= r, fp32; other floating dtypes are computed in fp32 and rounded. Modified in place.
+        B: (m, r) each, m >= r, fp32, or bf16, which is computed in fp32 and rounded. Modified in place.
         A: (r, n) each, n >= r, as B. Modified in place.
         moments: with "reset" and "transport" four tensors for each pair: exp_avg_B, exp_avg_sq_B, exp_avg_A,
             exp_avg_sq_A of the first, then of the second, and so on. Modified in place.
@@ -44,15 +50,14 @@ def refactorize_(
             :func:`transport_moments`).
 
     Returns:
-        int64, one number for each pair, on the pairs' device: 0, done; 1, left as it was with its moments, because a
-        factor is not finite (or would not be in its dtype); 2, left as it was, because the product's rank is below r.
+        int64, one number for each pair, on the pairs' device: 0, done; else left as it was with its moments, and the
+        number is a key of :data:`REASONS`.
 
     Raises:
         ValueError: a tensor does not fit; the message says which, and what to write.
     """
-    if not B and not A and not moments:
-        return torch.empty(0, dtype=torch.int64)
-    return op("refactorize", (*B, *A, *moments)[0].device)(B, A, moments, mode)
+    status: Tensor = run("refactorize", B, A, moments, mode)
+    return status
 
 
 @dataclass(frozen=True)
@@ -62,14 +67,16 @@ class Refactorized:
     Attributes:
         B: (m, r) = U √S.
         A: (r, n) = √S Vᵀ, so that B A = U S Vᵀ is the old product and Bᵀ B = A Aᵀ = S.
-        map_B: (r, r); a first moment of the old B, times this from the right, is one of the new B.
-        map_A: (r, r); this times a first moment of the old A is one of the new A.
+        map_B: (r, r), fp64; a first moment of the old B, times this from the right, is one of the new B.
+        map_A: (r, r), fp64; this times a first moment of the old A is one of the new A.
+        S: (r,), fp64; the product's singular values.
     """
 
     B: Tensor
     A: Tensor
     map_B: Tensor
     map_A: Tensor
+    S: Tensor
 
 
 def refactorize(B: Tensor, A: Tensor) -> Refactorized | None:  # noqa: N803
@@ -93,6 +100,9 @@ def refactorize(B: Tensor, A: Tensor) -> Refactorized | None:  # noqa: N803
         The new pair, fp32; or None, and the pair is to be left as it is, when a factor is not finite or the product
         has numerically a lower rank than r: balancing would make a column of B and the row of A that meets it both
         zero, a point that no gradient leaves.
+
+    Raises:
+        torch.linalg.LinAlgError: a decomposition does not converge.
     """
     if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
         return None
@@ -108,7 +118,7 @@ def refactorize(B: Tensor, A: Tensor) -> Refactorized | None:  # noqa: N803
     map_b = r_b.T @ (u / root * sign.T)
     new_b = q_b @ (u * root * sign.T)
     new_a = (sign * root[:, None] * vh) @ q_a.T
-    return Refactorized(new_b.to(B), new_a.to(A), map_b.to(B), (sign * map_a).to(A))
+    return Refactorized(new_b.to(B), new_a.to(A), map_b, sign * map_a, s)
 
 
 def transport_moments(new: Refactorized, moments: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -116,18 +126,21 @@ def transport_moments(new: Refactorized, moments: dict[str, Tensor]) -> dict[str
 
     The first moment is linear in the gradients, so its map is exact. The second is not: each new gradient element is a
     combination of a row's (or column's) old ones, and if those were uncorrelated its mean square would be the
-    combination with squared coefficients, which is what is used.
+    combination with squared coefficients, which is what is used. All in fp64: the maps of badly scaled factors have
+    squares that fp32 does not hold.
 
     Args:
         new: what :func:`refactorize` returned.
         moments: ``exp_avg_B``, ``exp_avg_sq_B`` of shape (m, r) and ``exp_avg_A``, ``exp_avg_sq_A`` of (r, n).
     """
-    return {
-        "exp_avg_B": moments["exp_avg_B"] @ new.map_B,
-        "exp_avg_sq_B": moments["exp_avg_sq_B"] @ new.map_B.square(),
-        "exp_avg_A": new.map_A @ moments["exp_avg_A"],
-        "exp_avg_sq_A": new.map_A.square() @ moments["exp_avg_sq_A"],
+    old = {name: moment.double() for name, moment in moments.items()}
+    carried = {
+        "exp_avg_B": old["exp_avg_B"] @ new.map_B,
+        "exp_avg_sq_B": old["exp_avg_sq_B"] @ new.map_B.square(),
+        "exp_avg_A": new.map_A @ old["exp_avg_A"],
+        "exp_avg_sq_A": new.map_A.square() @ old["exp_avg_sq_A"],
     }
+    return {name: moment.to(moments[name]) for name, moment in carried.items()}
 
 
 def refactorize_reference(
@@ -140,7 +153,7 @@ def refactorize_reference(
 
     The schema says ``moment_mode``: torch.compile fails on an op with an argument of the name ``mode``.
     """
-    status = refactorize_fake(B, A, moments, moment_mode)
+    status = torch.zeros(len(B), dtype=torch.int64, device=B[0].device if B else "cpu")
     for i, (b, a) in enumerate(zip(B, A, strict=True)):
         status[i] = _refactorize_one(b, a, moments[4 * i : 4 * i + 4], moment_mode)
     return status
@@ -162,8 +175,8 @@ def refactorize_fake(
         names = ": exp_avg_B, exp_avg_sq_B, exp_avg_A, exp_avg_sq_A" if each else ""
         _fail(f"moments has {len(moments)} tensors and B {len(B)}; this mode takes {each} for each of B{names}")
     for i, (b, a) in enumerate(zip(B, A, strict=True)):
-        checks.check_tensor("refactorize", f"B[{i}]", b, _FLOATS, "B[0]", B[0])
-        checks.check_tensor("refactorize", f"A[{i}]", a, _FLOATS, "B[0]", B[0])
+        checks.check_tensor("refactorize", f"B[{i}]", b, checks.STORAGE, "B[0]", B[0])
+        checks.check_tensor("refactorize", f"A[{i}]", a, checks.STORAGE, "B[0]", B[0])
         shapes = f"B[{i}] has shape {list(b.shape)} and A[{i}] {list(a.shape)}"
         if b.dim() != 2 or a.dim() != 2 or b.shape[1] != a.shape[0]:
             _fail(f"{shapes}; they must be [m, r] and [r, n]")
@@ -172,7 +185,7 @@ def refactorize_fake(
             _fail(f"{shapes}; their product has at most rank {most}: use a rank up to that")
         for j, factor in enumerate((b, b, a, a)[:each]):
             what, moment = f"moments[{4 * i + j}]", moments[4 * i + j]
-            checks.check_tensor("refactorize", what, moment, _FLOATS, "B[0]", B[0])
+            checks.check_tensor("refactorize", what, moment, checks.STORAGE, "B[0]", B[0])
             if moment.shape != factor.shape:
                 model = f"{'BBAA'[j]}[{i}] {list(factor.shape)}"
                 _fail(f"{what} has shape {list(moment.shape)} and {model}; they must be the same")
@@ -182,22 +195,40 @@ def refactorize_fake(
 def _refactorize_one(b: Tensor, a: Tensor, moments: Sequence[Tensor], mode: Moments) -> int:
     if not b.shape[1]:
         return 0
-    new = refactorize(b.float(), a.float())
-    if new is None:
-        return 2 if torch.isfinite(b).all() and torch.isfinite(a).all() else 1
-    new_b, new_a = new.B.to(b), new.A.to(a)
-    if not (torch.isfinite(new_b).all() and torch.isfinite(new_a).all()):
+    if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
         return 1
-    b.copy_(new_b)
-    a.copy_(new_a)
-    if mode == "reset":
+    try:
+        new = refactorize(b.float(), a.float())
+    except torch.linalg.LinAlgError:
+        return 4
+    if new is None:
+        return 2
+    status = _out_of_range(new, b, a, moments if mode == "transport" else ())
+    if status:
+        return status
+    if mode == "transport":
+        names = ("exp_avg_B", "exp_avg_sq_B", "exp_avg_A", "exp_avg_sq_A")
+        carried = transport_moments(new, dict(zip(names, moments, strict=True)))
+        for name, moment in zip(names, moments, strict=True):
+            moment.copy_(carried[name])
+    elif mode == "reset":
         for moment in moments:
             moment.zero_()
-    elif mode == "transport":
-        names = ("exp_avg_B", "exp_avg_sq_B", "exp_avg_A", "exp_avg_sq_A")
-        old = {name: moment.float() for name, moment in zip(names, moments, strict=True)}
-        for moment, carried in zip(moments, transport_moments(new, old).values(), strict=True):
-            moment.copy_(carried)
+    b.copy_(new.B)
+    a.copy_(new.A)
+    return 0
+
+
+def _out_of_range(new: Refactorized, b: Tensor, a: Tensor, moments: Sequence[Tensor]) -> int:
+    """1 where the new pair may leave its dtype's range, 3 where a moment may, by bounds; 0 where nothing does."""
+    if not new.S[0].sqrt() < min(torch.finfo(b.dtype).max, torch.finfo(a.dtype).max):  # no element is larger
+        return 1
+    maps = (new.map_B, new.map_B.square(), new.map_A.T, new.map_A.T.square())
+    for moment, to in zip(moments, maps, strict=False):
+        # No element of the product is larger than this; a NaN is below nothing.
+        bound = moment.abs().amax().double() * to.abs().sum(0).amax()
+        if not bound < torch.finfo(moment.dtype).max:
+            return 3
     return 0
 
 

@@ -1,6 +1,7 @@
 """The element-wise ops as torch calls: what runs where nothing is compiled, and what the compiled ops are held to.
 
-A tensor of another dtype than fp32 is computed in fp32 and rounded back. No value is read by the host.
+A tensor of another dtype than fp32 is computed in fp32 and rounded back. No value is read by the host. The checks of
+each are its ``_fake``; :func:`megalr.ops.library.reference` makes them first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from megalr.ops import checks
 
 
 def momentum_reset_reference(tensors: Sequence[Tensor]) -> None:
-    momentum_reset_fake(tensors)
     if tensors:
         torch._foreach_zero_(list(tensors))
 
@@ -38,7 +38,6 @@ def low_rank_adam_reference(
     weight_decay: float,
     reset: bool,
 ) -> None:
-    low_rank_adam_fake(weights, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, reset)
     if not weights:
         return
     w, g, m, v = ([tensor.float() for tensor in tensors] for tensors in (weights, grads, exp_avgs, exp_avg_sqs))
@@ -97,7 +96,6 @@ def projected_adam_reference(
     eps: float,
     scale: float,
 ) -> None:
-    projected_adam_fake(directions, grads, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, scale)
     for direction, grad, exp_avg, exp_avg_sq, step in zip(directions, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
         biases = (1 - beta1**step, 1 - beta2**step)
         _direction(grad.float(), exp_avg, exp_avg_sq, beta1, beta2, biases, eps, out=direction)
@@ -140,25 +138,6 @@ def stable_spam_adam_reference(
     theta: float,
     norm_eps: float,
 ) -> None:
-    stable_spam_adam_fake(
-        weights,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        statistics,
-        clip_steps,
-        bias1,
-        bias2,
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        gamma1,
-        gamma2,
-        theta,
-        norm_eps,
-    )
     for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
         scaled = _stable(grad.float(), statistics[i], clip_steps[i], gamma1, gamma2, theta, norm_eps)
         direction = torch.empty_like(scaled)

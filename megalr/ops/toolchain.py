@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,27 +28,28 @@ class Compiler:
     """A compiler that was found.
 
     Attributes:
-        path: how to call it.
+        command: how to call it: its path, and more words where ``CXX`` has them, as in "ccache g++".
         version: what it says of itself, with the flags that only this compiler gets.
         flags: those flags.
     """
 
-    path: str
+    command: tuple[str, ...]
     version: str
     flags: tuple[str, ...] = ()
 
 
 @functools.cache
 def cxx() -> Compiler | None:
-    """$CXX, else the first of g++, c++, clang++ that runs."""
-    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
-        path = shutil.which(name) if name else None
-        version = _output([path, "--version"]) if path else None
+    """$CXX where that is set, else the first of g++, c++, clang++ that runs; None if it does not run."""
+    wish = os.environ.get("CXX")
+    for words in [_words(wish)] if wish else [["g++"], ["c++"], ["clang++"]]:
+        path = shutil.which(words[0]) if words else None
+        version = _output([path, *words[1:], "--version"]) if path else None
         if path and version:
             # The OpenMP runtime has to be torch's, for one pool of threads and torch.set_num_threads: it is compiled
             # for here and not linked. clang calls another runtime than torch's libgomp, so its loops run on one thread.
             flags = ("-fopenmp-simd",) if "clang" in version else ("-fopenmp",)
-            return Compiler(path, version.splitlines()[0], flags)
+            return Compiler((path, *words[1:]), version.splitlines()[0], flags)
     return None
 
 
@@ -67,7 +70,7 @@ def nvcc() -> Compiler | None:
                 if chosen:  # and, for GPUs to come, code that the driver compiles
                     flags.append(f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}")
                 release = next(line for line in version.splitlines() if "release" in line)
-                return Compiler(str(path), release, tuple(flags))
+                return Compiler((str(path),), release, tuple(flags))
     return None
 
 
@@ -78,7 +81,7 @@ def compile_command(source: Path, target: Path, csrc: Path) -> list[str]:
         assert compiler is not None
         includes = [csrc, *nvidia_folders("include")]
         return [
-            compiler.path,
+            *compiler.command,
             *NVCC_FLAGS,
             *compiler.flags,
             *_each("-I", includes),
@@ -95,7 +98,7 @@ def compile_command(source: Path, target: Path, csrc: Path) -> list[str]:
         includes += _toolkit("include")
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     flags = [*CXX_FLAGS, *compiler.flags, abi, *_each("-I", [csrc]), *_each("-isystem", includes[1:])]
-    return [compiler.path, *flags, "-c", str(source), "-o", str(target)]
+    return [*compiler.command, *flags, "-c", str(source), "-o", str(target)]
 
 
 def link_command(kind: str, objects: list[Path], target: Path) -> list[str]:
@@ -109,7 +112,7 @@ def link_command(kind: str, objects: list[Path], target: Path) -> list[str]:
         folders += _toolkit("lib64")
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     return [
-        compiler.path,
+        *compiler.command,
         "-shared",
         *map(str, objects),
         *_each("-L", folders),
@@ -134,7 +137,16 @@ def platform_key() -> str:
 def _toolkit(name: str) -> list[Path]:
     compiler = nvcc()
     assert compiler is not None
-    return [Path(compiler.path).parents[1] / name]
+    return [Path(compiler.command[0]).parents[1] / name]
+
+
+def _words(command: str) -> list[str]:
+    """A path, which may have spaces in it, or words as a shell splits them."""
+    if shutil.which(command):
+        return [command]
+    with contextlib.suppress(ValueError):  # a quotation mark is missing
+        return shlex.split(command)
+    return [command]
 
 
 def _each(flag: str, paths: list[Path]) -> list[str]:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megalr.ops import refactorize_
+from megalr.ops.refactorize import REASONS, refactorize_
 from megalr.partition import Exchange, Item, Layout, Unit, buckets, place
 from megalr.partition.exchange import COPIES, Field
 
@@ -51,12 +51,11 @@ def refactorize_pairs(
         bucket_bytes: upper bound of what gathering and scattering hold at a time, unless one pair alone takes more.
 
     Returns:
-        Names of the layers owned here that were left as they are, because a factor was not finite or the product was
-        of lower rank than its factors.
+        Names of the layers owned here that were left as they are; the log says why.
     """
     fields: list[Field] = [masters, *moments] if moments else [masters]
     limit = max(1, bucket_bytes // (COPIES * masters[0].element_size() * len(fields)))
-    untouched: list[str] = []
+    untouched: dict[int, list[str]] = {}
     for bucket in buckets(pairs.units, pairs.owners, exchange.layout, limit):
         items = [Item(name, pairs.owners[i]) for i in bucket for name in pairs.units[i].names]
         whole = exchange.gather(items, fields)
@@ -68,9 +67,11 @@ def refactorize_pairs(
             [moment for names in own for name in names for moment in whole[name][1:]],
             "transport" if moments else "keep",
         )
-        untouched += [b.removesuffix(".B") for (b, _), code in zip(own, status.tolist(), strict=True) if code]
+        for (b, _), code in zip(own, status.tolist(), strict=True):
+            if code:
+                untouched.setdefault(code, []).append(b.removesuffix(".B"))
         exchange.scatter(items, whole, fields)
         del whole  # not to be held through the next gather
-    if untouched:
-        logger.warning("refactorization left %s as they are: not finite, or of lower rank than r", ", ".join(untouched))
-    return untouched
+    for code, names in sorted(untouched.items()):
+        logger.warning("refactorization left %s as they are: %s", ", ".join(names), REASONS[code])
+    return [name for names in untouched.values() for name in names]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from megalr.ops import library, reference
+from megalr.ops import library
 
 NAMES = ("momentum_reset", "low_rank_adam", "projected_adam", "stable_spam_adam")
 LR, BETA1, BETA2, EPS, DECAY = 3e-3, 0.9, 0.999, 1e-8, 0.1
@@ -20,7 +20,7 @@ SHAPES = [(1,), (7, 5), (0,), (64, 48), (3, 0), (1023,), (2, 3, 4), (130, 1031)]
 def ops(implementation: str) -> SimpleNamespace:
     """The ops by name, of one implementation; called with the schema's arguments in order."""
     if implementation == "torch":
-        return SimpleNamespace(**{name: getattr(reference, f"{name}_reference") for name in NAMES})
+        return SimpleNamespace(**{name: library.reference(name) for name in NAMES})
     library.load("cpu")
     return SimpleNamespace(**{name: getattr(torch.ops.megalr, name).default for name in NAMES})
 

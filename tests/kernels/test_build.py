@@ -30,6 +30,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
     monkeypatch.setattr(build, "LIBRARIES", {"cpu": ("cpu/tiny.cpp",)})
     monkeypatch.setattr(library, "_loaded", {})
+    monkeypatch.setattr(library, "_IN_LIBRARY", {"cpu": set()})
     monkeypatch.setenv("MEGALR_OPS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MEGALR_OPS", "auto")
     monkeypatch.delenv("RANK", raising=False)
@@ -42,7 +43,7 @@ def counted(tmp_path, monkeypatch):
     log = tmp_path / "calls"
     script = tmp_path / "counted-g++"
     note = f'[ "$1" = --version ] || {{ echo "$@" >> "{log}"; sleep 0.3; }}'
-    script.write_text(f'#!/bin/sh\n{note}\nexec "{toolchain.cxx().path}" "$@"\n', encoding="utf-8")
+    script.write_text(f'#!/bin/sh\n{note}\nexec "{toolchain.cxx().command[0]}" "$@"\n', encoding="utf-8")
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     toolchain.cxx.cache_clear()
@@ -72,11 +73,11 @@ def in_processes(count, work):
 
 
 def test_compiled_once_and_found_again(tiny, counted):
-    assert build.find("cpu") is None
+    assert build.find("cpu") == []
     first = build.build("cpu")
     assert first.origin == "compiled now"
     torch.ops.load_library(str(first.path))
-    assert build.find("cpu") == build.Library(first.path, "cache")
+    assert build.find("cpu") == [build.Library(first.path, "cache")]
     assert build.build("cpu").origin == "cache" and counted() == 1
 
 
@@ -92,7 +93,7 @@ def test_what_a_library_depends_on(tiny, monkeypatch, what):
     elif what == "torch":
         monkeypatch.setattr(torch, "__version__", "9.9")
     else:
-        monkeypatch.setattr(toolchain, "cxx", lambda: toolchain.Compiler("g++", "another"))
+        monkeypatch.setattr(toolchain, "cxx", lambda: toolchain.Compiler(("g++",), "another"))
     assert build._name("cpu") != before
 
 
@@ -133,24 +134,27 @@ def test_a_killed_build_holds_nobody_up(tiny, counted):
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert list((tiny.parents[2] / "cache").glob("*.lock"))  # it is left behind, and means nothing
+    cache = tiny.parents[2] / "cache"
+    assert list(cache.glob("*.lock"))  # it is left behind, and means nothing
+    assert list(cache.glob("*.build-*"))
     start = time.monotonic()
-    assert build.build("cpu").origin == "compiled now"
+    path = build.build("cpu").path
     assert time.monotonic() - start < 60
+    assert sorted(one.suffix for one in cache.iterdir()) == [".lock", ".so"] and path.is_file()
 
 
 def test_a_prebuilt_library_is_taken_whatever_compiled_it(tiny, monkeypatch):
     (built,) = build.prebuild()
-    monkeypatch.setattr(toolchain, "cxx", lambda: toolchain.Compiler("g++", "another"))
-    assert build.find("cpu") == build.Library(built, "prebuilt")
+    monkeypatch.setattr(toolchain, "cxx", lambda: toolchain.Compiler(("g++",), "another"))
+    assert build.find("cpu") == [build.Library(built, "prebuilt")]
     tiny.write_text("int megalr_tiny() { return 8; }\n", encoding="utf-8")
-    assert build.find("cpu") is None  # but not that of other sources
+    assert build.find("cpu") == []  # but not that of other sources
 
 
 def test_what_is_in_the_cache_needs_no_compiler(tiny, request):
     path = build.build("cpu").path
     request.getfixturevalue("no_compiler")
-    assert build.find("cpu") == build.Library(path, "cache")
+    assert build.find("cpu") == [build.Library(path, "cache")]
 
 
 def test_no_compiler(tiny, no_compiler, monkeypatch, caplog):
@@ -187,12 +191,85 @@ def test_loading(tiny, caplog):
     assert library.load("cpu") is kernels and not caplog.records
 
 
-def test_a_broken_library_is_compiled_again(tiny, monkeypatch, caplog):
+@pytest.mark.parametrize("damage", ["half", "zeros", "nothing", "a byte"])
+def test_a_damaged_library_is_not_loaded_but_compiled_again(tiny, damage):
+    """What a machine that goes down leaves. The dynamic linker takes half of a file, and the process ends by SIGBUS."""
     path = build.build("cpu").path
+    content = path.read_bytes()
+    half = len(content) // 2
+    zeros, other = bytes(len(content)), content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
     path.unlink()  # and not overwritten: it may be loaded
-    path.write_bytes(b"half of a library")
+    path.write_bytes({"half": content[:half], "zeros": zeros, "nothing": b"", "a byte": other}[damage])
+    assert build.find("cpu") == []
     assert library.load("cpu").why == "compiled now"
-    assert "does not load and is compiled again" in caplog.text
+    (found,) = build.find("cpu")
+    torch.ops.load_library(str(found.path))
+
+
+def replaced(path, content):
+    """A library that is whole, and is not one; in place of one in the same folder."""
+    path.unlink()
+    path.write_bytes(content)
+    new = path.with_name(f"{path.stem.rpartition('-')[0]}-{build._hash(path)}.so")
+    path.rename(new)
+    return new
+
+
+def test_what_does_not_load_is_compiled_again(tiny, caplog):
+    """Though it was prebuilt, and though the cache holds another that does not load either."""
+    paths = [*build.prebuild(), build.build("cpu").path]
+    paths = [replaced(path, b"a text") for path in paths]
+    assert [one.path for one in build.find("cpu")] == paths
+    kernels = library.load("cpu")
+    assert kernels.why == "compiled now" and caplog.text.count("does not load and is compiled again") == 2
+    assert not paths[1].exists() and Path(kernels.library).exists()
+
+
+def test_a_library_without_our_ops_is_none(tiny, counted, monkeypatch, caplog):
+    build.build("cpu")
+    monkeypatch.setattr(library, "_IN_LIBRARY", {"cpu": {"refactorize"}})
+    monkeypatch.setattr(library, "_is_compiled", lambda name, device_type: False)
+    kernels = library.load("cpu")
+    assert kernels == library.Kernels(None, "there is no megalr::refactorize for cpu tensors in it")
+    assert "does not load and is compiled again: there is no megalr::refactorize" in caplog.text and counted() == 2
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Sets CXX."""
+
+    def choose(command):
+        monkeypatch.setenv("CXX", command)
+        toolchain.cxx.cache_clear()
+
+    yield choose
+    toolchain.cxx.cache_clear()
+
+
+def test_a_compiler_with_a_wrapper_or_flags(tiny, compiler):
+    before = build._name("cpu")
+    compiler("env g++ -g0")
+    assert toolchain.cxx().command[1:] == ("g++", "-g0") and build._name("cpu") != before
+    assert build.build("cpu").origin == "compiled now"
+
+
+def test_a_compiler_in_a_folder_with_spaces(tiny, compiler, tmp_path):
+    script = tmp_path / "my tools/g++"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec "{toolchain.cxx().command[0]}" "$@"\n', encoding="utf-8")
+    script.chmod(0o755)
+    compiler(str(script))
+    assert toolchain.cxx().command == (str(script),)
+    assert build.build("cpu").origin == "compiled now"
+
+
+@pytest.mark.parametrize("command", ["/nonexistent", "no-such-wrapper g++", "env /nonexistent", 'a "quotation'])
+def test_a_compiler_that_is_asked_for_and_does_not_run(tiny, compiler, command):
+    """It is said, and no other is taken."""
+    compiler(command)
+    assert toolchain.cxx() is None
+    message = f"CXX={command} does not run: write a C++ compiler that does, as in CXX=g++, or unset it"
+    assert library.load("cpu").why == message
 
 
 def test_a_folder_that_cannot_be_written_to(tiny, tmp_path, monkeypatch, caplog):
@@ -203,9 +280,9 @@ def test_a_folder_that_cannot_be_written_to(tiny, tmp_path, monkeypatch, caplog)
     path = build.build("cpu").path
     assert path.parent == tmp_path / f"megalr-ops-{os.getuid()}" and str(blocked) in caplog.text
     assert path.parent.stat().st_mode & 0o777 == 0o700
-    assert build.find("cpu").path == path
+    assert [one.path for one in build.find("cpu")] == [path]
     path.parent.chmod(0o777)  # then anybody may have put a library there
-    assert build.find("cpu") is None
+    assert build.find("cpu") == []
     with pytest.raises(build.BuildError, match="others can write to it.*MEGALR_OPS_CACHE"):
         build.build("cpu")
 
@@ -222,7 +299,7 @@ def test_cuda_needs_a_cuda_build_of_torch(monkeypatch):
     monkeypatch.setattr(toolchain, "nvcc", lambda: None)
     with pytest.raises(build.BuildError, match=r"no nvcc: install the CUDA toolkit 13.0, or .* CUDA_HOME"):
         build.build("cuda")
-    monkeypatch.setattr(toolchain, "nvcc", lambda: toolchain.Compiler("nvcc", "Cuda tools, release 12.4, V12.4.1"))
+    monkeypatch.setattr(toolchain, "nvcc", lambda: toolchain.Compiler(("nvcc",), "Cuda tools, release 12.4, V12.4.1"))
     with pytest.raises(build.BuildError, match="is of another CUDA"):
         build.build("cuda")
 
@@ -256,7 +333,7 @@ def test_the_report(capsys):
     printed = capsys.readouterr().out
     for name in (*library.SCHEMAS, "torch", "deepspeed", "transformers", "C++ compiler", "cuda library", "GPUs"):
         assert f"\n{name} " in printed, name
-    assert report.runs_from("low_rank_adam", "cpu") == ("compiled" if library.load("cpu").library else "torch calls")
+    assert library.runs_from("low_rank_adam", "cpu") == ("compiled" if library.load("cpu").library else "torch calls")
 
 
 def test_the_sources_are_shipped(tmp_path):

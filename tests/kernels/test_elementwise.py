@@ -208,7 +208,7 @@ BAD = {
     "length": "grads has 2 tensors and weights 3; give one for each of weights",
     "shape": "exp_avgs[1] has shape [3, 2] and weights[1] [2, 3]; they must be the same",
     "contiguous": "grads[1] is not contiguous (shape [2, 3], strides [1, 2]); keep it as grads[1].contiguous()",
-    "dtype": "exp_avg_sqs[2] is float64; it must be float32 or bfloat16",
+    "dtype": "exp_avg_sqs[2] is float64; it must be float32 or bfloat16: keep it as exp_avg_sqs[2].float()",
     "mixed": "weights[1] is bfloat16 and weights[0] float32; a list has one dtype: split it",
     "device": "exp_avgs[2] is on meta and weights[0] on cpu; all tensors of a call are on one device: "
     'write exp_avgs[2].to("cpu")',
@@ -273,7 +273,10 @@ def test_bad_tensors_of_the_other_ops(ops):
         ({"bias1": [0.0]}, "bias1[0] is 0; it is 1 - prod beta_t over the updates, this one included, in (0, 1]"),
         ({"bias2": []}, "bias2 has 0 numbers and weights 1 tensors; give one for each of weights"),
         ({"statistics": torch.zeros(3)}, "statistics has shape [3]; it must be [1, 3], a row for each of weights"),
-        ({"statistics": torch.zeros(1, 3).double()}, "statistics is float64; it must be float32"),
+        (
+            {"statistics": torch.zeros(1, 3).double()},
+            "statistics is float64; it must be float32: keep it as statistics.float()",
+        ),
         (
             {"statistics": torch.zeros(3, 1).T},
             "statistics is not contiguous (shape [1, 3], strides [1, 1]); keep it as statistics.contiguous()",
@@ -292,12 +295,66 @@ def test_bad_numbers(ops, change, message):
 
 
 def test_step_zero(ops):
-    lists = [[torch.zeros(4)] * 2 for _ in range(4)]
+    lists = [[torch.zeros(4), torch.zeros(4)] for _ in range(4)]
     message = r"steps\[1\] is 0; it counts this update too, so it is at least 1"
     with pytest.raises(ValueError, match=f"megalr.low_rank_adam: {message}"):
         ops.low_rank_adam(*lists, [1, 0], *ADAMW, False)
     with pytest.raises(ValueError, match=f"megalr.projected_adam: {message}"):
         ops.projected_adam(*lists, [1, 0], BETA1, BETA2, EPS, 1.0)
+
+
+def test_lists_that_do_not_fit_an_empty_one():
+    """Nothing to do is said by every list."""
+    x = torch.zeros(2)
+    for lists in (([], [x], [], []), ([], [], [x], []), ([], [], [], [x])):
+        with pytest.raises(ValueError, match="megalr.low_rank_adam: .* has 1 tensors and weights 0"):
+            adam.low_rank_adam(*lists, steps=[], **HYPER)
+    with pytest.raises(ValueError, match="steps has 1 numbers and weights 0 tensors"):
+        adam.low_rank_adam([], [], [], [], steps=[1], **HYPER)
+    with pytest.raises(ValueError, match="exp_avgs has 1 tensors and grads 0"):
+        adam.projected_adam([], [x], [], steps=[], betas=(BETA1, BETA2), eps=EPS)
+
+
+def test_what_is_no_tensor_is_named():
+    x = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"megalr.low_rank_adam: grads\[1\] is None; it must be a tensor"):
+        adam.low_rank_adam([x, x.clone()], [x.clone(), None], [x.clone()] * 2, [x.clone()] * 2, steps=[1, 1], **HYPER)
+    with pytest.raises(ValueError, match=r"megalr.projected_adam: grads\[0\] is None; it must be a tensor"):
+        adam.projected_adam([None], [x], [x.clone()], steps=[1], betas=(BETA1, BETA2), eps=EPS)
+    with pytest.raises(ValueError, match=r"megalr.momentum_reset: tensors\[0\] is float; it must be a tensor"):
+        adam.momentum_reset([1.0])
+
+
+SHARED = {
+    "the same moment": lambda w, g, m, v: ((w, g, m, m), r"exp_avg_sqs\[.\] shares memory with exp_avgs\[.\]"),
+    "a weight twice": lambda w, g, m, v: (([w[0], w[0]], g, m, v), r"weights\[1\] shares memory with weights\[0\]"),
+    "a gradient that is a moment": lambda w, g, m, v: (
+        (w, [g[0], m[1]], m, v),
+        r"grads\[1\] shares memory with exp_avgs\[1\]",
+    ),
+    "overlapping runs": lambda w, g, m, v: (
+        ([w[0][:6], w[0][5:8]], [g[0][:6], g[0][5:8]], [m[0][:6], m[0][6:9]], [v[0][:6], v[0][6:9]]),
+        r"weights\[1\] shares memory with weights\[0\], and one of them is written: write weights\[1\].clone\(\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_what_is_written_has_memory_of_its_own(ops, case):
+    lists, message = SHARED[case](*plain.inputs(shapes=[(9,), (9,)]))
+    before = copies(lists)
+    with pytest.raises(ValueError, match=f"megalr.low_rank_adam: {message}"):
+        ops.low_rank_adam(*lists, [1, 1], *ADAMW, False)
+    assert all(torch.equal(x, y) for xs, ys in zip(lists, before, strict=True) for x, y in zip(xs, ys, strict=True))
+    with pytest.raises(ValueError, match=r"tensors\[1\] shares memory with tensors\[0\]"):
+        ops.momentum_reset([before[0][0], before[0][0][2:]])
+
+
+def test_neighbours_and_what_is_only_read_may_touch(ops):
+    """Runs of one buffer side by side, in any order; and one gradient for two weights."""
+    w, g, m, v = (tensors[0] for tensors in plain.inputs(shapes=[(10,)]))
+    lists = ([w[5:], w[:5]], [g[:5], g[:5]], [m[:5], m[5:]], [v[:5], v[5:]])
+    ops.low_rank_adam(*lists, [1, 1], *ADAMW, False)
 
 
 @pytest.mark.parametrize("name", plain.NAMES)
@@ -343,25 +400,61 @@ def test_python_functions():
     assert adam.projected_adam([], [], [], steps=[], betas=(BETA1, BETA2), eps=EPS) == []
 
 
-def test_apex_takes_tensors_of_equal_step(monkeypatch):
-    """apex's kernel is called as its FusedAdam calls it, once for each step count."""
+@pytest.fixture
+def apex_calls(monkeypatch):
+    """What reaches apex's kernel, where it is installed on a machine with a GPU; CPU tensors stand for the GPU's."""
     calls = []
     fake = types.ModuleType("amp_C")
     fake.multi_tensor_adam = lambda *args: calls.append(args)
     monkeypatch.setitem(sys.modules, "amp_C", fake)
     apex.kernels.cache_clear()
-    try:
-        lists = plain.inputs(shapes=[(2,), (3,), (4,)])
-        assert not apex.takes(*lists)  # on the CPU
-        apex.adamw(*lists, steps=[5, 1, 5], lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=DECAY)
-    finally:
-        apex.kernels.cache_clear()
+    monkeypatch.setattr(library, "_loaded", {})
+    monkeypatch.setitem(library._loaded, "cpu", library.load("cuda"))
+    yield calls
+    apex.kernels.cache_clear()
+
+
+HYPER = {"lr": LR, "betas": (BETA1, BETA2), "eps": EPS, "weight_decay": DECAY}
+
+
+def test_apex_takes_tensors_of_equal_step(apex_calls):
+    """apex's kernel is called as its FusedAdam calls it, once for each step count."""
+    lists = plain.inputs(shapes=[(2,), (3,), (4,)])
+    adam.low_rank_adam(*lists, steps=[5, 1, 5], **HYPER)
     weights, grads, exp_avgs, exp_avg_sqs = lists
     order = (grads, weights, exp_avgs, exp_avg_sqs)
-    for (chunk, overflow, tensors, *hyper), step, members in zip(calls, (5, 1), ((0, 2), (1,)), strict=True):
+    for (chunk, overflow, tensors, *hyper), step, members in zip(apex_calls, (5, 1), ((0, 2), (1,)), strict=True):
         assert chunk == 65536 and overflow.dtype == torch.int32
         assert [[x.data_ptr() for x in some] for some in tensors] == [[x[i].data_ptr() for i in members] for x in order]
         assert hyper == [LR, BETA1, BETA2, EPS, step, 1, 1, DECAY]
+    assert library.runs_from("low_rank_adam", "cpu").startswith("apex, ")
+
+
+def test_what_apex_has_not_is_the_ops(apex_calls):
+    for dtypes, reset in (((F32, F32, F32), True), ((BF16, F32, F32), False)):
+        lists = plain.inputs(dtypes=dtypes)
+        before = copies(lists)
+        adam.low_rank_adam(*lists, steps=STEPS, reset=reset, **HYPER)
+        expected = plain.adamw(*(tensors[3] for tensors in before), BIAS1[3], BIAS2[3])
+        assert_near(lists[0][3], expected[0], "weights[3]")
+    assert apex_calls == []
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BAD if kind != "device"])
+def test_apex_gets_nothing_that_is_bad(apex_calls, kind):
+    with pytest.raises(ValueError) as error:
+        adam.low_rank_adam(*bad(kind), steps=[1] * 3, **HYPER)
+    assert str(error.value).splitlines()[0] == f"megalr.low_rank_adam: {BAD[kind]}"
+    for steps, message in (([1, 1, 0], r"steps\[2\] is 0"), ([1], "steps has 1 numbers and weights 3 tensors")):
+        with pytest.raises(ValueError, match=message):
+            adam.low_rank_adam(*plain.inputs(shapes=[(4,)] * 3), steps=steps, **HYPER)
+    assert apex_calls == []
+
+
+def test_apex_is_not_asked_where_torch_is_wished_for(monkeypatch, apex_calls):
+    monkeypatch.setenv("MEGALR_OPS", "torch")
+    monkeypatch.setattr(library, "_loaded", {})
+    assert library.load("cuda").instead == {}
 
 
 def test_apex_is_not_needed():

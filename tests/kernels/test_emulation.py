@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,7 +107,7 @@ def test_low_rank_adam_in_every_mixture_of_dtypes(forward, which):
 @pytest.mark.parametrize("offsets", [(1, 0, 0, 0), (0, 2, 0, 0), (0, 0, 3, 0), (0, 0, 0, 1), (1, 1, 1, 1)])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_low_rank_adam_on_runs_that_begin_anywhere(forward, offsets, dtype):
-    """The emulation cannot fault on a misaligned load; that the slower path is right is what this shows."""
+    """The slower path is right, and it is taken: a load of 16 bytes at such an address would raise."""
     check_low_rank_adam(forward, make_runs([3, 2048, CHUNK + 7], (dtype,) * 4, offsets))
 
 
@@ -256,6 +257,98 @@ def test_rounding_to_bf16_is_torchs(library):
 def test_a_reduction_follows_another_at_once(emulated):
     values = torch.arange(512.0)  # a value for each thread of a block of the kernels
     assert (emulated.wrong_kernel("reductions", values) == 6 * values.sum()).all()
+
+
+# The tables, with the constants of a real build and for tensors that fit into no memory here.
+
+
+def compile_tables(folder, csrc=CSRC):
+    return ctypes.CDLL(compile_all(folder, [csrc / "emulation/tables.cpp"], "tables.so", link=["-shared"]))
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    return compile_tables(tmp_path_factory.mktemp("tables"))
+
+
+LARGE = [2**31 + 5, 1, 0, 3 * 2**31 + 32768, 32768, 2**33 - 1, 7] + [100] * 300
+
+
+def assert_tables_cover(tables, of_floats):
+    """Every element of every tensor is some block's, once; all lists' addresses are those of the same elements."""
+    width, record = (4, tables.record_floats) if of_floats else (1, tables.record_bytes)
+    chunk = tables.chunk_elements() * (1 if of_floats else 8)
+    assert (tables.chunk_elements(), tables.blocks_of_launch()) == (32768, 256)
+    bases = np.array([2**44 * i + 2**40 * of_list for i in range(1, 1 + len(LARGE)) for of_list in (0, 1)], np.uint64)
+    blocks = np.zeros(
+        sum(-(-n // chunk) for n in LARGE),
+        np.dtype([("begin", np.uint64, 2), ("size", np.int64), ("launch", np.int32), ("tensor", np.int32)]),
+    )
+    sizes = np.array(LARGE, np.int64)
+    record.restype = ctypes.c_int64
+    at = [ctypes.c_void_p(array.ctypes.data) for array in (sizes, bases, blocks)]
+    assert record(len(LARGE), at[0], at[1], ctypes.c_int64(len(blocks)), at[2]) == len(blocks)
+    assert (np.bincount(blocks["launch"]) <= 256).all() and (blocks["size"] <= chunk).all()
+    for i, size in enumerate(LARGE):
+        own = blocks[blocks["tensor"] == i]
+        first = np.concatenate([[0], np.cumsum(own["size"])])
+        assert first[-1] == size
+        for of_list in (0, 1):
+            offsets = own["begin"][:, of_list] - bases[2 * i + of_list]
+            assert (offsets == width * first[:-1].astype(np.uint64)).all()
+
+
+@pytest.mark.parametrize("of_floats", [True, False], ids=["elements", "bytes"])
+def test_tables_of_tensors_above_two_to_the_31_elements(tables, of_floats):
+    assert_tables_cover(tables, of_floats)
+
+
+def mutated(folder, name, old, new):
+    """A copy of csrc/ with a mistake in it."""
+    shutil.copytree(CSRC, folder / "csrc")
+    path = folder / "csrc" / name
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return folder / "csrc"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (
+            "static_cast<int64_t>(chunk_of_block[blockIdx.x]) * Size",
+            "static_cast<int32_t>(chunk_of_block[blockIdx.x] * Size)",
+        ),
+        ("int64_t chunks_of(int64_t size,", "int64_t chunks_of(int32_t size,"),
+        ("table.size[tensors] = sizes[i]", "table.size[tensors] = static_cast<int32_t>(sizes[i])"),
+    ],
+    ids=["an offset", "a count of chunks", "a size"],
+)
+def test_numbers_of_32_bits_in_a_table_are_found(tmp_path, old, new):
+    csrc = mutated(tmp_path, "cuda/multi_tensor.cuh", old, new)
+    with pytest.raises(AssertionError):
+        assert_tables_cover(compile_tables(tmp_path, csrc), True)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("cuda/elements.cuh", "return reinterpret_cast<uintptr_t>(p) % sizeof(Pack<T>) == 0", "return p != nullptr"),
+        ("cuda/momentum_reset.cu", "const int head = before < bytes ? before : bytes", "const int head = before * 0"),
+    ],
+    ids=["aligned() is always true", "no bytes before the first word"],
+)
+def test_loads_that_are_not_aligned_are_found(tmp_path, name, old, new):
+    """An x86 processor does them; a GPU faults."""
+    csrc = mutated(tmp_path, name, old, new)
+    kernels = [csrc / path.relative_to(CSRC) for path in sources() if path.name != "wrong_kernels.cpp"]
+    mutant = ctypes.CDLL(compile_all(tmp_path, kernels, "mutant.so", link=["-shared"]))
+    emulated = Emulated(mutant, SCHEDULES["forward"])
+    runs = make_runs([CHUNK + 7], offsets=(1, 1, 1, 1))
+    with pytest.raises(RuntimeError, match="a load or store of 16 bytes at an address that is no multiple"):
+        emulated.low_rank_adam(runs, [1], ADAM)
+        emulated.momentum_reset(runs.exp_avgs)
 
 
 # What the emulation finds, shown by kernels with one mistake each.

@@ -62,8 +62,8 @@ def test_second_moment_of_uncorrelated_gradients_is_carried_in_expectation():
     new = refactorize(b, a)
     scale = torch.tensor([0.5, 1.0, 3.0])
     draws = torch.randn(200_000, 3, generator=torch.Generator().manual_seed(1)) * scale
-    carried = scale.square() @ new.map_B.square()
-    observed = (draws @ new.map_B).square().mean(0)
+    carried = scale.double().square() @ new.map_B.square()
+    observed = (draws.double() @ new.map_B).square().mean(0)
     torch.testing.assert_close(carried, observed, rtol=0.03, atol=0)
 
 
