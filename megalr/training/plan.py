@@ -113,6 +113,11 @@ def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, s
         resolved = resolve(content, _request(arguments, model, ranks, output=str(folder.path)))
         megalr = MegalrConfig.from_json(resolved.config)
         check_deepspeed_config(resolved.config)
+        if arguments.export is not None and megalr.parametrization.not_dense:
+            raise UserError(
+                f'--export writes dense weights, and "{megalr.parametrization.type}" layers have none, because '
+                f"{megalr.parametrization.not_dense}: leave it out; checkpoints hold the layers as they are"
+            )
         # To hear their complaints before a run is deleted.
         parameter_groups(parametrize(empty_model(model), megalr.parametrization), megalr.optimizer)
         for line in resolved.notes:
