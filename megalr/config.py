@@ -18,6 +18,7 @@ from megalr.layers.base import FullConfig, ParametrizationConfig
 from megalr.layers.low_rank import LowRankConfig  # noqa: F401  (importable from here, too)
 from megalr.layers.projected import ProjectedConfig  # noqa: F401
 from megalr.layers.registry import PARAMETRIZATIONS
+from megalr.layers.velora import VeloraConfig
 from megalr.plugins import load_plugins
 from megalr.rules.base import Rule
 from megalr.rules.registry import RULES, plain
@@ -125,6 +126,7 @@ class MegalrConfig:
     parametrization: ParametrizationConfig = field(default_factory=FullConfig)
     refactorization: RefactorizationConfig | None = None
     momentum_reset: MomentumResetConfig | None = None
+    activations: VeloraConfig | None = None
     exchange_bucket_bytes: int = 256 * 1024 * 1024
     seed: int = 0
     plugins: tuple[str, ...] = ()
@@ -165,6 +167,13 @@ class MegalrConfig:
             'megalr.refactorization.moments is "transport", which carries AdamW\'s moments: write "reset" or "keep" '
             "with another rule",
         )
+        groups = None if self.activations is None else self.activations.groups
+        rank = 0 if getattr(rule, "projector", "random") == "random" else getattr(rule, "rank", 0)
+        require(
+            groups is None or rank <= groups,
+            f"megalr.activations.groups is {groups}, so that gradients have at most this rank, and what else is in a "
+            f'basis of rank {rank} is rounding: write "groups" of at least optimizer.params.rank, or a lower rank',
+        )
         require(self.exchange_bucket_bytes >= 1, "megalr.exchange_bucket_bytes must be at least 1")
 
     @classmethod
@@ -197,6 +206,8 @@ class MegalrConfig:
             )
         if section.get("momentum_reset") is not None:
             values["momentum_reset"] = build(MomentumResetConfig, section["momentum_reset"], "megalr.momentum_reset")
+        if section.get("activations") is not None:
+            values["activations"] = build(VeloraConfig, section["activations"], "megalr.activations")
         if "optimizer" in section and "optimizer" in content:
             raise UserError('"optimizer" and "megalr.optimizer" are both given: remove one')
         optimizer = section.get("optimizer", content.get("optimizer", {"type": "AdamW"}))

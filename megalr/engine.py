@@ -17,6 +17,8 @@ from megalr.config import FullConfig, Json, MegalrConfig, fill_auto, read_json
 from megalr.errors import UserError
 from megalr.layers import parametrize as _parametrize
 from megalr.layers.parametrize import factor_pairs, replaced_layers
+from megalr.layers.velora import compress_activations, compressed_layers
+from megalr.optim.directions import Directions
 from megalr.optim.groups import parameter_groups
 from megalr.optim.optimizer import MegalrOptimizer
 from megalr.optim.registry import layer_events
@@ -25,12 +27,15 @@ from megalr.optim.registry import layer_events
 def parametrize(model: nn.Module, config: Json | str | Path) -> nn.Module:
     """Give the model's linear layers the parametrization that the JSON's "megalr" section asks for, in place.
 
+    Where it asks for compressed activations, linear layers that it names save those from then on.
+
     Args:
         model: a dense model, not yet partitioned by DeepSpeed.
         config: the DeepSpeed JSON, as a path or a dictionary.
     """
     parsed = MegalrConfig.from_json(fill_auto(read_json(config), None))
-    return _parametrize(model, parsed.parametrization, seed=parsed.seed)
+    _parametrize(model, parsed.parametrization, seed=parsed.seed)
+    return model if parsed.activations is None else compress_activations(model, parsed.activations)
 
 
 def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: Any | None = None) -> MegalrOptimizer:
@@ -60,8 +65,19 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
             "layer: call megalr.parametrize(model, config) before megalr.build_optimizer"
         )
     groups = parameter_groups(model, parsed.optimizer)
-    events = layer_events(parsed.parametrization, layers, parsed.seed)
-    return MegalrOptimizer(groups, parsed, pairs=list(factor_pairs(model)), events=events)
+    compressed = compressed_layers(model)
+    if parsed.activations is not None and not compressed:
+        raise UserError(
+            "the configuration asks for compressed activations, but the model has no such layer: call "
+            "megalr.parametrize(model, config) before megalr.build_optimizer"
+        )
+    return MegalrOptimizer(
+        groups,
+        parsed,
+        pairs=list(factor_pairs(model)),
+        events=layer_events(parsed.parametrization, layers, parsed.seed),
+        activations=Directions(compressed) if compressed else None,
+    )
 
 
 def trainer_optimizer(training_args: Any) -> tuple[Callable[[], Any], dict[str, Any]]:

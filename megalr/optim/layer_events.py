@@ -23,12 +23,14 @@ class LayerEvents(ABC):
     What it returns from :meth:`resets_due` and :meth:`restarts_due` are clocks: "factors", "dense" or both.
 
     Attributes:
+        key: of its state in the optimizer's.
         group: the group of parameters that it updates itself; empty where AdamW does that.
         restart_warmup_steps: length of the learning rate's ramp after what :meth:`restarts_due` names.
         remainders: what this rank keeps of frozen weights beside the model's, by layer; see
             :class:`~megalr.optim.merging.Merging`.
     """
 
+    key: ClassVar[str] = "layers"
     group: ClassVar[str] = ""
 
     restart_warmup_steps: int = 0

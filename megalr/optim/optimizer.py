@@ -47,6 +47,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         *,
         pairs: Sequence[tuple[str, str]] = (),
         events: LayerEvents | None = None,
+        activations: LayerEvents | None = None,
     ) -> None:
         """
         Args:
@@ -54,6 +55,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
             config: the events, and the exchange's bound.
             pairs: qualified names of the low-rank factors, as (B, A).
             events: what the parametrization does beside; see :func:`megalr.optim.registry.layer_events`.
+            activations: what the compression of saved activations does beside.
         """
         self.config = config
         self.updates = 0
@@ -65,6 +67,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         self._shard: Shard | None = None
         self._matrices: MatrixUpdater | None = None
         self._events = events
+        self._all_events = [each for each in (events, activations) if each is not None]
         self._loaded: dict[str, Any] | None = None
         self._stepped: set[int] = set()
         self._skipping = False
@@ -117,8 +120,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
         To be called before the first backward pass of an update where somebody else skips updates, as DeepSpeed does;
         without it a refresh that meets such remains is put off by one update.
         """
-        if self._events is not None:
-            self._events.forget_gradients()
+        for events in self._all_events:
+            events.forget_gradients()
 
     def prepare(self) -> Shard:
         """Read what lies where, choose owners; done once, on first use after ``deepspeed.initialize``."""
@@ -139,8 +142,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
                     bucket_bytes=self.config.exchange_bucket_bytes,
                     seed=self.config.seed,
                 )
-            if self._events is not None:
-                self._events.attach(shard, self._exchange, self._moments)
+            for events in self._all_events:
+                events.attach(shard, self._exchange, self._moments)
             self._shard = shard
             self._load_matrices()
         return self._shard
@@ -154,8 +157,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
             state["megalr"]["matrices"] = self._matrices.state_dict()
         elif self._loaded is not None:  # loaded, and no update since
             state["megalr"]["matrices"] = self._loaded
-        if self._events is not None:
-            state["megalr"]["layers"] = self._events.state_dict()
+        state["megalr"] |= {events.key: events.state_dict() for events in self._all_events}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -177,8 +179,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
             group.update({key: value for key, value in vars(given.settings).items() if key != "lr"})
         self._loaded = state_dict["megalr"].get("matrices", {})
         self._load_matrices()
-        if self._events is not None:
-            self._events.load_state_dict(state_dict["megalr"]["layers"])
+        for events in self._all_events:
+            events.load_state_dict(state_dict["megalr"][events.key])
         self.updates = state_dict["megalr"]["updates"]
         self._clocks = {name: Clock(**values) for name, values in state_dict["megalr"]["clocks"].items()}
 
@@ -270,7 +272,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
 
     def _form(self) -> dict[str, Any]:
         rule = self.config.optimizer.rule
-        return ({"rule": "adamw"} if rule is None else rule.form()) | self.config.parametrization.form()
+        form = ({"rule": "adamw"} if rule is None else rule.form()) | self.config.parametrization.form()
+        return form if self.config.activations is None else form | self.config.activations.form()
 
     def _load_matrices(self) -> None:
         """Hand over what was loaded, once the layout is known: DeepSpeed loads this state before its own masters."""
@@ -390,7 +393,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
         if self._events is not None:
             for name in self._events.restarts_due(self.updates):
                 self._clocks[name].since_reset = 0
-            for buffer in self._events.end_update(self.updates):
+        for each in self._all_events:
+            for buffer in each.end_update(self.updates):
                 self.prepare().publish(buffer)
         return events
 

@@ -11,10 +11,14 @@ from megalr.layers.base import ParametrizationConfig
 from megalr.optim.layer_events import LayerEvents
 from megalr.optim.merges import Merges
 from megalr.optim.projection import Projections
+from megalr.optim.riemannian import RiemannianSteps
+from megalr.optim.switches import Switches
 
 EVENTS: dict[str, Any] = {
     "projected": Projections,
     "relora": Merges,
+    "loro": RiemannianSteps,
+    "switchlora": Switches,
 }
 
 

@@ -12,6 +12,7 @@ from megalr.config import MegalrConfig, read_json
 from megalr.data import Data, DataConfig, load_data, load_tokenizer
 from megalr.errors import UserError
 from megalr.layers import parametrize
+from megalr.layers.velora import compress_activations
 from megalr.optim.groups import parameter_groups
 from megalr.training.arguments import (
     DEFAULT_BATCH_SIZE,
@@ -113,8 +114,16 @@ def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, s
         resolved = resolve(content, _request(arguments, model, ranks, output=str(folder.path)))
         megalr = MegalrConfig.from_json(resolved.config)
         check_deepspeed_config(resolved.config)
+        if arguments.export is not None and megalr.parametrization.not_dense:
+            raise UserError(
+                f'--export writes dense weights, and "{megalr.parametrization.type}" layers have none, because '
+                f"{megalr.parametrization.not_dense}: leave it out; checkpoints hold the layers as they are"
+            )
         # To hear their complaints before a run is deleted.
-        parameter_groups(parametrize(empty_model(model), megalr.parametrization), megalr.optimizer)
+        shapes = parametrize(empty_model(model), megalr.parametrization)
+        parameter_groups(shapes, megalr.optimizer)
+        if megalr.activations is not None:
+            compress_activations(shapes, megalr.activations)
         for line in resolved.notes:
             screen.say(line)
         required, noted = _settings(resolved, model, ranks)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from tests.distributed import rule_training, test_projected, test_rules
+from tests.distributed import factoring, rule_training, test_factors, test_projected, test_rules
 from tests.distributed.harness import RankPool
 from tests.distributed.test_training import STAGES, reference_weights, relative_errors
 
@@ -25,13 +25,13 @@ PROJECTED = {
 HEAD = """# Equivalence
 
 Each figure is the largest relative error, in the 2-norm, of any of the model's weights against one plain PyTorch
-process: without DeepSpeed, without megalr's optimizer, every method written a second time in `tests/references/` and
-`tests/reference.py`. Gradients are clipped, everything is fp32, and shapes are odd, so that partition boundaries cut
-matrices in mid-row. Columns: processes x accumulation steps.
+process: without DeepSpeed, without megalr's optimizer, every method written a second time in `tests/references/`, in
+`tests/reference.py` and beside it. Gradients are clipped, everything is fp32, and shapes are odd, so that partition
+boundaries cut matrices in mid-row. Columns: processes x accumulation steps.
 
 `python -m tests.distributed.equivalence docs/equivalence.md` makes the tables. `make test` holds selections of
-them below 1e-4, and `make test-all` all that they show: `tests/distributed/test_rules.py`, `test_projected.py` and
-`test_training.py`.
+them below 1e-4, and `make test-all` all that they show: `tests/distributed/test_rules.py`, `test_projected.py`,
+`test_factors.py` and `test_training.py`.
 """
 RULES_HEAD = """
 ## Rules on dense matrices
@@ -46,6 +46,13 @@ Twelve updates, in which every basis is refreshed at least twice, on the wide, t
 model; and on a LLaMA whose layers share bases. The reference is `tests/plain_projected.py`, which sees whole weights
 and whole gradients.
 """
+LAYERS_HEAD = """
+## Other parametrizations
+
+Twelve updates, with at least two events of its kind, on the same matrices as projected layers: refactorizations and
+momentum resets ("restarts"), merges, exact steps, or switches. The reference is `tests/plain_factors.py`, which forms
+whole weights and leaves gradients to autograd.
+"""
 FACTORS_HEAD = """
 ## Low-rank factors
 
@@ -59,6 +66,7 @@ def main(path: Path) -> None:
     columns = [(world, accumulation) for world in WORLDS for accumulation in ACCUMULATIONS]
     rules: dict[tuple[str, int, int, int], float] = {}
     projected: dict[tuple[str, int, int, int], float] = {}
+    layers: dict[tuple[str, int, int, int], float] = {}
     factors: dict[tuple[int, int, int], float] = {}
     for world in WORLDS:
         with RankPool(world) as pool:
@@ -73,6 +81,10 @@ def main(path: Path) -> None:
                         model, section = case.get("model", "odd"), case.get("section", {})
                         expected = test_projected.reference(model, **section)
                         projected[title, stage, world, accumulation] = max(relative_errors(got, expected).values())
+                    for title in factoring.CASES:
+                        got = pool.run("tests.distributed.factoring:train", stage, title, accumulation)[0]
+                        expected = test_factors.reference(title)
+                        layers[title, stage, world, accumulation] = max(relative_errors(got, expected).values())
                     if 24 % (world * accumulation) == 0:  # sequences of an update
                         got = pool.run("tests.distributed.training:train", stage, accumulation)[0]
                         error = max(relative_errors(got, reference_weights()).values())
@@ -84,6 +96,9 @@ def main(path: Path) -> None:
         print(PROJECTED_HEAD)
         cases = [(title, stage) for title in PROJECTED for stage in STAGES]
         _table(("side", "ZeRO stage"), cases, columns, lambda line, column: projected[*line, *column])
+        print(LAYERS_HEAD)
+        cases = [(title, stage) for title in factoring.CASES for stage in STAGES]
+        _table(("layers", "ZeRO stage"), cases, columns, lambda line, column: layers[*line, *column])
         print(FACTORS_HEAD)
         known = [column for column in columns if (0, *column) in factors]
         _table(("ZeRO stage",), [(stage,) for stage in STAGES], known, lambda line, column: factors[*line, *column])

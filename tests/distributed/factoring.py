@@ -32,6 +32,26 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora, refactorized": ({"type": "lora", **COMMON}, {"refactorization": REFACTORIZATION}),
     "relora, magnitude": ({**RELORA, "alpha": 10.0, "prune_ratio": 0.8}, {}),
     "relora, random": ({**RELORA, "moments": "random", "prune_ratio": 0.7}, {}),
+    "cola": ({"type": "cola", **COMMON}, {"momentum_reset": RESET}),
+    "mora, shared": ({**COMMON, "type": "mora", "mora_type": 1, "rank": 3}, {}),
+    "mora, rotated": ({**COMMON, "type": "mora", "rank": 3}, {"momentum_reset": RESET}),
+    "loro": ({"type": "loro", "exact_every": 4, "restart_warmup_steps": 3, **COMMON}, {}),
+    "loro, factors": (
+        {
+            "type": "loro",
+            "exact_every": 5,
+            "restart_warmup_steps": 2,
+            "restart": "factors",
+            "lazy_lr_scale": 0.6,
+            "init": "variance_matched",
+        }
+        | COMMON,
+        {},
+    ),
+    "switchlora": (
+        {"type": "switchlora", "switch_interval": 2.5, "frozen_steps": 1, "descent_steps": 20} | COMMON,
+        {},
+    ),
     "relora, reset": ({**RELORA, "moments": "reset"}, {}),
 }
 

@@ -13,7 +13,7 @@ from tests.plain_factors import plain_factors
 
 pytestmark = pytest.mark.distributed
 STAGES = (0, 1, 2, 3)
-WORLDS = (1, 2, 3)
+WORLDS = (1, 2, 3, 4)
 CASES = list(factoring.CASES)
 
 

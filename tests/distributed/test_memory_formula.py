@@ -30,10 +30,10 @@ def test_megalr_keeps_what_adamw_keeps(ranks, world, stage):
         assert measured == computed
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2, 3])
 def test_what_factorized_layers_keep_is_counted(ranks, stage, dtype):
-    for kind in ("sltrain", "lora", "relora"):
+    for kind in ("sltrain", "lora", "relora", "cola", "mora", "loro", "switchlora"):
         for measured, computed in ranks(2).run("tests.distributed.measuring:with_megalr", stage, kind, dtype):
             assert measured == computed, kind
 

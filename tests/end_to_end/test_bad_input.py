@@ -56,6 +56,13 @@ def test_a_mistake_in_the_json(tmp_path, sections, words):
     assert words in refused([*plain(), PRETRAIN, "--deepspeed", config, *small_run(tmp_path)], tmp_path)
 
 
+def test_an_export_of_what_has_no_dense_weights(tmp_path):
+    config = write_config(tmp_path / "mine.json", megalr={"parametrization": {"type": "cola", "rank": 8}})
+    flags = ["--deepspeed", config, *small_run(tmp_path), "--export", "dense"]
+
+    assert "--export writes dense weights" in refused([*plain(), PRETRAIN, *flags], tmp_path)
+
+
 def test_a_finished_run_is_not_written_over(tmp_path):
     done = tmp_path / "done"
     done.mkdir()

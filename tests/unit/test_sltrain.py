@@ -76,6 +76,15 @@ def test_activation_checkpointing_and_autocast():
     torch.testing.assert_close(low, plain, rtol=5e-2, atol=5e-2 * plain.abs().max().item())
 
 
+def test_inputs_without_tokens_and_inference_mode():
+    layer = layer_of()
+    layer(torch.empty(0, N, requires_grad=True)).sum().backward()
+    assert not layer.values.grad.any() and not layer.B.grad.any()
+    with torch.inference_mode():
+        x = torch.randn(3, N)
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, plain_weight(layer), layer.bias))
+
+
 def test_only_the_input_is_saved():
     layer, saved = layer_of(), []
     x = torch.randn(5, N, requires_grad=True)

@@ -1,0 +1,85 @@
+"""LORO's low-rank layer, W = B A as a point of the manifold of rank-r matrices (ICLR 2025, openreview i0zzO7Hslk)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from megalr.layers.base import Parametrization
+from megalr.layers.low_rank import LowRankLinear, normal_, root_mean_square, variance_matched_
+from megalr.sections import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoroConfig(Parametrization):
+    """W = B A in place of every linear layer that ``target_modules`` names, trained by LORO.
+
+    Most updates are lazy: AdamW on B (m, r) and A (r, n) with ``lazy_lr_scale`` times the learning rate. Every
+    ``exact_every``-th is a step on the manifold instead, see :mod:`megalr.optim.riemannian`: the step that follows
+    Adam's directions of B and A as if they were the Euclidean gradient's, with the whole learning rate, onto the
+    nearest W of rank r, which is split evenly into B and A. After it moments and learning rate start again.
+
+    Attributes:
+        exact_every: K; 500 in the published runs, 200 at 1B.
+        lazy_lr_scale: None stands for r / min(m, n), as published for square matrices and LLaMA's.
+        restart: of which parameters the moments become zero, and the learning rate warms up again: "all" as published,
+            or the "factors".
+        restart_warmup_steps: length of that warm-up, from 0.001 of the schedule's learning rate to all of it.
+        init: "xavier" as published: B as N(0, 2 / (m + r)), A as N(0, 2 / (n + r)); or "variance_matched", which gives
+            the product the dense layer's variance.
+    """
+
+    parts: ClassVar[frozenset[str]] = frozenset({"B", "A"})
+    not_refactorized: ClassVar[str] = "refactorizes them at each exact step itself"
+    not_reset: ClassVar[str] = (
+        'layers restart their moments themselves: remove "megalr.momentum_reset" and write "restart" and '
+        '"restart_warmup_steps" in "megalr.parametrization"'
+    )
+    not_by_rule: ClassVar[str] = "an exact step follows the directions of Adam"
+    instead: ClassVar[Mapping[str, str]] = {"alpha": 'the published layer has no scale; "lazy_lr_scale" is another'}
+
+    type: str = "loro"
+    exact_every: int = 500
+    lazy_lr_scale: float | None = None
+    restart: Literal["all", "factors"] = "all"
+    restart_warmup_steps: int = 20
+    init: Literal["xavier", "variance_matched"] = "xavier"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = "megalr.parametrization"
+        require(self.exact_every >= 1, f"{where}.exact_every is {self.exact_every}; write at least 1")
+        require(
+            self.restart_warmup_steps >= 0,
+            f"{where}.restart_warmup_steps is {self.restart_warmup_steps}; write at least 0",
+        )
+        require(
+            self.lazy_lr_scale is None or self.lazy_lr_scale > 0,
+            f"{where}.lazy_lr_scale is {self.lazy_lr_scale}; write a positive number",
+        )
+
+    def lazy_scale(self, layer: LowRankLinear) -> float:
+        """The factor on a layer's learning rate in lazy updates."""
+        size = min(layer.out_features, layer.in_features)
+        return layer.rank / size if self.lazy_lr_scale is None else self.lazy_lr_scale
+
+    def form(self) -> dict[str, str | int | bool]:
+        return {"parametrization": self.type, "rank": self.rank}
+
+    def replace(self, layer: nn.Linear, *, seed: int, name: str) -> LowRankLinear:
+        weight, m, n = layer.weight, layer.out_features, layer.in_features
+        new = LowRankLinear(n, m, self.rank, bias=layer.bias, device=weight.device, dtype=weight.dtype)
+        if weight.is_meta:
+            return new.train(layer.training)
+        if self.init == "variance_matched":
+            variance_matched_(new, root_mean_square(weight, name), seed, name)
+        else:
+            normal_(new.B, (2 / (m + self.rank)) ** 0.5, seed, f"{name}.B")
+            normal_(new.A, (2 / (n + self.rank)) ** 0.5, seed, f"{name}.A")
+        return new.train(layer.training)
+
+    def weight(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return parts["B"].float() @ parts["A"].float()
