@@ -172,7 +172,12 @@ def test_numbers_without_a_dot_are_numbers(write, launchers):
 
 @pytest.mark.parametrize(
     ("name", "count", "ranks"),
-    [("projected", 11, {None, 16, 32}), ("merge_rounding", 3, {32}), ("paper_tiny", 11, {None, 32})],
+    [
+        ("projected", 11, {None, 16, 32}),
+        ("merge_rounding", 3, {32}),
+        ("paper_tiny", 16, {None, 32}),
+        ("paper_smoke", 8, {None, 32}),
+    ],
 )
 def test_the_shipped_recipes_are_valid(name, count, ranks):
     recipe = Recipe(ROOT / "launchers" / "recipes" / f"{name}.yaml", ROOT / "launchers" / "models")
@@ -183,6 +188,7 @@ def test_the_shipped_recipes_are_valid(name, count, ranks):
 def test_every_shipped_recipe_is_tested():
     assert {path.stem for path in (ROOT / "launchers" / "recipes").glob("*.yaml")} == {
         "merge_rounding",
+        "paper_smoke",
         "paper_tiny",
         "projected",
     }
@@ -430,17 +436,22 @@ def _running(*words):
 
 
 @pytest.mark.slow
-def test_two_methods_for_a_few_steps(write, launchers):
+def test_every_method_of_the_smoke_recipe_trains(launchers, tmp_path):
     shutil.copy(ROOT / "launchers" / "pretrain.py", launchers)
-    given = content()["methods"]
-    for section in given.values():
-        section["learning_rates"] = section["learning_rates"][:1]
-    text = {"max_train_tokens": 20000, "max_eval_tokens": 1000}
-    output = compare(write(methods=given, seeds=[0], text=text), launchers, "--keep-runs")
-    rows = Results(output / "results.jsonl").rows().values()
-    assert {row["reason"] for row in rows} == {"finished"}
-    assert len({row["perplexity"] for row in rows}) == 2
-    recipe = Recipe(write(methods=given, seeds=[0], text=text), launchers / "models")
-    for each, row in zip(recipe.methods, rows, strict=True):
-        assert sum(row["bytes_per_rank"].values()) == method_memory(recipe.grid(each)[0], recipe).deepspeed
-    assert len(list((output / "runs").glob("*/summary.json"))) == 2
+    path = ROOT / "launchers" / "recipes" / "paper_smoke.yaml"
+    for model in (ROOT / "launchers" / "models").glob("*.json"):
+        shutil.copy(model, launchers / "models")
+    parser = argparse.ArgumentParser()
+    methods.add_arguments(parser)
+    arguments = ["--recipe", str(path), "--output", str(tmp_path / "out put"), "--jobs", "2"]
+    methods.run(parser.parse_args(arguments), launchers / "models")
+    recipe = Recipe(path, launchers / "models")
+    rows = Results(tmp_path / "out put" / "results.jsonl").rows()
+    for each in recipe.methods:
+        (one,) = recipe.grid(each)
+        row = rows[one.key]
+        assert row["reason"] == "finished"
+        assert row["test_perplexity"] != row["perplexity"]
+        assert row["perplexity"] < 2500  # an untrained model has 4,100 or more
+        assert sum(row["bytes_per_rank"].values()) == method_memory(one, recipe).deepspeed
+    assert len({row["perplexity"] for row in rows.values()}) == len(recipe.methods)
