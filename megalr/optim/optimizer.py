@@ -75,7 +75,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
             {
                 "params": list(group.parameters.values()),
                 "name": group.name,
-                "by_rule": group.by_rule,
+                "by_rule": group.rule is not None,
                 **vars(group.settings),
             }
             for group in groups
@@ -131,11 +131,10 @@ class MegalrOptimizer(torch.optim.Optimizer):
             self._owned_pairs = OwnedPairs.of(self._pairs, shard.layout)
             factors = {name for pair in self._pairs for name in pair}
             self._factor_buffers = sorted({f.buffer for f in shard.layout.fragments if f.name in factors})
-            names = [n for g in self._groups if g.by_rule for n in g.parameters if n in shard.layout.shapes]
-            if self.config.optimizer.rule is not None and names:
+            rules = {n: g.rule for g in self._groups if g.rule for n in g.parameters if n in shard.layout.shapes}
+            if rules:
                 self._matrices = MatrixUpdater(
-                    self.config.optimizer.rule,
-                    names,
+                    rules,
                     shard,
                     device=device,
                     bucket_bytes=self.config.exchange_bucket_bytes,
@@ -202,7 +201,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         rows = [("parameter", "shape", "group", "rule", "rank", "lr", "owner", "state bytes")]
         for group, given in zip(self._all_groups, self._groups, strict=True):
             lr = f"{given.settings.lr:g}"  # the schedule's own is that of its first step already
-            if given.by_rule and self._matrices is not None:
+            if given.rule is not None and self._matrices is not None:
                 routes = self._matrices.routes(given.parameters)
                 rows += [(*row[:2], given.name, *row[2:4], lr, *row[4:]) for row in routes]
                 continue
@@ -217,7 +216,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         if self._matrices is not None and (balance := self._matrices.balance()) is not None:
             found, least = balance
             lines.append(
-                f"state bytes of {self._matrices.rule.name} by rank: "
+                f"state bytes of {self._rule_name} by rank: "
                 f"largest {found:.2f} x the mean; these shapes and cuts allow {least:.2f}"
             )
         return "\n".join(lines)
@@ -227,11 +226,11 @@ class MegalrOptimizer(torch.optim.Optimizer):
         shard = self.prepare()
         lines = []
         if self._matrices is not None:
-            rule, matrices = self._matrices.rule, self._matrices.matrices
-            ranks = sorted({rank for m in matrices if (rank := rule.rank_of(m.shape)) is not None})
+            matrices = self._matrices.matrices
+            ranks = sorted({rank for m in matrices if (rank := m.rule.rank_of(m.shape)) is not None})
             projected = f" projected to rank {'-'.join(map(str, sorted({ranks[0], ranks[-1]})))}" if ranks else ""
             size = sum(m.shape[0] * m.shape[1] for m in matrices)
-            lines.append(f"{rule.name}: {len(matrices)} matrices with {size:,} elements{projected}")
+            lines.append(f"{self._rule_name}: {len(matrices)} matrices with {size:,} elements{projected}")
         if self._projections is not None:
             bases = self._projections.bases
             layers = [layer for basis in bases for layer in basis.layers.values()]
@@ -241,7 +240,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
                 f"projected: {len(layers)} matrices with {size:,} elements and {len(bases)} bases of rank "
                 + "-".join(map(str, sorted({chosen[0], chosen[-1]})))
             )
-        owned = {n for g in self._groups if g.by_rule for n in g.parameters} if self._matrices else set()
+        owned = {n for g in self._groups if g.rule for n in g.parameters} if self._matrices else set()
         rest = [name for name in shard.layout.shapes if name not in owned]
         lines.append(f"adamw: {len(rest)} parameters with {sum(map(shard.layout.numel, rest)):,} elements")
         return "\n".join(lines)
@@ -252,17 +251,15 @@ class MegalrOptimizer(torch.optim.Optimizer):
         return {} if self._matrices is None else self._matrices.states
 
     @property
-    def matrix_state_numel(self) -> int:
-        """Elements of what :attr:`matrix_states` holds from the first update on, scalars left out."""
+    def matrix_state_bytes(self) -> int:
+        """Bytes of what :attr:`matrix_states` holds, before the first update after it; scalars left out."""
         self.prepare()
-        return 0 if self._matrices is None else self._matrices.state_numel()
+        return 0 if self._matrices is None else self._matrices.state_bytes(self.updates)
 
     @property
     def matrix_parameters(self) -> list[nn.Parameter]:
         """The model's parameters that the rule updates."""
-        if self.config.optimizer.rule is None:
-            return []
-        return [p for group in self._groups if group.by_rule for p in group.parameters.values()]
+        return [p for group in self._groups if group.rule for p in group.parameters.values()]
 
     @property
     def remainders(self) -> dict[str, Tensor]:
@@ -299,13 +296,18 @@ class MegalrOptimizer(torch.optim.Optimizer):
             whole.update({name: tensors[0].cpu() for name, tensors in gathered.items()})
         return whole if shard.rank == owner else None
 
+    @property
+    def _rule_name(self) -> str:
+        return "adamw" if self.config.optimizer.rule is None else self.config.optimizer.rule.name
+
     def _has_only_zero_gradients(self) -> bool:
         grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
         return not any(grad.any() for grad in grads)
 
     def _form(self) -> dict[str, Any]:
         rule, parametrization = self.config.optimizer.rule, self.config.parametrization
-        form = {"rule": "adamw"} if rule is None else rule.form()
+        form: dict[str, Any] = {"rule": "adamw"} if rule is None else dict(rule.form())
+        form |= {key: True for key in ("head", "embeddings") if getattr(self.config.optimizer, key)}
         return form | parametrization.form() if isinstance(parametrization, ProjectedConfig) else form
 
     def _load_matrices(self) -> None:
