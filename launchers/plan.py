@@ -18,9 +18,9 @@ from megalr.config import FullConfig, LowRankConfig, OptimizerConfig, Parametriz
 from megalr.errors import UserError
 from megalr.layers import parametrize
 from megalr.optim.groups import parameter_groups
-from megalr.optim.matrices import choose_owners, matrix_shapes, state_numel
+from megalr.optim.matrices import choose_owners, matrix_shapes, papers_floats, state_bytes
 from megalr.partition import planned_layout
-from megalr.planner import buffer_bytes, deepspeed_bytes, frozen_shapes, human_bytes, paper_bytes
+from megalr.planner import ParameterRecord, buffer_bytes, deepspeed_bytes, frozen_shapes, human_bytes, paper_bytes
 from megalr.rules.base import Rule
 from megalr.rules.registry import RULES
 from megalr.training.models import empty_model, read_model_config
@@ -98,20 +98,25 @@ def _rule_cells(name: str, rank: int, optimizer: str, arguments: argparse.Namesp
     (index,) = (i for i, g in enumerate(groups) if g.name == "matrices")
     layout = planned_layout(shapes, stage=arguments.stage, world_size=arguments.processes).matrices(shapes[index])
     state = [0] * arguments.processes
-    for shape, owner in zip(matrix_shapes(layout).values(), choose_owners(rule, layout), strict=True):
+    resting = rule.resting(list(layout.shapes), 0, 0)
+    for (matrix, shape), owner in zip(matrix_shapes(layout).items(), choose_owners(rule, layout), strict=True):
         for keeper in range(arguments.processes) if arguments.stage == 0 else [owner]:
-            state[keeper] += state_numel(rule, shape)
+            state[keeper] += 0 if matrix in resting else state_bytes(rule, shape)
     held = deepspeed_bytes(
         [list(group.values()) for group in shapes],
         stage=arguments.stage,
         world_size=arguments.processes,
         dtype=DTYPES[arguments.dtype],
         treated=[index],
-        treated_state=max(state),
+        treated_bytes=max(state),
     )
-    by_papers = paper_bytes(
-        model, treated_state=lambda r: state_numel(rule, (r.shape[0], r.shape[1])) if r.name in shapes[index] else None
-    )
+
+    def own_state(record: ParameterRecord) -> int | None:
+        if record.name not in shapes[index]:
+            return None
+        return 0 if record.name in resting else papers_floats(rule, (record.shape[0], record.shape[1]))
+
+    by_papers = paper_bytes(model, treated_state=own_state)
     parts = (by_papers, held.weights, held.gradients, held.masters, held.optimizer_state, held.total)
     used = rule.rank_of(max(matrix_shapes(layout).values(), key=min))
     parameters = sum(p.numel() for p in model.parameters())

@@ -32,6 +32,9 @@ AUTO: dict[str, Callable[[Any], Any]] = {
     "weight_decay": lambda arguments: arguments.weight_decay,
 }
 
+# Keys of the optimizer's "params" that mean nothing where AdamW trains everything.
+ONLY_WITH_A_RULE = ("adamw", "target_modules", "head", "embeddings")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RefactorizationConfig:
@@ -97,8 +100,11 @@ class OptimizerConfig:
             Otherwise, among all parameters of two or three dimensions that are no embedding and no output head, those
             that it names, by substrings of the qualified name or by one regular expression for the whole name. A
             three-dimensional parameter, such as batched experts, is a stack of matrices.
+        head: the rule gets the output head, too, which may be tied to the embedding.
+        embeddings: the rule gets the embeddings, too.
         adamw: overrides for whatever the rule does not get; without a rule there is no such key.
-        embedding: overrides, on top of those, for embeddings and the output head.
+        embedding: overrides, on top of those, for embeddings and the output head; where the rule has them, on top of
+            the optimizer's own values.
         norm: overrides, on top of those, for norms and biases; their weight decay is 0 unless it is set here.
     """
 
@@ -108,6 +114,8 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     rule: Rule | None = None
     target_modules: tuple[str, ...] | str | None = None
+    head: bool = False
+    embeddings: bool = False
     adamw: GroupConfig = field(default_factory=GroupConfig)
     embedding: GroupConfig = field(default_factory=GroupConfig)
     norm: GroupConfig = field(default_factory=GroupConfig)
@@ -284,7 +292,7 @@ def _optimizer(section: Any) -> OptimizerConfig:
     rule_fields = [f.name for f in dataclasses.fields(rule) if f.name not in rule.unused] if rule else []  # type: ignore[arg-type]
     own_fields = [f.name for f in dataclasses.fields(OptimizerConfig) if f.name != "rule"]
     if rule is None:
-        own_fields = [name for name in own_fields if name not in ("adamw", "target_modules")]
+        own_fields = [name for name in own_fields if name not in ONLY_WITH_A_RULE]
     check_keys(params, dict.fromkeys(own_fields + rule_fields), where)
     unresolved = next((key for key in AUTO if params.get(key) == "auto"), None)
     if unresolved is not None:

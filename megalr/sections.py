@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -43,10 +44,17 @@ def check_keys(section: Json, known: Mapping[str, Any], where: str) -> None:
 
 def nearest(word: str, known: Mapping[str, Any]) -> str:
     """The end of a message about an unknown word: the closest known one, and all of them."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    # Of two words that are equally close, the one that begins alike: AdamW for AdamX, not BAdam.
+    close.sort(key=lambda name: (-difflib.SequenceMatcher(None, name, word).ratio(), -_alike(name, word)))
     close = close or [name for name in known if word and name.lower().startswith(word.lower())]
     hint = f'; did you mean "{close[0]}"?' if close else ";"
     return f"{hint} valid: {', '.join(known)}"
+
+
+def _alike(first: str, second: str) -> int:
+    """How many letters two words have in common from the start."""
+    return len(os.path.commonprefix([first, second]))
 
 
 def check_types(cls: type, section: Json, where: str) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class _Updates:
     def __init__(self, weights: dict[str, Tensor], optimizer: str, params: dict[str, Any]) -> None:
         targets = params.get("target_modules", [])
         chosen = [n for n, w in weights.items() if w.ndim > 1 and any(t in n for t in targets)]
+        ends = _ends(weights, params)
+        chosen += ends
         matrices = {n: 1 if weights[n].ndim == 2 else weights[n].shape[0] for n in chosen}
         names = [n if weights[n].ndim == 2 else f"{n}[{i}]" for n in chosen for i in range(matrices[n])]
         gap, count = params.get("update_proj_gap", 200), len(names)
@@ -55,7 +57,7 @@ class _Updates:
         self.settings: dict[str, dict[str, Any]] = {}
         adam = {k: v for k, v in params.items() if k in ("betas", "eps")}
         # A rule's own epsilon serves the other groups as well.
-        other = ("GaLore", "GoLore", "Fira", "APOLLO", "Online", "SPAM")
+        other = ("GaLore", "GoLore", "Fira", "APOLLO", "Online", "SPAM", "QGaLore", "AdaRank")
         adam.setdefault("eps", 1e-6 if optimizer.startswith(other) else 1e-8)
         if optimizer == "LDAdamW":
             adam.setdefault("betas", (0.908, 0.99))
@@ -63,10 +65,11 @@ class _Updates:
             if name in chosen:
                 shape = (w.shape[-2], w.shape[-1])
                 stack = [name] if w.ndim == 2 else [f"{name}[{i}]" for i in range(w.shape[0])]
+                given = {**params, "part": ends.get(name, "matrix")}
                 self.references[name] = [
-                    reference_for(optimizer, shape, params, seed=0, name=n, phase=phases[n]) for n in stack
+                    reference_for(optimizer, shape, given, seed=0, name=n, phase=phases[n], names=names) for n in stack
                 ]
-                group: dict[str, Any] = {}
+                group: dict[str, Any] = params.get("embedding", {}) if name in ends else {}
             else:
                 self.references[name] = [reference_for("AdamW", tuple(w.shape), adam, seed=0, name=name, phase=0)]
                 group = dict(params.get("adamw", {}))
@@ -83,3 +86,14 @@ class _Updates:
             references, w if stacked else [w], grad if stacked else [grad], strict=True
         ):
             reference.step(matrix, slope, settings["lr"], settings["weight_decay"])
+
+
+def _ends(weights: dict[str, Tensor], params: dict[str, Any]) -> dict[str, str]:
+    """Of the embedding and the output head what the rule gets, and as which of the two; a tied head is a head."""
+    tied = not any("lm_head" in name for name in weights)
+    ends = {}
+    for name in weights:
+        part = "head" if "lm_head" in name or ("embed" in name and tied) else "embedding"
+        if ("lm_head" in name or "embed" in name) and params.get({"head": "head", "embedding": "embeddings"}[part]):
+            ends[name] = part
+    return ends

@@ -14,7 +14,7 @@ from megalr.benchmarks.markdown import table
 from megalr.benchmarks.results import best_run, score, test_score
 from megalr.benchmarks.runs import Recipe, Run
 from megalr.layers import parametrize
-from megalr.optim.matrices import state_numel
+from megalr.optim.matrices import papers_floats, state_bytes
 from megalr.planner import (
     ParameterRecord,
     buffer_bytes,
@@ -143,16 +143,19 @@ def report(recipe: Recipe, rows: Sequence[Row]) -> str:
 def method_memory(one: Run, recipe: Recipe) -> Memory:
     """Parameters and bytes of a run's method, by the planner's formulas."""
     config = one.megalr
-    rule = config.optimizer.rule
     model = parametrize(empty_model(recipe.model), config.parametrization)
     groups = one.groups(recipe.model)
-    treated = [index for index, group in enumerate(groups) if group.by_rule]
+    treated = [index for index, group in enumerate(groups) if group.rule is not None]
     state: dict[str, int] = {}
-    for index in treated:
-        for name, parameter in groups[index].parameters.items():
-            assert rule is not None
-            *stack, m, n = (1, *parameter.shape)
-            state[name] = math.prod(stack) * state_numel(rule, (m, n))
+    kept = 0
+    for rule, parameters in ((groups[index].rule, groups[index].parameters) for index in treated):
+        assert rule is not None
+        resting = rule.resting(list(parameters), 0, config.seed)
+        for name, parameter in parameters.items():
+            *stack, m, n = (1, *parameter.shape)  # a vector is a row
+            count = 0 if name in resting else math.prod(stack)
+            state[name] = count * papers_floats(rule, (m, n))
+            kept += count * state_bytes(rule, (m, n))
 
     def own_state(record: ParameterRecord) -> int | None:
         return state.get(record.name)
@@ -163,7 +166,7 @@ def method_memory(one: Run, recipe: Recipe) -> Memory:
         world_size=1,
         dtype=torch.bfloat16 if (one.resolved.get("bf16") or {}).get("enabled") else torch.float32,
         treated=treated,
-        treated_state=sum(state.values()),
+        treated_bytes=kept,
         frozen=frozen_shapes(model),
         buffers=buffer_bytes(model),
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megalr.benchmarks.projected_methods import MATRIX_GROUPS, prepare
 from megalr.layers import projected_layers
-from megalr.optim.matrices import choose_owners, state_numel
+from megalr.optim.matrices import choose_owners, state_bytes
 from megalr.partition import Layout, planned_layout
 from megalr.planner import RankBytes, deepspeed_bytes
 from megalr.planner.memory import frozen_shapes
@@ -117,7 +117,7 @@ def held_bytes(groups: Groups, world_size: int) -> RankBytes:
         layout = _treated(groups, world_size)
         for name, owner in zip(layout.shapes, choose_owners(groups.rule, layout), strict=True):
             m, n = layout.shapes[name]
-            state[owner] += state_numel(groups.rule, (m, n))
+            state[owner] += state_bytes(groups.rule, (m, n))
     ranks = [
         deepspeed_bytes(
             [list(group.values()) for group in groups.trained],
@@ -125,7 +125,7 @@ def held_bytes(groups: Groups, world_size: int) -> RankBytes:
             world_size=world_size,
             rank=rank,
             treated=groups.treated,
-            treated_state=state[rank],
+            treated_bytes=state[rank],
             frozen=groups.frozen,
         )
         for rank in range(world_size)

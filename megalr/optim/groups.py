@@ -12,7 +12,7 @@ from megalr.errors import UserError
 from megalr.layers import factor_names, matching, projected_layers
 from megalr.rules.base import Rule
 
-GroupName = Literal["factors", "projected", "matrices", "trunk", "embedding", "norm"]
+GroupName = Literal["factors", "projected", "matrices", "trunk", "embedding", "head", "norm"]
 MATRIX_DIMENSIONS = (2, 3)  # a parameter of three is a stack
 
 
@@ -32,13 +32,13 @@ class ParameterGroup:
 
     Attributes:
         name, parameters, settings: as they say.
-        by_rule: whether the optimizer's rule updates them, as whole matrices; else AdamW does, element by element.
+        rule: what updates them, as whole matrices; None for AdamW, element by element.
     """
 
     name: GroupName
     parameters: dict[str, nn.Parameter]
     settings: Settings
-    by_rule: bool = False
+    rule: Rule | None = None
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGroup]:
@@ -50,21 +50,24 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
     - matrices: the dense ones that the optimizer's rule updates, if it has one. A group of their own, so that no flat
       buffer holds anything else.
     - embedding: weights of ``nn.Embedding`` and of the output head.
+    - head: the weight of the output head, where the rule has it or the embeddings, so that the two are told apart.
     - norm: everything with fewer than two dimensions, i.e. norms and biases; no weight decay unless asked for.
     - trunk: the rest.
 
     Raises:
-        UserError: the rule would get nothing, or a pattern of ``target_modules`` matches nothing.
+        UserError: the rule would get nothing, or no head or embeddings where it is to have them, or a pattern of
+            ``target_modules`` matches nothing.
     """
     factors = set(factor_names(model))
     projected = {id(layer.R) for layer in projected_layers(model).values()}
-    embedding = _embedding_parameters(model)
+    embedding, head = _embedding_parameters(model), _head_parameter(model)
     members: dict[GroupName, dict[str, nn.Parameter]] = {
         "factors": {},
         "projected": {},
         "matrices": {},
         "trunk": {},
         "embedding": {},
+        "head": {},
         "norm": {},
     }
     for name, parameter in model.named_parameters():
@@ -75,6 +78,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
             group = "factors"
         elif id(parameter) in projected:
             group = "projected"
+        elif id(parameter) == head:
+            group = "head" if config.head or config.embeddings else "embedding"
         elif id(parameter) in embedding:
             group = "embedding"
         elif len(logical_shape(parameter)) < MATRIX_DIMENSIONS[0]:
@@ -97,15 +102,28 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
         "projected": main,
         "matrices": main,
         "trunk": rest,
-        "embedding": _override(rest, config.embedding),
+        "embedding": _override(main if config.embeddings else rest, config.embedding),
+        "head": _override(main if config.head else rest, config.embedding),
         "norm": _override(replace(rest, weight_decay=0.0), config.norm),
     }
-    by_rule = ("matrices", "factors") if config.rule is not None else ()
-    return [
-        ParameterGroup(name, chosen, settings[name], by_rule=name in by_rule)
-        for name, chosen in members.items()
-        if chosen
-    ]
+    trained = {id(p) for group in members.values() for p in group.values()}
+    rules = _rules(config, head=head in trained, embeddings=not trained.isdisjoint(embedding))
+    return [ParameterGroup(name, chosen, settings[name], rules.get(name)) for name, chosen in members.items() if chosen]
+
+
+def _rules(config: OptimizerConfig, *, head: bool, embeddings: bool) -> dict[GroupName, Rule]:
+    """The rule of each group that AdamW does not update; what the model trains of the two ends is said."""
+    if config.rule is None:
+        return {}
+    for key, found in (("head", head), ("embeddings", embeddings)):
+        if getattr(config, key) and not found:
+            raise UserError(f'the model trains no {key}: remove "{key}" from optimizer.params')
+    rules: dict[GroupName, Rule] = {"matrices": config.rule, "factors": config.rule}
+    if config.head:
+        rules["head"] = config.rule.for_head()
+    if config.embeddings:
+        rules["embedding"] = config.rule.for_embedding()
+    return rules
 
 
 def logical_shape(parameter: Tensor) -> tuple[int, ...]:
@@ -140,16 +158,17 @@ def _check_rank(rule: Rule, matrices: dict[str, nn.Parameter]) -> None:
 
 
 def _embedding_parameters(model: nn.Module) -> set[int]:
-    found = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+
+
+def _head_parameter(model: nn.Module) -> int | None:
     # Hugging Face models name their head; elsewhere the customary name is the only sign.
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     if head is None:
         head = next((m for n, m in model.named_modules() if n.rpartition(".")[2] == "lm_head"), None)
     weight = getattr(head, "weight", None)
-    if isinstance(weight, nn.Parameter):
-        found.add(id(weight))
-    return found
+    return id(weight) if isinstance(weight, nn.Parameter) else None
 
 
 def _override(settings: Settings, group: GroupConfig) -> Settings:

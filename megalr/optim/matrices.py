@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from megalr.rules.base import Basis, Rule, Shape, State, tensors_of
 # While one round is computed there may be, each as large as a round: its gradients, one after the other replaced by its
 # updates; the next round's whole, incoming and outgoing gradients; the last round's incoming and outgoing updates.
 ROUNDS_IN_MEMORY = 6
-BYTES = 4  # of an element of state
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class Matrix:
     Attributes:
         name: the parameter's qualified name, with an index behind it for one matrix of a stack.
         shape: (m, n).
+        rule: what updates it.
         owner: the rank that keeps its state; where every rank holds everything, the one that computes its basis.
         phase: when it refreshes; see :meth:`megalr.rules.base.Rule.phase`.
         buffer: the flat buffer that it lies in, on every rank.
@@ -34,6 +34,7 @@ class Matrix:
 
     name: str
     shape: Shape
+    rule: Rule
     owner: int
     phase: int
     buffer: int
@@ -44,34 +45,45 @@ def matrix_shapes(layout: Layout) -> dict[str, Shape]:
     return {name: (shape[0], shape[1]) for name, shape in layout.shapes.items()}
 
 
-def state_numel(rule: Rule, shape: Shape) -> int:
-    """Elements of an m x n matrix's state, scalars left out."""
-    return sum(t.numel() for t in tensors_of(rule.init_state(shape, "meta")).values() if t.ndim)
+def state_bytes(rule: Rule, shape: Shape) -> int:
+    """Bytes of an m x n matrix's state, scalars left out."""
+    return sum(t.numel() * t.element_size() for t in tensors_of(rule.init_state(shape, "meta")).values() if t.ndim)
 
 
-def choose_owners(rule: Rule, layout: Layout) -> list[int]:
-    """The owner of each matrix of a layout, in its order; a pure function of both.
+def papers_floats(rule: Rule, shape: Shape) -> int:
+    """The same in floats of two bytes, as the papers count: fp32 as if it were bf16, what is quantized as it is."""
+    tensors = [t for t in tensors_of(rule.init_state(shape, "meta")).values() if t.ndim]
+    return sum(t.numel() if t.is_floating_point() else -(-t.numel() * t.element_size() // 2) for t in tensors)
+
+
+def choose_owners(rules: Rule | Mapping[str, Rule], layout: Layout) -> list[int]:
+    """The owner of each matrix of a layout, in its order; a pure function of both arguments.
 
     By two costs, each normalised: the bytes to keep and the operations of an average update.
+
+    Args:
+        rules: one for all, or one for each parameter, by name.
+        layout: of matrices.
     """
     shapes = matrix_shapes(layout)
-    size = {name: rule.state_numel(shape) for name, shape in shapes.items()}
-    work = {name: rule.flops(shape) for name, shape in shapes.items()}
+    rule_of = {name: rules if isinstance(rules, Rule) else rules[_parameter(name)] for name in shapes}
+    size = {name: rule_of[name].state_bytes(shape) for name, shape in shapes.items()}
+    work = {name: rule_of[name].flops(shape) for name, shape in shapes.items()}
     total_size, total_work = max(1, sum(size.values())), max(1.0, sum(work.values()))
     return place([Unit((n,), size[n] / total_size + work[n] / total_work) for n in shapes], layout)
 
 
 class MatrixUpdater:
-    """Runs one rule on all matrices of a sharded model.
+    """Runs rules on all matrices of a sharded model.
 
     - Where a matrix lies whole on one rank, that rank owns it and nothing is sent.
     - Where it is cut, its fragments of the gradient go to the owner, and the update's fragments back.
+    - A matrix that its rule lets rest is left alone: nothing of it is sent or decayed, and its state is dropped.
     - Where every rank holds everything (ZeRO stage 0), every rank runs the rule, so that the state is whole
       everywhere, as DeepSpeed's checkpoints of that stage need it. Only bases are computed by one rank and sent, since
       singular vectors are not reproducible across machines.
 
     Attributes:
-        rule: the rule.
         matrices: all of them, in the model's order.
         states: of the matrices that this rank updates, by name.
         calls: matrix updates made by this rank since the start.
@@ -80,8 +92,7 @@ class MatrixUpdater:
 
     def __init__(
         self,
-        rule: Rule,
-        names: Iterable[str],
+        rules: Mapping[str, Rule],
         shard: Shard,
         *,
         device: torch.device | None,
@@ -90,25 +101,23 @@ class MatrixUpdater:
     ) -> None:
         """
         Args:
-            rule: the rule.
-            names: of the parameters, of two dimensions, or three for a stack.
+            rules: of each parameter, by name; one of three dimensions is a stack of matrices, a vector a single row.
             shard: what lies where.
             device: where messages live; see :class:`~megalr.partition.Exchange`.
             bucket_bytes: bound of the exchange's temporary memory.
             seed: key of random bases.
         """
-        self.rule = rule
         self.calls = 0
         self._shard = shard
         self._seed = seed
-        self._layout = shard.layout.matrices(names)
+        self._layout = shard.layout.matrices(rules)
         self.exchange = Exchange(self._layout, shard.rank, shard.group, device=device)
         self._replicated = any(self._layout.is_replicated(name) for name in self._layout.shapes)
-        self.matrices = self._owned()
+        self.matrices = self._owned(rules)
         self.states: dict[str, State] = {}
         itemsize = shard.buffers[0].element_size()
         self._limit = max(1, bucket_bytes // (ROUNDS_IN_MEMORY * itemsize))
-        self._rounds: dict[tuple[int, ...], list[list[Matrix]]] = {}
+        self._rounds: dict[tuple[tuple[int, ...], frozenset[str]], list[list[Matrix]]] = {}
 
     def update(self, which: Sequence[int], gradients: Field, *, lr: float, weight_decay: float, updates: int) -> None:
         """Update all matrices that lie in some of the flat buffers; collective.
@@ -120,22 +129,24 @@ class MatrixUpdater:
             updates: made so far.
         """
         masters = self._shard.buffers
+        resting = self._resting(updates)
+        for name in resting:
+            self.states.pop(name, None)
         if weight_decay:
-            for buffer in which:
-                masters[buffer].mul_(1 - lr * weight_decay)
+            self._decay(which, resting, 1 - lr * weight_decay)
 
         def apply(fragment: Fragment, update: Tensor) -> None:
             master = run_of(masters, fragment)
             master.add_(update.to(master.device), alpha=-lr)
 
-        cut, local = self._plan(tuple(which))
+        cut, local = self._plan(tuple(which), resting)
         items = [[Item(m.name, m.owner) for m in part] for part in cut]
         gathering = self.exchange.start_gather(items[0], [gradients]) if cut else None
         for matrix, sent in zip(local, self._bases(local, gradients, updates), strict=True):
             (fragment,) = self._layout.on(matrix.name, self._shard.rank)
             grad, weight = (self._view(field, fragment, matrix.shape) for field in (gradients, masters))
             basis = self._begin(matrix, grad, sent, updates)
-            self.rule.apply(weight, grad, self._state(matrix), basis, lr=lr)
+            matrix.rule.apply(weight, grad, self._state(matrix), basis, lr=lr)
         scattering: Scattering | None = None
         for index, part in enumerate(cut):
             assert gathering is not None
@@ -155,9 +166,9 @@ class MatrixUpdater:
     def reset(self, parameters: Iterable[str]) -> None:
         """Momentum reset of the matrices of some parameters; those of others are passed over."""
         chosen = set(parameters)
-        for name, state in self.states.items():
-            if _parameter(name) in chosen:
-                self.rule.reset(state)
+        for matrix in self.matrices:
+            if matrix.name in self.states and _parameter(matrix.name) in chosen:
+                matrix.rule.reset(self.states[matrix.name])
 
     def state_dict(self) -> dict[str, Any]:
         """The states of this rank's matrices: tensors and numbers, by name."""
@@ -177,12 +188,13 @@ class MatrixUpdater:
             )
         self.states = {}
         for name, saved in states.items():
-            state = self.rule.init_state(mine[name].shape, self._shard.buffers[0].device)
+            rule = mine[name].rule
+            state = rule.init_state(mine[name].shape, self._shard.buffers[0].device)
             expected = {key: _form(value) for key, value in state.items()}
             found = {key: _form(value) for key, value in saved.items()}
             if expected != found:
                 raise UserError(
-                    f"the checkpoint's state of {name} is {found}, but {self.rule.name} with these settings has "
+                    f"the checkpoint's state of {name} is {found}, but {rule.name} with these settings has "
                     f"{expected}: resume with the optimizer settings that it was written with"
                 )
             for key, value in saved.items():
@@ -193,24 +205,30 @@ class MatrixUpdater:
                     state[key] = value
             self.states[name] = state
 
+    @property
+    def rule_name(self) -> str:
+        """Of all its rules, which are variants of one."""
+        return self.matrices[0].rule.name
+
     def routes(self, parameters: Collection[str]) -> list[tuple[str, str, str, str, str, str]]:
         """Of each matrix of some parameters: name, shape, rule, rank, owner, bytes of state."""
         return [
             (
                 m.name,
                 " x ".join(map(str, m.shape)),
-                self.rule.name,
-                str(self.rule.rank_of(m.shape) or "-"),
+                m.rule.name,
+                str(m.rule.rank_of(m.shape) or "-"),
                 "all" if self._replicated and self._layout.world_size > 1 else str(m.owner),
-                f"{BYTES * self.rule.state_numel(m.shape):,}",
+                f"{m.rule.state_bytes(m.shape):,}",
             )
             for m in self.matrices
             if _parameter(m.name) in parameters
         ]
 
-    def state_numel(self) -> int:
-        """Elements of the state that this rank keeps from the first update on, scalars left out."""
-        return sum(state_numel(self.rule, m.shape) for m in self.matrices if self._keeps(m))
+    def state_bytes(self, updates: int) -> int:
+        """Bytes of the state that this rank keeps once so many updates, at least one, are made; scalars left out."""
+        resting = self._resting(max(updates, 1) - 1)
+        return sum(state_bytes(m.rule, m.shape) for m in self.matrices if self._keeps(m) and m.name not in resting)
 
     def balance(self) -> tuple[float, float] | None:
         """Bytes of state on the largest rank over the mean, and a bound that no choice of owners could beat.
@@ -219,32 +237,51 @@ class MatrixUpdater:
         """
         if self._replicated or self._layout.world_size == 1:
             return None
-        units = [Unit((m.name,), self.rule.state_numel(m.shape)) for m in self.matrices]
+        units = [Unit((m.name,), m.rule.state_bytes(m.shape)) for m in self.matrices]
         return imbalance(units, [m.owner for m in self.matrices], self._layout), least_imbalance(units, self._layout)
 
     def _keeps(self, matrix: Matrix) -> bool:
         """Whether this rank keeps the matrix's state, and runs the rule on it."""
         return self._replicated or matrix.owner == self._shard.rank
 
-    def _owned(self) -> list[Matrix]:
+    def _owned(self, rules: Mapping[str, Rule]) -> list[Matrix]:
         shapes = matrix_shapes(self._layout)
-        owners = choose_owners(self.rule, self._layout)
-        return [
-            Matrix(name, shape, owner, self.rule.phase(index, len(shapes)), self._layout.of(name)[0].buffer)
-            for index, ((name, shape), owner) in enumerate(zip(shapes.items(), owners, strict=True))
-        ]
+        owners = choose_owners(rules, self._layout)
+        matrices = []
+        for index, ((name, shape), owner) in enumerate(zip(shapes.items(), owners, strict=True)):
+            rule = rules[_parameter(name)]
+            phase = rule.phase(index, len(shapes))
+            matrices.append(Matrix(name, shape, rule, owner, phase, self._layout.of(name)[0].buffer))
+        return matrices
 
-    def _plan(self, which: tuple[int, ...]) -> tuple[list[list[Matrix]], list[Matrix]]:
+    def _resting(self, updates: int) -> frozenset[str]:
+        """Names of the matrices that the update after so many others leaves alone; the same on every rank."""
+        rules = {id(m.rule): m.rule for m in self.matrices}
+        names = {key: [m.name for m in self.matrices if m.rule is rule] for key, rule in rules.items()}
+        return frozenset().union(*(rule.resting(names[key], updates, self._seed) for key, rule in rules.items()))
+
+    def _decay(self, which: Sequence[int], resting: frozenset[str], factor: float) -> None:
+        masters = self._shard.buffers
+        if not resting:
+            for buffer in which:
+                masters[buffer].mul_(factor)
+            return
+        for matrix in self.matrices:
+            if matrix.buffer in which and matrix.name not in resting:
+                for fragment in self._layout.on(matrix.name, self._shard.rank):
+                    run_of(masters, fragment).mul_(factor)
+
+    def _plan(self, which: tuple[int, ...], resting: frozenset[str]) -> tuple[list[list[Matrix]], list[Matrix]]:
         """The rounds of cut matrices, the same on every rank, and the matrices that are whole here and updated here."""
-        here = [m for m in self.matrices if m.buffer in which]
+        here = [m for m in self.matrices if m.buffer in which and m.name not in resting]
         whole = {m.name for m in here if self._layout.is_whole_on(m.name, m.owner)}
-        if which not in self._rounds:
+        if (which, resting) not in self._rounds:
             cut = [m for m in here if m.name not in whole]
             units, owners = [Unit((m.name,), 0.0) for m in cut], [m.owner for m in cut]
             rounds = buckets(units, owners, self._layout, self._limit)
-            self._rounds[which] = [[cut[i] for i in indices] for indices in rounds]
+            self._rounds[which, resting] = [[cut[i] for i in indices] for indices in rounds]
         local = [m for m in here if m.name in whole and self._keeps(m)]
-        return self._rounds[which], local
+        return self._rounds[which, resting], local
 
     def _bases(self, local: Sequence[Matrix], gradients: Field, updates: int) -> list[Basis | None]:
         """New bases of matrices that every rank holds; nothing where each has one owner, who computes its own."""
@@ -260,7 +297,7 @@ class MatrixUpdater:
             basis = bases[i]
             if basis is None:
                 state = tensors_of(self._state(local[i]))
-                basis = {key: torch.empty_like(state[key]) for key in self.rule.basis_keys(local[i].shape)}
+                basis = {key: torch.empty_like(state[key]) for key in local[i].rule.basis_keys(local[i].shape)}
                 bases[i] = basis
             for key in sorted(basis):
                 basis[key] = basis[key].contiguous()
@@ -269,7 +306,7 @@ class MatrixUpdater:
 
     def _run(self, matrix: Matrix, grad: Tensor, updates: int) -> Tensor:
         basis = self._begin(matrix, grad, None, updates)
-        return self.rule.update(grad, self._state(matrix), basis)
+        return matrix.rule.update(grad, self._state(matrix), basis)
 
     def _begin(self, matrix: Matrix, grad: Tensor, sent: Basis | None, updates: int) -> Basis | None:
         """Count a call of the rule; compute the basis where one is due and none was sent."""
@@ -279,14 +316,14 @@ class MatrixUpdater:
         return sent
 
     def _refresh_due(self, matrix: Matrix, updates: int) -> bool:
-        return self.rule.refresh_due(self._state(matrix), updates, matrix.phase)
+        return matrix.rule.refresh_due(self._state(matrix), updates, matrix.phase)
 
     def _new_basis(self, matrix: Matrix, grad: Tensor, updates: int) -> Basis:
-        return self.rule.new_basis(grad, self._state(matrix), updates=updates, seed=self._seed, name=matrix.name)
+        return matrix.rule.new_basis(grad, self._state(matrix), updates=updates, seed=self._seed, name=matrix.name)
 
     def _state(self, matrix: Matrix) -> State:
         if matrix.name not in self.states:
-            self.states[matrix.name] = self.rule.init_state(matrix.shape, self._shard.buffers[0].device)
+            self.states[matrix.name] = matrix.rule.init_state(matrix.shape, self._shard.buffers[0].device)
         return self.states[matrix.name]
 
     @staticmethod

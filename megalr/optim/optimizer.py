@@ -76,7 +76,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
             {
                 "params": list(group.parameters.values()),
                 "name": group.name,
-                "by_rule": group.by_rule,
+                "by_rule": group.rule is not None,
                 **vars(group.settings),
             }
             for group in groups
@@ -132,11 +132,10 @@ class MegalrOptimizer(torch.optim.Optimizer):
             self._owned_pairs = OwnedPairs.of(self._pairs, shard.layout)
             factors = {name for pair in self._pairs for name in pair}
             self._factor_buffers = sorted({f.buffer for f in shard.layout.fragments if f.name in factors})
-            names = [n for g in self._groups if g.by_rule for n in g.parameters if n in shard.layout.shapes]
-            if self.config.optimizer.rule is not None and names:
+            rules = {n: g.rule for g in self._groups if g.rule for n in g.parameters if n in shard.layout.shapes}
+            if rules:
                 self._matrices = MatrixUpdater(
-                    self.config.optimizer.rule,
-                    names,
+                    rules,
                     shard,
                     device=device,
                     bucket_bytes=self.config.exchange_bucket_bytes,
@@ -201,14 +200,14 @@ class MegalrOptimizer(torch.optim.Optimizer):
         shard = self.prepare()
         lines = []
         if self._matrices is not None:
-            rule, matrices = self._matrices.rule, self._matrices.matrices
-            ranks = sorted({rank for m in matrices if (rank := rule.rank_of(m.shape)) is not None})
+            matrices = self._matrices.matrices
+            ranks = sorted({rank for m in matrices if (rank := m.rule.rank_of(m.shape)) is not None})
             projected = f" projected to rank {'-'.join(map(str, sorted({ranks[0], ranks[-1]})))}" if ranks else ""
             size = sum(m.shape[0] * m.shape[1] for m in matrices)
-            lines.append(f"{rule.name}: {len(matrices)} matrices with {size:,} elements{projected}")
+            lines.append(f"{self._matrices.rule_name}: {len(matrices)} matrices with {size:,} elements{projected}")
         if self._events is not None and self._events.summary():
             lines.append(self._events.summary())
-        owned = {n for g in self._groups if g.by_rule for n in g.parameters} if self._matrices else set()
+        owned = {n for g in self._groups if g.rule for n in g.parameters} if self._matrices else set()
         rest = [name for name in shard.layout.shapes if name not in owned]
         lines.append(f"adamw: {len(rest)} parameters with {sum(map(shard.layout.numel, rest)):,} elements")
         return "\n".join(lines)
@@ -219,17 +218,15 @@ class MegalrOptimizer(torch.optim.Optimizer):
         return {} if self._matrices is None else self._matrices.states
 
     @property
-    def matrix_state_numel(self) -> int:
-        """Elements of what :attr:`matrix_states` holds from the first update on, scalars left out."""
+    def matrix_state_bytes(self) -> int:
+        """Bytes of what :attr:`matrix_states` holds, before the first update after it; scalars left out."""
         self.prepare()
-        return 0 if self._matrices is None else self._matrices.state_numel()
+        return 0 if self._matrices is None else self._matrices.state_bytes(self.updates)
 
     @property
     def matrix_parameters(self) -> list[nn.Parameter]:
         """The model's parameters that the rule updates."""
-        if self.config.optimizer.rule is None:
-            return []
-        return [p for group in self._groups if group.by_rule for p in group.parameters.values()]
+        return [p for group in self._groups if group.rule for p in group.parameters.values()]
 
     @property
     def remainders(self) -> dict[str, Tensor]:
@@ -272,7 +269,9 @@ class MegalrOptimizer(torch.optim.Optimizer):
 
     def _form(self) -> dict[str, Any]:
         rule = self.config.optimizer.rule
-        form = ({"rule": "adamw"} if rule is None else rule.form()) | self.config.parametrization.form()
+        form: dict[str, Any] = {"rule": "adamw"} if rule is None else dict(rule.form())
+        form |= {key: True for key in ("head", "embeddings") if getattr(self.config.optimizer, key)}
+        form |= self.config.parametrization.form()
         return form if self.config.activations is None else form | self.config.activations.form()
 
     def _load_matrices(self) -> None:

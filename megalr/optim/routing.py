@@ -28,7 +28,7 @@ def routing_table(
     rows = [TITLES]
     for group in groups:
         lr = f"{group.settings.lr:g}"  # the schedule's own is that of its first step already
-        if group.by_rule and matrices is not None:
+        if group.rule is not None and matrices is not None:
             rows += [(*row[:2], group.name, *row[2:4], lr, *row[4:]) for row in matrices.routes(group.parameters)]
             continue
         for name in group.parameters:
@@ -41,7 +41,7 @@ def routing_table(
     if matrices is not None and (balance := matrices.balance()) is not None:
         found, least = balance
         lines.append(
-            f"state bytes of {matrices.rule.name} by rank: "
+            f"state bytes of {matrices.rule_name} by rank: "
             f"largest {found:.2f} x the mean; these shapes and cuts allow {least:.2f}"
         )
     return "\n".join(lines)

@@ -138,7 +138,7 @@ def deepspeed_bytes(
     gradient_dtype: torch.dtype | None = None,
     persistence_threshold: int = PERSISTENCE_THRESHOLD,
     treated: Collection[int] = (),
-    treated_state: int = 0,
+    treated_bytes: int = 0,
     frozen: Sequence[Shape] = (),
     buffers: int = 0,
 ) -> RankBytes:
@@ -175,7 +175,7 @@ def deepspeed_bytes(
         gradient_dtype: ``data_types.grad_accum_dtype`` of the DeepSpeed JSON; None stands for the model's.
         persistence_threshold: ``stage3_param_persistence_threshold`` of the DeepSpeed JSON.
         treated: indices of the groups that a rule of their own updates, and that so have none of Adam's moments.
-        treated_state: elements of state, scalars left out, that this rank keeps for them: it depends on who owns what.
+        treated_bytes: of state, scalars left out, that this rank keeps for them: it depends on who owns what.
         frozen: the shapes of parameters that are not trained. They are weights and nothing else, whole on every rank
             except at stage 3.
         buffers: bytes of what layers keep beside parameters, see :func:`buffer_bytes`; whole on every rank.
@@ -218,7 +218,7 @@ def deepspeed_bytes(
         weights=(held + sum(fixed)) * dtype.itemsize + buffers,
         gradients=gradients,
         masters=0 if stage == 0 and dtype == torch.float32 else 4 * sum(parts),
-        optimizer_state=4 * (ADAM_STATE_FLOATS * plain + treated_state),
+        optimizer_state=4 * ADAM_STATE_FLOATS * plain + treated_bytes,
     )
 
 
@@ -241,7 +241,7 @@ def expected_bytes(engine: Any) -> RankBytes:
         persistence_threshold=engine.zero_param_persistence_threshold(),
         # No flat buffer holds both matrices of a rule and other parameters.
         treated=[index for index, group in enumerate(groups) if own.issuperset(map(id, group))],
-        treated_state=engine.basic_optimizer.matrix_state_numel if own else 0,
+        treated_bytes=engine.basic_optimizer.matrix_state_bytes if own else 0,
         frozen=frozen_shapes(engine.module),
         buffers=buffer_bytes(engine.module),
     )

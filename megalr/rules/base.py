@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -37,6 +38,14 @@ class Rule(ABC):
     not_for_factors: ClassVar[str] = ""
     # Whether it also takes a vector among those factors, as a matrix with one row.
     takes_vectors: ClassVar[bool] = False
+
+    def for_head(self) -> Rule:
+        """The rule as the output head has it, where it is given the head."""
+        return self
+
+    def for_embedding(self) -> Rule:
+        """The rule as an embedding has it, where it is given the embeddings."""
+        return self
 
     @abstractmethod
     def init_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
@@ -75,6 +84,10 @@ class Rule(ABC):
     def state_numel(self, shape: Shape) -> int:
         """Elements of all tensors of an m x n matrix's state."""
 
+    def state_bytes(self, shape: Shape) -> int:
+        """Bytes of the same."""
+        return 4 * self.state_numel(shape)
+
     @abstractmethod
     def flops(self, shape: Shape) -> float:
         """Leading floating-point operations of an average update; what owners are balanced by, with the state."""
@@ -86,6 +99,16 @@ class Rule(ABC):
     def rank_of(self, shape: Shape) -> int | None:
         """The rank that an m x n matrix is projected to; None for a rule without projection."""
         return None
+
+    def resting(self, names: Sequence[str], updates: int, seed: int) -> frozenset[str]:
+        """Those of its matrices that the update after ``updates`` others leaves alone; they have no state then.
+
+        Args:
+            names: of all matrices of this rule, in the model's order.
+            updates: made so far, of all matrices alike.
+            seed: the run's seed.
+        """
+        return frozenset()
 
     def basis_keys(self, shape: Shape) -> tuple[str, ...]:
         """The keys of what :meth:`new_basis` gives, which are keys of the state."""

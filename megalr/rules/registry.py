@@ -7,14 +7,21 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from megalr.errors import UserError
+from megalr.rules.adam_mini import AdamMini
+from megalr.rules.adarankgrad import AdaRankGrad
 from megalr.rules.apollo import Apollo, ApolloMini
+from megalr.rules.badam import BAdam
 from megalr.rules.base import Rule
+from megalr.rules.came import CAME
 from megalr.rules.fira import Fira
+from megalr.rules.frugal import FRUGAL
 from megalr.rules.galore import GaLore
 from megalr.rules.golore import GoLore
 from megalr.rules.ldadam import LDAdam
 from megalr.rules.muon import Muon
 from megalr.rules.online_subspace_descent import OnlineSubspaceDescent
+from megalr.rules.q_galore import QGaLore
+from megalr.rules.scale import SCALE
 from megalr.rules.spam import SPAM
 from megalr.rules.stable_spam import StableSPAM
 
@@ -31,6 +38,13 @@ RULES: dict[str, type[Rule] | None] = {
     "Muon": Muon,
     "StableSPAM": StableSPAM,
     "SPAM": SPAM,
+    "SCALE": SCALE,
+    "AdamMini": AdamMini,
+    "CAME": CAME,
+    "FRUGAL": FRUGAL,
+    "BAdam": BAdam,
+    "QGaLoreAdamW": QGaLore,
+    "AdaRankGrad": AdaRankGrad,
 }
 
 R = TypeVar("R", bound=type[Rule])

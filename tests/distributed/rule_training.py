@@ -30,6 +30,13 @@ RULES: dict[str, dict[str, Any]] = {
     "Muon": COMMON,
     "StableSPAM": {**COMMON, "lr": 3e-3, "reset_interval": 5, "total_steps": 9},
     "SPAM": {**COMMON, "lr": 3e-3, "reset_interval": 5, "warmup_steps": 3, "threshold": 4.0},
+    "SCALE": {**COMMON, "lr": 1e-3, "embedding": {"lr": 3e-3}, "head": True, "embeddings": True},
+    "AdamMini": {**COMMON, "lr": 3e-3},
+    "CAME": {**COMMON, "lr": 3e-3},
+    "FRUGAL": {**COMMON, "update_proj_gap": 5, "lr": 3e-3},
+    "BAdam": {**COMMON, "lr": 3e-3, "switch_interval": 2, "blocks": ("mlp_wide", "mlp_tall", "mlp_narrow")},
+    "QGaLoreAdamW": {**PROJECTED, "min_8bit_size": 64, "queue_size": 1, "cos_threshold": 0.1},
+    "AdaRankGrad": {**PROJECTED, "energy": 0.8},
 }
 
 

@@ -24,6 +24,11 @@ STEPS = 20
 RULES: dict[str, dict[str, Any]] = {
     "StableSPAM": {"reset_interval": 12, "total_steps": 15},
     "SPAM": {"reset_interval": 12, "warmup_steps": 4, "eps": 1e-8},
+    "AdamMini": {},
+    # Nothing is corrected for bias: the updates after a reset are tenfold, and at AdamW's rate the run is chaotic.
+    "CAME": {"lr": 1e-4},
+    "Muon": {},
+    "SCALE": {},
 }
 
 
@@ -35,8 +40,10 @@ def optimizer_of(name: str) -> dict[str, Any]:
 def reference_weights(name: str, scope: str = "factors") -> dict[str, torch.Tensor]:
     model = training.dense_model()
     megalr.parametrize(model, {"megalr": training.MEGALR})
+    settings = dict(RULES[name])
+    lr = settings.pop("lr", training.ADAMW["lr"])
     recipe = Recipe(
-        lr=lambda step: training.ADAMW["lr"],
+        lr=lambda step: lr,
         embedding_lr=lambda step: training.ADAMW["embedding"]["lr"],
         weight_decay=training.ADAMW["weight_decay"],
         clip=training.CLIPPING,
@@ -45,7 +52,7 @@ def reference_weights(name: str, scope: str = "factors") -> dict[str, torch.Tens
         reset_every=training.MEGALR["momentum_reset"]["interval"],
         reset_all=scope == "all",
         ramp_steps=training.MEGALR["momentum_reset"]["warmup_steps"],
-        rule=lambda shape: REFERENCES[name](shape, **RULES[name]),
+        rule=lambda shape: REFERENCES[name](shape, **settings),
     )
     reference = Reference(model, recipe)
     for ids in training.batches(STEPS):

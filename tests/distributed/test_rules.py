@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megalr.rules.badam import BAdam
 from tests.distributed import rule_training
 from tests.distributed.odd_model import EXPERTS, odd_model
 from tests.distributed.rule_training import batches
@@ -41,6 +42,20 @@ def assert_same_weights(got, expected, tolerance=1e-4):
     assert error < tolerance, f"{name}: {error:.1e}"
 
 
+def calls_of(optimizer: str) -> int:
+    """Updates of matrices in a run."""
+    params = rule_training.RULES[optimizer]
+    if optimizer == "AdamW":
+        return 0
+    if optimizer == "BAdam":
+        rule = BAdam(switch_interval=params["switch_interval"], blocks=params["blocks"])
+        weights = {n: w for n, w in odd_model().named_parameters() if "mlp" in n and w.ndim > 1}
+        names = [n if w.ndim == 2 else f"{n}[{i}]" for n, w in weights.items() for i in range(w.ndim == 2 or len(w))]
+        assert len(names) == MATRICES
+        return sum(MATRICES - len(rule.resting(names, t, 0)) for t in range(rule_training.STEPS))
+    return (MATRICES + params.get("head", False) + params.get("embeddings", False)) * rule_training.STEPS
+
+
 def is_covered(optimizer: str, stage: int, world: int, accumulation: int) -> bool:
     """The selection for every day: each rule at each stage, each world and each accumulation, in few runs."""
     position = list(rule_training.RULES).index(optimizer)
@@ -57,9 +72,9 @@ COMBINATIONS = [
 def test_equals_one_plain_process(ranks, optimizer, stage, world, accumulation):
     results = ranks(world).run(TRAIN, stage, optimizer, accumulation)
     assert_same_weights(results[0][0], plain_weights(optimizer))
-    # The rule really ran: once for each matrix and update, over all ranks; at stage 0 on each of them.
+    # The rule really ran: once for each active matrix and update, over all ranks; at stage 0 on each of them.
     calls = [counts["calls"] for _, counts in results]
-    once = 0 if optimizer == "AdamW" else MATRICES * rule_training.STEPS
+    once = calls_of(optimizer)
     assert calls == [once] * world if stage == 0 else sum(calls) == once
     assert [counts["updates"] for _, counts in results] == [rule_training.STEPS] * world
 
@@ -74,6 +89,9 @@ OPTIONS = {
     "random bases": ("GaLoreAdamW", {"projector": "random"}),
     "no stagger": ("GaLoreAdamW", {"stagger": False}),
     "no error feedback": ("LDAdamW", {"error_feedback": False}),
+    "sparse moments": ("SPAM", {"density": 0.3}),
+    "published Stable-SPAM": ("StableSPAM", {"published": True}),
+    "a basis and the signs of the rest": ("FRUGAL", {"projector": "svd", "density": 0.4}),
     "Muon at AdamW's rate": ("Muon", {"adjust_lr_fn": "match_rms_adamw", "nesterov": False}),
 }
 
@@ -141,6 +159,28 @@ def test_fewer_matrices_than_ranks(ranks, stage, targets):
 
 # bf16 weights and gradients round at 2⁻⁹; the masters follow the fp32 run to the accuracy of such gradients.
 BF16_TOLERANCE = 0.05
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("optimizer", "params"),
+    [
+        ("SCALE", {"embeddings": False}),
+        ("SCALE", {"head": False}),
+        ("Muon", {"head": True, "embeddings": True}),
+    ],
+)
+def test_head_and_embeddings_by_the_rule(ranks, optimizer, params, stage):
+    got = ranks(stage + 1).run(TRAIN, stage, optimizer, params=params)[0][0]
+    assert_same_weights(got, plain_weights(optimizer, params=tuple(params.items())))
+
+
+@pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 3), (2, 2), (3, 4)])
+def test_a_tied_head_by_the_rule(ranks, stage, world):
+    got = ranks(world).run(TRAIN, stage, "SCALE", variant={"tied": True})[0][0]
+    assert_same_weights(got, plain_weights("SCALE", ("tied",)))
+
+
 BF16 = {
     "stage 0": (0, {}),
     "stage 1": (1, {}),
@@ -160,7 +200,7 @@ def test_bf16(ranks, optimizer, case):
 
 
 # Rules whose state is of a form of its own, each at one stage; at the others in the slow selection.
-NEWER = ["StableSPAM", "SPAM"]
+NEWER = ["StableSPAM", "SPAM", "SCALE", "AdamMini", "CAME", "FRUGAL", "BAdam", "QGaLoreAdamW"]
 
 
 @pytest.mark.parametrize(

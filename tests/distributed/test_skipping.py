@@ -29,7 +29,7 @@ def test_infinite_gradient_changes_nothing(ranks, stage, rank, where, precision)
 
 
 # Each rule whose state is of a form of its own, at one stage; at the others in the slow selection.
-NEWER = ["StableSPAM", "SPAM"]
+NEWER = ["StableSPAM", "SPAM", "SCALE", "AdamMini", "CAME", "FRUGAL", "BAdam", "QGaLoreAdamW"]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,8 @@ NEWER = ["StableSPAM", "SPAM"]
 )
 def test_every_rule_survives_a_gradient_that_is_no_number(ranks, optimizer, stage):
     for changed, still, _ in ranks(3).run(POISON, stage, optimizer, "mlp_tall.weight", 2, float("nan")):
-        assert changed == [] and still == []
+        assert changed == []
+        assert still == [] or optimizer == "BAdam"  # a rank may hold nothing of the active block
 
 
 def test_in_the_last_group_and_without_clipping(ranks):

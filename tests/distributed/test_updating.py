@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -82,9 +83,11 @@ OF_ONE_MATRIX: dict[str, Callable[[int, int, int], int]] = {
     "APOLLOMini": lambda m, n, r: m + 2 * n,
     "LDAdamW": lambda m, n, r: projected_state(m, n, r) + m * n,  # the error is kept, too
     "OnlineSubspaceDescent": lambda m, n, r: projected_state(m, n, r) + 2 * m * r,  # the basis has moments of its own
+    "AdaRankGrad": projected_state,
     "Muon": lambda m, n, r: m * n,
     "StableSPAM": lambda m, n, r: 2 * m * n + 3,
     "SPAM": lambda m, n, r: 2 * m * n,
+    "CAME": lambda m, n, r: m * n + 2 * (m + n),
 }
 RULES = list(OF_ONE_MATRIX)
 
@@ -110,6 +113,38 @@ def test_state_by_rank(ranks, optimizer, stage, world):
         if world > 1:
             assert table.endswith("allow 1.00")
             assert f"largest {max(kept) * world / sum(kept):.2f} x the mean" in table
+
+
+# State that is not fp32 throughout, or that not every matrix has; each at one stage, at the others when slow tests run.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "4 and 8 bits": ("QGaLoreAdamW", {"min_8bit_size": 1024}),
+    "small moments in fp32": ("QGaLoreAdamW", {"min_8bit_size": 2000, "proj_type": "reverse_std"}),
+    "columns": ("FRUGAL", {}),
+    "sparse moments": ("SPAM", {"density": 0.3}),
+    "a basis and its complement": ("FRUGAL", {"projector": "random"}),
+    "no state": ("SCALE", {}),
+    "momentum of the head": ("SCALE", {"head": True, "embeddings": True}),
+    "a row of the head": ("AdamMini", {"head": True}),
+    "one block of four": ("BAdam", {"switch_interval": 1}),
+    "one block, not yet changed": ("BAdam", {"switch_interval": 5, "block_order": "descending"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "stage"),
+    [
+        pytest.param(case, stage, marks=() if stage == i % 4 else pytest.mark.slow)
+        for (i, case), stage in itertools.product(enumerate(OTHERS), (0, 1, 2, 3))
+    ],
+)
+def test_computed_state_of_other_forms(ranks, case, stage):
+    optimizer, params = OTHERS[case]
+    results = ranks(3).run(f"{MODULE}:state_bytes", stage, optimizer, **params)
+    for _, _, _, measured, computed in results:
+        assert measured == computed
+    whole = sum(kept for kept, *_ in results) // (3 if stage == 0 else 1)
+    share = 4 if optimizer == "BAdam" else 1  # of the blocks, all of one size
+    assert all(share * whole == by_rule for _, by_rule, *_ in results)
 
 
 @pytest.mark.parametrize("stage", [0, 1])

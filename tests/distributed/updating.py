@@ -95,9 +95,9 @@ def shard_of(shapes: dict[str, tuple[int, ...]], stage: int) -> tuple[Shard, lis
 def memory(shapes: dict[str, tuple[int, ...]], stage: int, bucket_bytes: int) -> tuple[int, int, int]:
     """The most that an update had of temporary memory, what was left of it, and the rounds."""
     shard, gradients = shard_of(shapes, stage)
-    updater = MatrixUpdater(Recorded(), shapes, shard, device=None, bucket_bytes=bucket_bytes, seed=0)
+    updater = MatrixUpdater(dict.fromkeys(shapes, Recorded()), shard, device=None, bucket_bytes=bucket_bytes, seed=0)
     update = partial(updater.update, [0], gradients, lr=0.1, weight_decay=0.0, updates=0)
-    return *_measured(update), len(updater._plan((0,))[0])
+    return *_measured(update), len(updater._plan((0,), frozenset())[0])
 
 
 def _measured(function: Callable[[], Any]) -> tuple[int, int]:
@@ -149,7 +149,7 @@ def events(stage: int, bucket_bytes: int) -> tuple[list[Any], list[Any], int]:
     """
     shard, gradients = shard_of(SEVEN, stage)
     rule = Recorded()
-    updater = MatrixUpdater(rule, SEVEN, shard, device=None, bucket_bytes=bucket_bytes, seed=0)
+    updater = MatrixUpdater(dict.fromkeys(SEVEN, rule), shard, device=None, bucket_bytes=bucket_bytes, seed=0)
     sizes: list[Any] = []
     original = dist.all_to_all_single
 
@@ -160,11 +160,11 @@ def events(stage: int, bucket_bytes: int) -> tuple[list[Any], list[Any], int]:
 
     with mock.patch.object(dist, "all_to_all_single", spied):
         updater.update([0], gradients, lr=0.1, weight_decay=0.0, updates=0)
-    local = sum(m.owner == shard.rank for m in updater._plan((0,))[1])
+    local = sum(m.owner == shard.rank for m in updater._plan((0,), frozenset())[1])
     return rule.events, sizes, local
 
 
-def state_bytes(stage: int, optimizer: str) -> tuple[int, int, str, RankBytes, RankBytes]:
+def state_bytes(stage: int, optimizer: str, **params: Any) -> tuple[int, int, str, RankBytes, RankBytes]:
     """After the second update of a small LLaMA, and the first micro-batch of the third.
 
     Returns:
@@ -172,7 +172,8 @@ def state_bytes(stage: int, optimizer: str) -> tuple[int, int, str, RankBytes, R
     """
     shape = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=61))
-    params = {"rank": 16} if getattr(RULES[optimizer], "rank", 1) > 1 else {}
+    if getattr(RULES[optimizer], "rank", 1) > 1:
+        params = {"rank": 16, **params}
     config = rule_configuration(stage, optimizer, accumulation=2)
     config["optimizer"] = {"type": optimizer, "params": params}
     engine = megalr.initialize(model=model, config=config)[0]
@@ -182,10 +183,9 @@ def state_bytes(stage: int, optimizer: str) -> tuple[int, int, str, RankBytes, R
         engine.step()
     base = engine.basic_optimizer
     kept = [t for state in base.matrix_states.values() for t in state.values() if isinstance(t, Tensor)]
-    shapes = [m.shape for m in base._matrices.matrices]
     counted = (
-        BYTES * sum(t.numel() for t in kept),
-        BYTES * sum(map(base._matrices.rule.state_numel, shapes)),
+        sum(t.numel() * t.element_size() for t in kept),
+        sum(m.rule.state_bytes(m.shape) for m in base._matrices.matrices),
         base.routing_table(),
         measured_bytes(engine),
         expected_bytes(engine),
@@ -213,7 +213,7 @@ def traffic(stage: int) -> Traffic:
     run_steps(engine, batches(1))
     moved = optimizer.bytes_moved - before
     shard, updater = optimizer.prepare(), optimizer._matrices
-    layout = shard.layout.matrices([n for g in optimizer._groups if g.by_rule for n in g.parameters])
+    layout = shard.layout.matrices([n for g in optimizer._groups if g.rule for n in g.parameters])
     away = sum(f.length for m in updater.matrices for f in layout.cover(m.name, m.owner) if f.rank != m.owner)
     shapes = [{n: tuple(shard.layout.shapes[n]) for n in g.parameters} for g in optimizer._groups]
     planned = planned_layout(shapes, stage=stage, world_size=dist.get_world_size())

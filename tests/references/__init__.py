@@ -7,22 +7,29 @@ place, in fp32 or fp64. Random matrices are handed in, so that they can be those
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megalr.seeding import generator
+from tests.references.adam_mini import AdamMini
 from tests.references.adamw import AdamW
+from tests.references.adarankgrad import AdaRankGrad
 from tests.references.apollo import Apollo, ApolloMini
+from tests.references.badam import BAdam
+from tests.references.came import CAME
 from tests.references.common import Draw, Reference
 from tests.references.fira import Fira
+from tests.references.frugal import FRUGAL
 from tests.references.galore import GaLore
 from tests.references.golore import GoLore
 from tests.references.ldadam import LDAdam
 from tests.references.muon import Muon
 from tests.references.online_subspace_descent import OnlineSubspaceDescent
+from tests.references.q_galore import QGaLore
+from tests.references.scale import SCALE
 from tests.references.spam import SPAM
 from tests.references.stable_spam import StableSPAM
 
@@ -39,11 +46,25 @@ REFERENCES: dict[str, type[Reference]] = {
     "Muon": Muon,
     "StableSPAM": StableSPAM,
     "SPAM": SPAM,
+    "SCALE": SCALE,
+    "AdamMini": AdamMini,
+    "CAME": CAME,
+    "FRUGAL": FRUGAL,
+    "BAdam": BAdam,
+    "QGaLoreAdamW": QGaLore,
+    "AdaRankGrad": AdaRankGrad,
 }
 
 
 def reference_for(
-    type_name: str, shape: tuple[int, int], params: Mapping[str, Any], *, seed: int, name: str, phase: int
+    type_name: str,
+    shape: tuple[int, int],
+    params: Mapping[str, Any],
+    *,
+    seed: int,
+    name: str,
+    phase: int,
+    names: Sequence[str] = (),
 ) -> Reference:
     """The reference of one matrix under a JSON's ``optimizer``.
 
@@ -53,6 +74,7 @@ def reference_for(
         params: ``optimizer.params``; what is not of the rule (lr, weight_decay, target_modules, ...) is passed over,
             and so is "stagger", of which ``phase`` is the outcome.
         seed, name: the run's seed and the matrix's name, the keys of its random numbers.
+        names: of all matrices, for rules in which they take turns.
         phase: the remainder of the updates by the gap at which the matrix refreshes.
     """
     cls = REFERENCES[type_name]
@@ -60,6 +82,11 @@ def reference_for(
     given = {key: value for key, value in params.items() if key in known}
     if "draw" in known:
         given |= {"phase": phase, "draw": drawing(seed, name)}
+    if "permutation" in known:
+        # An order of blocks is the run's, not a matrix's.
+        given["permutation"] = permuting(seed, "badam" if cls is BAdam else name)
+    if "names" in known:
+        given |= {"name": name, "names": names or (name,)}
     return cls(shape, **given)
 
 
@@ -70,6 +97,15 @@ def drawing(seed: int, name: str) -> Draw:
         return torch.randn(rows, columns, generator=generator(seed, name, side, refresh_count))
 
     return draw
+
+
+def permuting(seed: int, *keys: str) -> Callable[..., Tensor]:
+    """The random permutations of a run, keyed as megalr keys them: (count, what for, length) -> indices."""
+
+    def permutation(count: int, what: str, length: int) -> Tensor:
+        return torch.randperm(length, generator=generator(seed, *keys, what, count))
+
+    return permutation
 
 
 def hyperparameters(cls: type[Reference]) -> dict[str, Any]:

@@ -34,6 +34,9 @@ class Muon(Reference):
         self.coefficients = ns_coefficients
         self.ns_steps = ns_steps
         self.ns_dtype = ns_dtype
+        self.reset()
+
+    def reset(self) -> None:
         self.M: Tensor | float = 0.0
 
     def update(self, G: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ class SPAM(Reference):
         threshold: float = 5000.0,
         reset_interval: int = 500,
         warmup_steps: int = 150,
+        density: float = 1.0,
         published: bool = False,
+        permutation: Callable[[int, str, int], Tensor] | None = None,
     ) -> None:
         self.beta1, self.beta2 = betas
         self.eps = eps
@@ -33,6 +36,9 @@ class SPAM(Reference):
         self.ramp_step = warmup_steps + 1  # as if the last reset were long past
         self.m = self.v = torch.zeros(shape)
         self.since_zero = 0  # updates made with these moments
+        self.density, self.permutation = density, permutation
+        self.masks = 0  # drawn so far
+        self.mask = torch.ones(shape, dtype=torch.bool)
 
     def reset(self) -> None:
         """The momentum reset, as an optimizer makes it between two updates."""
@@ -44,7 +50,9 @@ class SPAM(Reference):
         if self.interval and self.t % self.interval == 0:
             self.reset()
             self.ramp_step = 0
-        g = G
+        if self.density < 1 and (self.t == 1 or self.ramp_step == 0):
+            self.draw_mask()
+        g = G = G * self.mask  # of all others nothing is known, and nothing done with them
         if self.threshold and self.clips():
             g = torch.where(self.threshold * self.v < G**2, G.sign() * (self.threshold * self.v).sqrt(), G)
         self.since_zero += 1
@@ -62,6 +70,13 @@ class SPAM(Reference):
             decayed = 0.99 * (1 + math.cos(math.pi * self.ramp_step / (self.warmup + 1))) / 2
         self.ramp_step += 1
         return (1 - decayed) * direction
+
+    def draw_mask(self) -> None:
+        assert self.permutation is not None
+        size = self.mask.numel()
+        chosen = self.permutation(self.masks, "entries", size)[: max(1, round(self.density * size))]
+        self.mask = torch.zeros(size, dtype=torch.bool).index_fill(0, chosen, True).view(self.mask.shape)
+        self.masks += 1
 
     def clips(self) -> bool:
         if not self.published:

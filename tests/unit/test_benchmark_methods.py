@@ -175,8 +175,12 @@ def test_numbers_without_a_dot_are_numbers(write, launchers):
     [
         ("projected", 11, {None, 16, 32}),
         ("merge_rounding", 3, {32}),
-        ("paper_tiny", 16, {None, 32}),
+        ("paper_tiny", 17, {None, 32}),
         ("paper_smoke", 8, {None, 32}),
+        ("paper_60m", 17, {None, 1, 128}),
+        ("paper_130m", 17, {None, 1, 256}),
+        ("paper_350m", 17, {None, 1, 256}),
+        ("paper_1b", 17, {None, 1, 512}),
     ],
 )
 def test_the_shipped_recipes_are_valid(name, count, ranks):
@@ -188,6 +192,10 @@ def test_the_shipped_recipes_are_valid(name, count, ranks):
 def test_every_shipped_recipe_is_tested():
     assert {path.stem for path in (ROOT / "launchers" / "recipes").glob("*.yaml")} == {
         "merge_rounding",
+        "paper_130m",
+        "paper_1b",
+        "paper_350m",
+        "paper_60m",
         "paper_smoke",
         "paper_tiny",
         "projected",

@@ -10,6 +10,8 @@ from megalr.optim.groups import parameter_groups
 from megalr.rules.galore import GaLore
 from megalr.rules.registry import RULES
 
+ENDS = ("embedding", "head")
+
 
 def config(kind="GaLoreAdamW", section=None, **params):
     return MegalrConfig.from_json({"optimizer": {"type": kind, "params": params}, "megalr": section or {}})
@@ -79,6 +81,22 @@ def test_optimizer_inside_the_megalr_section():
         ("Muon", {"rank": 4}, 'no key "rank"'),
         ("Muon", {"momentum": 1.0}, "momentum is 1.0"),
         ("AdamW", {"target_modules": ["attn"]}, 'no key "target_modules"'),
+        ("AdamW", {"head": True}, 'no key "head"'),
+        ("Muon", {"head": 1}, "head is 1; expected true or false"),
+        ("SCALE", {"momentum": 1.0}, "momentum is 1.0"),
+        ("CAME", {"beta3": 1.0}, "beta3 is 1.0"),
+        ("CAME", {"eps2": 0.0}, "eps2 is 0.0; write a positive number"),
+        ("FRUGAL", {"density": 0.0}, r"density is 0.0; write a number in \(0, 1\]"),
+        ("FRUGAL", {"rank": 4}, 'no key "rank"'),
+        ("FRUGAL", {"moments": "transport"}, 'which needs a basis: write "reset" or "keep"'),
+        ("FRUGAL", {"projector": "svd", "proj_type": "full"}, "which FRUGAL does not define"),
+        ("BAdam", {"switch_interval": 0}, "switch_interval is 0"),
+        ("BAdam", {"blocks": []}, r"blocks is empty or names"),
+        ("AdaRankGrad", {"energy": 1.1}, r"energy is 1.1; write a number in \(0, 1\]"),
+        ("AdaRankGrad", {"projector": "power"}, 'one of "svd", "eigh", "randomized"'),
+        ("QGaLoreAdamW", {"moments": "reset"}, 'no key "moments"'),
+        ("QGaLoreAdamW", {"gamma_proj": 0.5}, "gamma_proj is 0.5; write a number of at least 1"),
+        ("QGaLoreAdamW", {"proj_type": "full"}, "which Q-GaLore does not define"),
         ("AdamW", {"adamw": {"lr": 1e-3}}, 'no key "adamw"'),
         ("GaLoreAdamW", {"lr": "auto"}, '"auto"; write a number'),
     ],
@@ -128,6 +146,22 @@ def test_target_modules_choose_by_name():
     # Embeddings and the head are never chosen.
     with pytest.raises(megalr.UserError, match="'lm_head' matches no matrix"):
         groups(target_modules=["lm_head"])
+
+
+def test_head_and_embeddings_where_the_rule_has_them():
+    def by(**params):
+        found = groups(adamw={"lr": 1e-3}, embedding={"eps": 1e-3}, rank=3, **params)
+        return {n: (list(g.parameters), g.rule is not None, g.settings.lr) for n, g in found.items() if n in ENDS}
+
+    embed, head = ["embed.weight"], ["lm_head.weight"]
+    assert by() == {"embedding": (embed + head, False, 1e-3)}
+    assert by(head=True) == {"embedding": (embed, False, 1e-3), "head": (head, True, 0.02)}
+    assert by(embeddings=True) == {"embedding": (embed, True, 0.02), "head": (head, False, 1e-3)}
+    assert by(head=True, embeddings=True) == {"embedding": (embed, True, 0.02), "head": (head, True, 0.02)}
+    assert groups(head=True, embedding={"lr": 0.5})["head"].settings.lr == 0.5
+    for key in ("head", "embeddings"):
+        with pytest.raises(megalr.UserError, match=f'trains no {key}: remove "{key}"'):
+            parameter_groups(nn.Sequential(nn.Linear(5, 4)), config(rank=4, **{key: True}).optimizer)
 
 
 def test_a_rank_above_every_matrix_is_refused():

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import megalr
+from megalr.rules.base import tensors_of
 from megalr.rules.registry import RULES
 from megalr.rules.spam import SPAM
 from megalr.rules.stable_spam import StableSPAM
-from tests.references import REFERENCES
-from tests.unit.rule_runs import LR, SHAPES, drifting_gradients, reference_weights, rule_weights, worst
+from tests.references import REFERENCES, reference_for
+from tests.unit.rule_runs import LR, NAME, SEED, SHAPES, drifting_gradients, reference_weights, rule_weights, worst
 
 BOUND = 2e-5
 UPDATES = 40
@@ -56,6 +57,19 @@ def test_spam_equals_its_reference(settings, published):
         gradients = spiky_gradients(shape, 60)
         expected = reference_weights(REFERENCES["SPAM"](shape, published=published, **settings), gradients)
         assert worst(rule_weights(SPAM(published=published, **settings), gradients), expected) < BOUND, shape
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("interval", [0, 11])
+def test_sparse_moments_equal_the_reference(interval, published):
+    params = {"density": 0.3, "reset_interval": interval, "warmup_steps": 4, "published": published}
+    for shape in SHAPES:
+        gradients = drifting_gradients(shape, UPDATES)
+        reference = reference_for("SPAM", shape, params, seed=SEED, name=NAME, phase=0)
+        assert worst(rule_weights(SPAM(**params), gradients), reference_weights(reference, gradients)) < BOUND, shape
+        rule = SPAM(**params)
+        state = rule.init_state(shape)
+        assert rule.state_bytes(shape) == sum(t.numel() * t.element_size() for t in tensors_of(state).values())
 
 
 def test_spam_clips_spikes_and_nothing_else():
