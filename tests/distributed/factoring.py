@@ -57,14 +57,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def factored_configuration(stage: int, case: str, accumulation: int = 1, **changes: Any) -> dict[str, Any]:
-    """A JSON for one of :data:`CASES`; ``section`` changes the "parametrization", ``params`` the optimizer's."""
+    """A JSON for one of :data:`CASES`; ``section``, ``params`` and ``rule`` change what their names say."""
     parametrization, sections = CASES[case]
     section = {**parametrization, **changes.pop("section", {})}
     params = {**ADAMW, **changes.pop("params", {})}
+    rule = changes.pop("rule", "AdamW")
     config = configuration(stage, accumulation, **changes)
     config["train_batch_size"] = rule_training.SEQUENCES
     config["train_micro_batch_size_per_gpu"] = rule_training.SEQUENCES // accumulation // dist.get_world_size()
-    config["optimizer"] = {"type": "AdamW", "params": params}
+    config["optimizer"] = {"type": rule, "params": params}
     config["megalr"] = {"parametrization": section, **sections}
     return config
 

@@ -74,3 +74,11 @@ def test_resume_of_rounded_merges_is_bitwise(ranks, stage, rounding, tmp_path):
     changes = {"bf16": {"enabled": True}, "section": {"merge_rounding": rounding}}
     different = ranks(2).run("tests.distributed.factoring:resume", stage, "relora, magnitude", str(tmp_path), **changes)
     assert different == [[], []]
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("case", ["lora, refactorized", "cola", "mora, rotated"])
+def test_a_rule_on_the_factors_gives_the_same_however_cut(ranks, case, stage):
+    alone = ranks(1).run("tests.distributed.factoring:train", 0, case, rule="Muon")[0]
+    got = ranks(3).run("tests.distributed.factoring:train", stage, case, rule="Muon")[0]
+    assert_same_weights(got, alone)

@@ -57,7 +57,8 @@ def test_a_mistake_in_the_json(tmp_path, sections, words):
 
 
 def test_an_export_of_what_has_no_dense_weights(tmp_path):
-    config = write_config(tmp_path / "mine.json", megalr={"parametrization": {"type": "cola", "rank": 8}})
+    section = {"parametrization": {"type": "cola", "rank": 8}, "refactorization": None, "momentum_reset": None}
+    config = write_config(tmp_path / "mine.json", megalr=section)
     flags = ["--deepspeed", config, *small_run(tmp_path), "--export", "dense"]
 
     assert "--export writes dense weights" in refused([*plain(), PRETRAIN, *flags], tmp_path)
