@@ -2,6 +2,7 @@
 
 python launchers/plan.py --models 60m 350m 1b --ranks 128 256 512 --stage 2 --processes 8
 python launchers/plan.py --optimizers GaLoreAdamW Muon --processes 8
+python launchers/plan.py --parametrizations sltrain lora --processes 8
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from megalr.config import FullConfig, LowRankConfig, OptimizerConfig, ParametrizationConfig, ProjectedConfig
 from megalr.errors import UserError
 from megalr.layers import parametrize
+from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.optim.groups import parameter_groups
 from megalr.optim.matrices import choose_owners, matrix_shapes, papers_floats, state_bytes
 from megalr.partition import planned_layout
@@ -41,6 +43,8 @@ def main() -> int:
             print(_row(_cells(name, "dense", FullConfig(), arguments)))
             print(_row(_cells(name, f"low-rank {rank}", LowRankConfig(rank=rank), arguments)))
             print(_row(_cells(name, f"projected {rank}", ProjectedConfig(rank=rank), arguments)))
+            for kind in arguments.parametrizations:
+                print(_row(_cells(name, f"{kind} {rank}", PARAMETRIZATIONS[kind](rank=rank), arguments)))
             for optimizer in arguments.optimizers:
                 print(_row(_rule_cells(name, rank, optimizer, arguments)))
     except UserError as error:
@@ -65,6 +69,14 @@ def _arguments() -> argparse.Namespace:
         choices=[name for name, kind in RULES.items() if kind is not None],
         metavar="OPTIMIZER",
         help=f"rules on the dense model to add, at the same r: {', '.join(n for n, kind in RULES.items() if kind)}",
+    )
+    parser.add_argument(
+        "--parametrizations",
+        nargs="+",
+        default=[],
+        choices=[name for name in PARAMETRIZATIONS if name not in ("full", "low_rank", "projected")],
+        metavar="PARAMETRIZATION",
+        help=f"others to add, at the same r: {', '.join(PARAMETRIZATIONS)}",
     )
     arguments = parser.parse_args()
     if len(arguments.models) != len(arguments.ranks):

@@ -22,8 +22,8 @@ ROPE_BASE = 10000.0
 class MoraConfig(Parametrization):
     """y = x W0ᵀ + decompress(M compress(x)) + bias in place of every linear layer that ``target_modules`` names.
 
-    W0 (m, n) is the layer's own weight, frozen. M (r̂, r̂), r̂ = floor(sqrt((m + n) r)), has no more elements than B and A
-    of LoRA with that r, but its change of W has a rank of r̂ or more; it starts at zero.
+    W0 (m, n) is the layer's own weight, frozen. M (r̂, r̂) has no more elements than B and A of LoRA with that r, but its
+    change of W has a rank of r̂ or more: r̂ = floor(sqrt((m + n) r)), and at most m and n. M starts at zero.
 
     Attributes:
         mora_type: 1 shares: the i-th compressed element is the sum of those whose place is i modulo r̂, and the output
@@ -41,20 +41,13 @@ class MoraConfig(Parametrization):
 
     def side(self, shape: torch.Size | tuple[int, int]) -> int:
         """r̂ of an m x n matrix."""
-        side = math.isqrt(sum(shape) * self.rank)
+        side = min(math.isqrt(sum(shape) * self.rank), *shape)
         return side // 2 * 2 if self.mora_type == 6 else side
 
     def check(self, name: str, layer: nn.Linear) -> None:
         super().check(name, layer)
         m, n = layer.out_features, layer.in_features
-        side = self.side((m, n))
-        if side > min(m, n):
-            most = min(m, n) ** 2 // (m + n)
-            raise UserError(
-                f"megalr.parametrization.rank is {self.rank}, which makes M of {name}, a {m} x {n} matrix, {side} x "
-                f"{side}: write a rank of at most {most}, or leave it out of target_modules"
-            )
-        if side == 0:
+        if self.side((m, n)) == 0:
             raise UserError(f"{name} is a {m} x {n} matrix, too small for MoRA: leave it out of target_modules")
 
     def replace(self, layer: nn.Linear, *, seed: int, name: str) -> MoraLinear:

@@ -127,6 +127,16 @@ def test_plan_has_a_row_for_each_rule():
     assert megabytes(muon[7]) == pytest.approx((adam + 4 * matrices / 8) / 1e6, rel=0.03)
 
 
+def test_plan_has_a_row_for_each_parametrization():
+    """SLTrain's paper count at 130M is 0.589 GB with indices of 32 bits."""
+    command = [sys.executable, str(MODELS.parent / "plan.py"), "--models", "130m", "--ranks", "256"]
+    kinds = ["sltrain", "lora", "relora", "cola", "mora", "loro", "switchlora"]
+    output = subprocess.run([*command, "--parametrizations", *kinds], capture_output=True, text=True, check=True).stdout
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines()[7:]]
+    assert [row[1] for row in cells] == [f"{kind} 256" for kind in kinds]
+    assert cells[0][3] == "589 MB" and cells[1][2:] == cells[2][2:] == cells[6][2:] and cells[3][2:] == cells[5][2:]
+
+
 def megabytes(cell):
     number, unit = cell.split()
     return float(number) * {"MB": 1, "GB": 1000}[unit]
