@@ -82,7 +82,7 @@ class Training:
         In the first gap each starts from a random basis and makes a whole randomized decomposition, once in a run.
         """
         state = self._optimizer.state_dict()
-        if "projected" in state["megalr"]:
+        if "layers" in state["megalr"]:
             for counts in state["megalr"]["layers"]["bases"].values():
                 counts["refreshes"] = max(1, counts["refreshes"])
             self._optimizer.load_state_dict(state)
