@@ -102,6 +102,7 @@ def check_float(op: str, name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def check_length(op: str, name: str, values: Sequence[object], first: str, tensors: Sequence[Tensor]) -> None:
+    """As many numbers as tensors."""
     if len(values) != len(tensors):
         fail(op, f"{name} has {len(values)} numbers and {first} {len(tensors)} tensors; give one for each of {first}")
 
@@ -117,6 +118,7 @@ def check_statistics(op: str, statistics: Tensor, first: str, tensors: Sequence[
 
 
 def fail(op: str, message: str) -> None:
+    """Raise the ValueError of an op."""
     raise ValueError(f"megalr.{op}: {message}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -13,6 +14,24 @@ from megalr.partition.exchange import Field
 
 # Gives the flat buffers of "exp_avg" or "exp_avg_sq", in the masters' layout.
 Moments = Callable[[str], Field]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What AdamW does at one update, to all of a group.
+
+    Attributes:
+        updates: made before.
+        count: of this one since the moments were zero, for the bias correction.
+        lr, betas, eps, weight_decay: AdamW's; the ramp is in the learning rate.
+    """
+
+    updates: int
+    count: int
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
 
 
 class LayerEvents(ABC):
@@ -51,26 +70,13 @@ class LayerEvents(ABC):
         """
         self._shard, self._exchange, self._moments = shard, exchange, moments
 
-    def update(
-        self,
-        which: Sequence[int],
-        gradients: Field,
-        *,
-        updates: int,
-        count: int,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, which: Sequence[int], gradients: Field, step: Step) -> None:
         """Update what lies in some of the flat buffers, all of :attr:`group`; collective.
 
         Args:
             which: the buffers, the same on every rank.
             gradients: flat, in the buffers' layout; may be modified.
-            updates: made so far.
-            count: of this update since the moments were zero, for the bias correction.
-            lr, betas, eps, weight_decay: AdamW's; the ramp is in the learning rate.
+            step: of AdamW.
         """
         raise NotImplementedError(f"{type(self).__name__} updates nothing itself")
 

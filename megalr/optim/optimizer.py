@@ -13,7 +13,7 @@ from megalr.errors import UserError
 from megalr.ops import low_rank_adam
 from megalr.optim.clock import Clock
 from megalr.optim.groups import ParameterGroup
-from megalr.optim.layer_events import LayerEvents
+from megalr.optim.layer_events import LayerEvents, Step
 from megalr.optim.matrices import MatrixUpdater
 from megalr.optim.refactorization import OwnedPairs, refactorize_pairs
 from megalr.optim.routing import routing_table
@@ -304,14 +304,13 @@ class MegalrOptimizer(torch.optim.Optimizer):
         clock = _clock_of(group["name"])
         for parameter in here.values():
             self._moments_of(parameter)
-        self._events.update(
-            sorted(here),
-            self._flat_gradients(here),
+        step = Step(
             updates=self.updates,
             count=self._clocks[clock].count + 1,
             lr=group["lr"] * self._ramp(clock),
             **{key: group[key] for key in ("betas", "eps", "weight_decay")},
         )
+        self._events.update(sorted(here), self._flat_gradients(here), step)
 
     def _flat_gradients(self, here: dict[int, Tensor]) -> list[Tensor]:
         """The gradients of some buffers, flat, in the buffers' layout; nothing of the others."""

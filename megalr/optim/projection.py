@@ -26,7 +26,7 @@ from torch import Tensor
 from megalr.layers.projected import ProjectedConfig, ProjectedLinear
 from megalr.ops import low_rank_adam, momentum_reset
 from megalr.optim.groups import logical_shape
-from megalr.optim.layer_events import LayerEvents, Moments
+from megalr.optim.layer_events import LayerEvents, Moments, Step
 from megalr.optim.merging import Merging
 from megalr.partition import Exchange, Fragment, Shard, frozen_parts
 from megalr.partition.exchange import Field, run_of, write
@@ -134,21 +134,10 @@ class Projections(LayerEvents):
             basis.owner = index % shard.layout.world_size
         self._merging = Merging(self._config.merge_rounding, shard, exchange, self._seed, self.remainders, "R")
 
-    def update(
-        self,
-        which: Sequence[int],
-        gradients: Field,
-        *,
-        updates: int,
-        count: int,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, which: Sequence[int], gradients: Field, step: Step) -> None:
         """Refresh the bases that are due, then AdamW on all R that lie in some of the flat buffers; collective."""
         here = [basis for basis in self.bases if any(self._buffer(name) in which for name in basis.layers)]
-        self._refresh([basis for basis in here if basis.due], which, gradients, updates)
+        self._refresh([basis for basis in here if basis.due], which, gradients, step.updates)
         runs: list[tuple[Fragment, int]] = []
         for basis in here:
             for name in basis.layers:
@@ -165,9 +154,17 @@ class Projections(LayerEvents):
         if runs:
             fields = (self._shard.buffers, gradients, self._moments("exp_avg"), self._moments("exp_avg_sq"))
             weights, grads, *moments = ([run_of(flat, fragment) for fragment, _ in runs] for flat in fields)
-            steps = [step for _, step in runs]
-            low_rank_adam(weights, grads, *moments, steps=steps, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self._kept = 1 - lr * weight_decay
+            low_rank_adam(
+                weights,
+                grads,
+                *moments,
+                steps=[count for _, count in runs],
+                lr=step.lr,
+                betas=step.betas,
+                eps=step.eps,
+                weight_decay=step.weight_decay,
+            )
+        self._kept = 1 - step.lr * step.weight_decay
 
     def end_update(self, updates: int) -> list[int]:
         """Count an update, make the refreshes that need no gradient, have layers prepare for those that do."""

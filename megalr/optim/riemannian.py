@@ -18,7 +18,7 @@ from torch import Tensor
 from megalr.layers.loro import LoroConfig
 from megalr.layers.low_rank import LowRankLinear
 from megalr.ops import low_rank_adam
-from megalr.optim.layer_events import LayerEvents, Moments
+from megalr.optim.layer_events import LayerEvents, Moments, Step
 from megalr.optim.refactorization import OwnedPairs
 from megalr.partition import Exchange, Fragment, Item, Shard, buckets
 from megalr.partition.exchange import COPIES, Field, run_of
@@ -45,7 +45,7 @@ class RiemannianSteps(LayerEvents):
         self._layers: dict[str, LowRankLinear] = dict(layers)
         self._config = config
         self._steps = 0
-        self._settings: dict[str, Any] = {}
+        self._last: Step
 
     @property
     def made(self) -> int:
@@ -62,21 +62,10 @@ class RiemannianSteps(LayerEvents):
             for fragment in shard.layout.on(f"{name}.{factor}", shard.rank)
         ]
 
-    def update(
-        self,
-        which: Sequence[int],
-        gradients: Field,
-        *,
-        updates: int,
-        count: int,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, which: Sequence[int], gradients: Field, step: Step) -> None:
         """A lazy update: AdamW; or, where an exact step is due, the moments' part of it."""
-        exact = self._due(updates + 1)
-        self._settings = {"count": count, "lr": lr, "betas": betas, "eps": eps}
+        exact = self._due(step.updates + 1)
+        self._last = step
         by_scale: dict[float, list[Fragment]] = {}
         for fragment, scale in self._own:
             if fragment.buffer in which:
@@ -88,12 +77,12 @@ class RiemannianSteps(LayerEvents):
                 weights,
                 grads,
                 *moments,
-                steps=[count] * len(own),
-                lr=lr * scale,
-                betas=betas,
-                eps=eps,
+                steps=[step.count] * len(own),
+                lr=step.lr * scale,
+                betas=step.betas,
+                eps=step.eps,
                 # Decay is by the learning rate itself; there is none in an exact step.
-                weight_decay=weight_decay / scale if scale else 0.0,
+                weight_decay=step.weight_decay / scale if scale else 0.0,
             )
 
     def resets_due(self, updates: int) -> set[str]:
@@ -139,12 +128,12 @@ class RiemannianSteps(LayerEvents):
 
     def _exact(self, b: Sequence[Tensor], a: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
         directions = (self._direction(*moments) for moments in (b[1:], a[1:]))
-        return exact_step(b[0], a[0], *directions, lr=self._settings["lr"])
+        return exact_step(b[0], a[0], *directions, lr=self._last.lr)
 
     def _direction(self, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
         """Adam's, from moments that this update's gradient is in."""
-        (beta1, beta2), count = self._settings["betas"], self._settings["count"]
-        root = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**count)).add_(self._settings["eps"])
+        (beta1, beta2), count = self._last.betas, self._last.count
+        root = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**count)).add_(self._last.eps)
         return exp_avg / (1 - beta1**count) / root
 
 

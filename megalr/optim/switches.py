@@ -17,7 +17,7 @@ from torch import Tensor
 from megalr.layers.low_rank import uniform_
 from megalr.layers.switchlora import SwitchLoraConfig, SwitchLoraLinear
 from megalr.ops import low_rank_adam
-from megalr.optim.layer_events import LayerEvents, Moments
+from megalr.optim.layer_events import LayerEvents, Moments, Step
 from megalr.optim.merging import Merging
 from megalr.partition import Exchange, Fragment, Shard
 from megalr.partition.exchange import Field
@@ -72,33 +72,24 @@ class Switches(LayerEvents):
         super().attach(shard, exchange, moments)
         self._merging = Merging(self._config.merge_rounding, shard, exchange, self._seed, self.remainders, "B")
 
-    def update(
-        self,
-        which: Sequence[int],
-        gradients: Field,
-        *,
-        updates: int,
-        count: int,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> None:
+    def update(self, which: Sequence[int], gradients: Field, step: Step) -> None:
         """AdamW on all rows but those that rest."""
         fields = (self._shard.buffers, gradients, self._moments("exp_avg"), self._moments("exp_avg_sq"))
         runs: list[list[Tensor]] = [[] for _ in fields]
         steps: list[int] = []
         for name, starts in self._starts.items():
             for start, rows in _equal(starts):
-                if start > updates:
+                if start > step.updates:
                     continue
                 for fragment, run in self._runs(name, rows):
                     if fragment.buffer in which:
-                        steps.append(updates + 1 - start)
+                        steps.append(step.updates + 1 - start)
                         for found, field in zip(runs, fields, strict=True):
                             found.append(field[fragment.buffer][run])
         if steps:
-            low_rank_adam(*runs, steps=steps, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+            low_rank_adam(
+                *runs, steps=steps, lr=step.lr, betas=step.betas, eps=step.eps, weight_decay=step.weight_decay
+            )
 
     def end_update(self, updates: int) -> list[int]:
         switches = {name: self._plan(name, updates) for name in self._layers}
