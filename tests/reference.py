@@ -7,12 +7,14 @@ m x n product itself, in fp64. Another rule on the factors comes from tests/refe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tests.references import reference_for
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Recipe:
     reset_every: int = 0
     reset_all: bool = False
     ramp_steps: int = 10
-    rule: Callable[[tuple[int, ...]], Any] | None = None  # a factor's reference, by its shape; None for AdamW
+    rule: tuple[str, Mapping[str, Any]] | None = None  # on the factors: its type and settings; None for AdamW
 
 
 class Reference:
@@ -46,8 +48,12 @@ class Reference:
         self.since_reset: dict[str, int | None] = dict.fromkeys(self.weights)
         self.step_count = 0
         self.factors = [name for name in self.weights if name.endswith((".A", ".B"))]
-        ruled = self.factors if recipe.rule else []
-        self.rules = {name: recipe.rule(tuple(self.weights[name].shape)) for name in ruled}
+        self.rules: dict[str, Any] = {}
+        if recipe.rule is not None:
+            rule, settings = recipe.rule
+            for name in self.factors:
+                shape = tuple(self.weights[name].shape)
+                self.rules[name] = reference_for(rule, shape, settings, seed=0, name=name, phase=0, names=self.factors)
 
     def step(self, micro_batches: Iterable[Tensor]) -> float:
         """One update from the mean gradient of the micro-batches (each: token ids, (sequences, length))."""

@@ -20,10 +20,16 @@ TITLES = {
     "galore": "GaLoreAdamW rule",
     "input": "projected, input",
     "shared": "projected, input, shared basis",
+    "kept": "projected, input, shared basis, W kept",
     "std": "projected, std",
 }
 COUNTED = ("adamw", "galore", "input", "shared")
-PROJECTED = ("input", "shared", "std")
+PROJECTED = {
+    "input": {"side": "input", "share_basis": False},
+    "shared": {"side": "input", "share_basis": True},
+    "kept": {"side": "input", "share_basis": True, "compute": "materialized"},
+    "std": {"side": "std", "share_basis": False},
+}
 # Groups of parameters that hold what is not embedding, head or norm; a model has one of them.
 MATRIX_GROUPS = ("trunk", "matrices", "projected")
 
@@ -41,8 +47,7 @@ def configuration(method: str, rank: int, gap: int) -> dict[str, Any]:
         return {"optimizer": {"type": "GaLoreAdamW", "params": {"lr": LR, "scale": 0.25, **projection}}}
     section: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.0}}}
     if method in PROJECTED:
-        sides = {"side": "std" if method == "std" else "input", "share_basis": method == "shared"}
-        section["megalr"] = {"parametrization": {"type": "projected", **sides, **projection}}
+        section["megalr"] = {"parametrization": {"type": "projected", **PROJECTED[method], **projection}}
     return section
 
 

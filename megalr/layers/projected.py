@@ -20,6 +20,7 @@ from megalr.rules.bases import Projector, Side, random_basis
 from megalr.sections import require
 from megalr.seeding import generator
 
+Compute = Literal["auto", "low_rank", "rematerialized", "materialized"]
 # Layers of one parent that read the same input, under the names that they have in the models of transformers.
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -41,8 +42,9 @@ class ProjectedConfig(Parametrization):
             updates 0, gap, 2 gap, ..., as GaLore does.
         share_basis: layers that read the same input keep one Q, from their stacked gradients, and save one x Q. None:
             they do where the basis is the input's.
-        compute: "low_rank" computes x W0ᵀ + (x Q) Rᵀ, "materialized" forms W0 + R Qᵀ for each pass and frees it,
-            "auto" takes what needs fewer operations for the tokens at hand.
+        compute: "low_rank" computes x W0ᵀ + (x Q) Rᵀ, "rematerialized" forms W0 + R Qᵀ for each pass and frees it,
+            "auto" takes of these what needs fewer operations for the tokens at hand. "materialized" forms W0 + R Qᵀ
+            once for both passes: the fastest from some r tokens on, for m x n more that is saved in between.
         merge_rounding: how W0 + R Qᵀ becomes W0 in a model of 16 bits: to "nearest", "stochastic"ally, or to nearest
             with the "remainder" kept in 16 bits more, sharded over the ranks.
     """
@@ -69,7 +71,7 @@ class ProjectedConfig(Parametrization):
     moments: Literal["keep", "reset", "transport"] = "keep"
     stagger: bool = True
     share_basis: bool | None = None
-    compute: Literal["auto", "low_rank", "materialized"] = "auto"
+    compute: Compute = "auto"
     merge_rounding: Literal["nearest", "stochastic", "remainder"] = "nearest"
 
     def __post_init__(self) -> None:
@@ -155,7 +157,7 @@ class ProjectedLinear(nn.Module):
         bias: nn.Parameter | None,
         *,
         side: Side,
-        compute: Literal["auto", "low_rank", "materialized"] = "auto",
+        compute: Compute = "auto",
     ) -> None:
         """
         Args:
@@ -197,12 +199,14 @@ class ProjectedLinear(nn.Module):
     def materializes(self, tokens: int) -> bool:
         """Whether W is formed for an input of so many tokens.
 
-        That costs m·n·r operations in the forward pass and as many in the backward pass. It saves (x Q) Rᵀ in the
-        first, and (dy R) Qᵀ in the second: for each token (2 m + n)·r with Q, (m + 2 n)·r with P.
+        For each of the two passes that costs m·n·r operations. It saves (x Q) Rᵀ in the first, and (dy R) Qᵀ in the
+        second: for each token (2 m + n)·r with Q, (m + 2 n)·r with P.
         """
         m, n = self.out_features, self.in_features
         saved = 2 * m + n if self.side == "right" else m + 2 * n
-        return self.compute == "materialized" or (self.compute == "auto" and tokens * saved > 2 * m * n)
+        if self.compute == "auto":
+            return tokens * saved > 2 * m * n
+        return self.compute != "low_rank"
 
     def materialized(self) -> Tensor:
         """W0 + R Qᵀ, or W0 + P R: (m, n), new."""
@@ -272,8 +276,11 @@ class _Projected(torch.autograd.Function):
         materialize: bool,
     ) -> Tensor:
         flat, dtype = x.reshape(-1, layer.in_features), x.dtype  # the weights' own, but under autocast
+        saved = [x if latent is None else latent]
         if materialize:
-            y = flat @ layer.materialized().to(dtype).T
+            weight = layer.materialized().to(dtype)
+            y = flat @ weight.T
+            saved += [weight] * (layer.compute == "materialized")
         elif latent is not None:
             y = (flat @ layer.weight.to(dtype).T).addmm_(latent, r.to(dtype).T)
         else:
@@ -281,7 +288,7 @@ class _Projected(torch.autograd.Function):
         if bias is not None:
             y += bias.to(dtype)
         ctx.layer, ctx.materialize, ctx.shape = layer, materialize, x.shape
-        ctx.save_for_backward(x if latent is None else latent)
+        ctx.save_for_backward(*saved)
         return y.view(*x.shape[:-1], layer.out_features)
 
     @staticmethod
@@ -289,13 +296,13 @@ class _Projected(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layer: ProjectedLinear = ctx.layer
         dy = grads[0].reshape(-1, layer.out_features)
-        (kept,) = ctx.saved_tensors
+        kept, *weights = ctx.saved_tensors
         dtype, right = kept.dtype, layer.side == "right"
         dx = dr = dbias = None
         low = None if right else dy @ layer.basis.to(dtype)  # (tokens, r)
         if ctx.needs_input_grad[0]:
             if ctx.materialize:
-                dx = dy @ layer.materialized().to(dtype)
+                dx = dy @ (weights[0] if weights else layer.materialized().to(dtype))
             elif low is None:
                 dx = (dy @ layer.weight.to(dtype)).addmm_(dy @ layer.R.to(dtype), layer.basis.to(dtype).T)
             else:

@@ -50,6 +50,7 @@ SETTINGS = {
     "random": {"projector": "random", "moments": "transport"},
     "random from the sixth update": {"random_from": 6, "moments": "transport"},
     "materialized": {"compute": "materialized"},
+    "rematerialized": {"compute": "rematerialized"},
     "low-rank": {"compute": "low_rank"},
 }
 

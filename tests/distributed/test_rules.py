@@ -200,7 +200,7 @@ def test_bf16(ranks, optimizer, case):
 
 
 # Rules whose state is of a form of its own, each at one stage; at the others in the slow selection.
-NEWER = ["StableSPAM", "SPAM", "SCALE", "AdamMini", "CAME", "FRUGAL", "BAdam", "QGaLoreAdamW"]
+NEWER = ["StableSPAM", "SPAM", "SCALE", "AdamMini", "CAME", "FRUGAL", "BAdam", "QGaLoreAdamW", "AdaRankGrad"]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_infinite_gradient_changes_nothing(ranks, stage, rank, where, precision)
 
 
 # Each rule whose state is of a form of its own, at one stage; at the others in the slow selection.
-NEWER = ["StableSPAM", "SPAM", "SCALE", "AdamMini", "CAME", "FRUGAL", "BAdam", "QGaLoreAdamW"]
+NEWER = ["StableSPAM", "SPAM", "SCALE", "AdamMini", "CAME", "FRUGAL", "BAdam", "QGaLoreAdamW", "AdaRankGrad"]
 
 
 @pytest.mark.parametrize(

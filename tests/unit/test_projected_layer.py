@@ -29,7 +29,7 @@ def layer_of(side="input", compute="auto", *, bias=True, share=False, seed=0):
     return layer, dense
 
 
-@pytest.mark.parametrize("compute", ["low_rank", "materialized", "auto"])
+@pytest.mark.parametrize("compute", ["low_rank", "materialized", "rematerialized", "auto"])
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_both_passes_are_the_dense_layers(side, compute, bias):
@@ -53,7 +53,7 @@ def test_both_passes_are_the_dense_layers(side, compute, bias):
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
-@pytest.mark.parametrize("compute", ["low_rank", "materialized"])
+@pytest.mark.parametrize("compute", ["low_rank", "materialized", "rematerialized"])
 def test_gradients_by_finite_differences(side, compute):
     layer, _ = layer_of(side, compute)
     layer.double()
@@ -84,13 +84,13 @@ def saved_elements(function):
     return sizes
 
 
-@pytest.mark.parametrize("compute", ["low_rank", "materialized"])
-def test_the_input_side_saves_r_numbers_a_token(compute):
+@pytest.mark.parametrize(("compute", "weights"), [("low_rank", []), ("rematerialized", []), ("materialized", [M * N])])
+def test_the_input_side_saves_r_numbers_a_token(compute, weights):
     x = torch.randn(2, 5, N, requires_grad=True)
     layer, _ = layer_of("input", compute)
-    assert saved_elements(lambda: layer(x)) == [10 * RANK]
+    assert saved_elements(lambda: layer(x)) == [10 * RANK, *weights]
     layer, _ = layer_of("output", compute)
-    assert saved_elements(lambda: layer(x)) == [10 * N]
+    assert saved_elements(lambda: layer(x)) == [10 * N, *weights]
 
 
 def test_auto_chooses_by_the_tokens():
@@ -99,7 +99,7 @@ def test_auto_chooses_by_the_tokens():
     assert [layer.materializes(tokens) for tokens in (1, 3, 4, 100)] == [False, False, True, True]
     layer = ProjectedLinear(nn.Parameter(torch.empty(8, 4)), torch.empty(8, 2), None, side="left")
     assert [layer.materializes(tokens) for tokens in (1, 4, 5)] == [False, False, True]
-    for compute, expected in (("low_rank", False), ("materialized", True)):
+    for compute, expected in (("low_rank", False), ("rematerialized", True), ("materialized", True)):
         layer.compute = compute
         assert layer.materializes(1) == layer.materializes(1000) == expected
 
@@ -137,7 +137,7 @@ def test_a_shared_basis_has_one_latent(monkeypatch):
         assert all(x is None for x in held)
 
 
-@pytest.mark.parametrize("compute", ["low_rank", "materialized"])
+@pytest.mark.parametrize("compute", ["low_rank", "materialized", "rematerialized"])
 def test_a_shared_latent_changes_no_gradient(compute):
     ids = torch.arange(12).view(2, 6)
     shared = llama(True, compute=compute)
@@ -153,12 +153,13 @@ def test_a_shared_latent_changes_no_gradient(compute):
         torch.testing.assert_close(grad, results[1][name], msg=name)
 
 
+@pytest.mark.parametrize("compute", ["auto", "materialized"])
 @pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
-def test_activation_checkpointing_changes_nothing(kind):
+def test_activation_checkpointing_changes_nothing(kind, compute):
     ids = torch.arange(12).view(2, 6)
     results = []
     for checkpointing in (False, kind):
-        model = llama(True, checkpointing).train()
+        model = llama(True, checkpointing, compute=compute).train()
         for layer in projected_layers(model).values():
             layer.collecting = True
         for _ in range(2):  # the second meets what the first may have left behind
@@ -180,7 +181,7 @@ def test_layers_that_are_called_with_different_inputs_share_no_latent():
     torch.testing.assert_close(attention.k_proj.R.grad, expected)
 
 
-@pytest.mark.parametrize("compute", ["low_rank", "materialized"])
+@pytest.mark.parametrize("compute", ["low_rank", "materialized", "rematerialized"])
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("shape", [(0, N), (2, 0, N)])
 def test_no_tokens(side, compute, shape):
@@ -193,7 +194,7 @@ def test_no_tokens(side, compute, shape):
     assert x.grad.shape == x.shape and not layer.R.grad.any()
 
 
-@pytest.mark.parametrize("compute", ["low_rank", "materialized"])
+@pytest.mark.parametrize("compute", ["low_rank", "materialized", "rematerialized"])
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_autocast(side, compute):
     """Weights in fp32, arithmetic in bf16, gradients in fp32 again; near to what fp32 gives."""
