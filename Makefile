@@ -62,10 +62,11 @@ clean: ## remove .venv, .venv-cuda and every cache; runs/ stays
 DEEPSPEED = PATH="$$PWD/$(VENV)/bin:$$PATH" $(PY) -m deepspeed.launcher.runner
 
 # Where there is no GPU: two processes, so that the shards are real, which share the cores. DeepSpeed reads LOCAL_SIZE
-# for its number of processes on a CPU only; with GPUs every GPU gets one.
+# for its number of processes on a CPU only; with GPUs every GPU gets one. glibc shall keep what is freed: the kernel would
+# hand it out again page by page, zeroed.
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 CPU_RANKS := $(shell [ $(CORES) -gt 1 ] && echo 2 || echo 1)
-ON_CPU = LOCAL_SIZE=$${LOCAL_SIZE:-$(CPU_RANKS)} OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(shell echo $$(($(CORES) / $(CPU_RANKS))))}
+ON_CPU = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=$$((1 << 40)) LOCAL_SIZE=$${LOCAL_SIZE:-$(CPU_RANKS)} OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(shell echo $$(($(CORES) / $(CPU_RANKS))))}
 
 $(STAMP): requirements.txt requirements-compare.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
