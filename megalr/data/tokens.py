@@ -151,6 +151,7 @@ class TokenCache:
     def _chunks(self, pieces: Iterator[Piece]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Runs of tokens, with the document ends inside each counted from the run's start."""
         encoder = self._encoder()
+        marks, unknown = sorted(unused_marks(self._tokenizer)), self._tokenizer.unk_token_id
         left = self._limit
         while batch := _take(pieces):
             ids: list[int] = []
@@ -164,7 +165,10 @@ class TokenCache:
             if left is not None and len(ids) >= left:
                 ids = ids[:left]
                 ends = [end for end in ends if end < left] + [left]
-            yield np.array(ids, dtype=np.int64), np.array(ends, dtype=np.int64)
+            array = np.array(ids, dtype=np.int64)
+            if marks and unknown is not None:  # the name of such a token, which some vocabularies have as a word, too
+                array[np.isin(array, marks)] = unknown
+            yield array, np.array(ends, dtype=np.int64)
             if left is not None:
                 left -= len(ids)
                 if left == 0:
@@ -179,6 +183,12 @@ class TokenCache:
         encoder.no_padding()
         encoder.encode_special_tokens = True
         return encoder
+
+
+def unused_marks(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Special tokens that no text is turned into, such as T5's sentinels: all but those that every model has."""
+    used = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    return set(tokenizer.all_special_ids) - set(used)
 
 
 def _take(pieces: Iterator[Piece]) -> list[Piece]:

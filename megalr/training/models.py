@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megalr.data.tokens import unused_marks
 from megalr.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,12 +49,14 @@ def fit_to_text(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, sequenc
     """Check that the model can read the text, and give it the tokenizer's special tokens, in place.
 
     Raises:
-        UserError: a vocabulary smaller than the tokenizer's, or a sequence longer than the model's.
+        UserError: a vocabulary that lacks tokens which a text can have, or a sequence longer than the model's.
     """
-    if config.vocab_size < len(tokenizer):
+    # The paper's models have 32,000 entries for T5's tokenizer, whose last 100 are marks that no text contains.
+    entries = 1 + max(set(tokenizer.get_vocab().values()) - unused_marks(tokenizer))
+    if config.vocab_size < entries:
         raise UserError(
-            f"the model's vocabulary has {config.vocab_size:,} entries, the tokenizer's {len(tokenizer):,}: "
-            f"write a vocab_size of at least {len(tokenizer)} in the model's JSON, or choose another "
+            f"the model's vocabulary has {config.vocab_size:,} entries, the tokenizer's {entries:,}: "
+            f"write a vocab_size of at least {entries} in the model's JSON, or choose another "
             "tokenizer"
         )
     if sequence_length > config.max_position_embeddings:

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import T5TokenizerFast
 
 from megalr.config import MegalrConfig
 from megalr.data import load_tokenizer
+from megalr.data.sources import LocalText
+from megalr.data.tokens import TokenCache
 from megalr.errors import UserError
 from megalr.training.deepspeed_check import check_deepspeed_config
 from megalr.training.ds_config import Request, resolve
@@ -58,6 +61,36 @@ def test_a_larger_vocabulary_is_fine(tokenizer):
     config = read_model_config("60m", MODELS)
     fit_to_text(config, tokenizer, 256)
     assert config.eos_token_id == tokenizer.eos_token_id
+
+
+def t5_tokenizer(sentinels_are_words: bool):
+    """Of the form that t5-base has: 32,000 pieces, and 100 sentinels after them."""
+    letters = [(letter, -9.0) for letter in "abcdefghijklmnopqrstuvwxyz<>_0123456789▁"]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters]
+    pieces += [(f"▁w{i}", -10.0) for i in range(32_000 - len(pieces))]
+    if sentinels_are_words:
+        pieces += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(100))]
+    return T5TokenizerFast(vocab=pieces, extra_ids=100)
+
+
+@pytest.mark.parametrize("sentinels_are_words", [False, True])
+def test_the_papers_models_fit_the_papers_tokenizer(sentinels_are_words, tmp_path):
+    tokenizer = t5_tokenizer(sentinels_are_words)
+    assert len(tokenizer) == 32_100
+    config = read_model_config("60m", MODELS)
+    fit_to_text(config, tokenizer, 256)
+    assert config.vocab_size == 32_000
+    # And no text, not even one with a sentinel's name in it, becomes a token that the model lacks.
+    file = tmp_path / "text.txt"
+    file.write_text("w5 <extra_id_7><extra_id_0> w17")
+    cache = TokenCache(LocalText((file,), "text"), tokenizer, tmp_path, None)
+    cache.write()
+    tokens = cache.load().tokens
+    assert tokens.max() < 32_000
+    assert (tokenizer.unk_token_id in tokens) == sentinels_are_words
+    config.vocab_size = 31_999
+    with pytest.raises(UserError, match="31,999 entries, the tokenizer's 32,000"):
+        fit_to_text(config, tokenizer, 256)
 
 
 def test_a_sequence_longer_than_the_model_is_refused(tokenizer):
