@@ -11,7 +11,7 @@ SHAPE |= {"model_type": "llama", "vocab_size": 4096, "max_position_embeddings": 
 
 # In place of launchers/pretrain.py. What comes of a run follows from its rate and seed; a line is kept of every start.
 FAKE = """
-import json, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
 flags = sys.argv[1:]
 value = lambda flag: flags[flags.index(flag) + 1]
 folder = pathlib.Path(value("--output"))
@@ -25,6 +25,9 @@ row = lambda step, loss: json.dumps({"step": step, "tokens": 8 * step, "loss": l
 if lr == 7:
     print("something is broken")
     sys.exit(2)
+if lr == 8:
+    (folder / "metrics.jsonl").write_text(row(1, 5.0) + '{"step": 2, "lo')
+    os.kill(os.getpid(), signal.SIGKILL)
 if lr == 9:
     (folder / "metrics.jsonl").write_text(row(1, 5.0) + row(2, float("nan")))
     print("error: the loss is nan at step 2")

@@ -210,13 +210,6 @@ def test_a_second_start_trains_only_what_is_missing(write, launchers, capsys):
     assert "9 of 10 runs" not in capsys.readouterr().out
 
 
-def test_a_failure_stops_and_shows_the_last_lines(write, launchers):
-    broken = {"a": {**method(), "learning_rates": [0.01, 7, 0.02]}}
-    with pytest.raises(UserError, match="failed with exit code 2(.|\n)*something is broken"):
-        compare(write(methods=broken), launchers)
-    assert starts(launchers) == ["0.01 0", "7 0"]
-
-
 def test_every_rate_diverged(write, launchers, capsys):
     output = compare(write(methods={"a": {**method(), "learning_rates": [9]}}), launchers)
     assert "| a | inf | 9 | 9: inf |" in (output / "table.md").read_text()
