@@ -1,7 +1,8 @@
 """Methods: every method of a recipe trains the same model on the same text, each at the best of its learning rates.
 
 Each run is one process of launchers/pretrain.py. Its result becomes a line of results.jsonl in the output folder and is
-not computed again: a benchmark that was killed goes on when it is started again. A run that fails holds no other up;
+not computed again: a benchmark that was killed goes on when it is started again, with "save_every" in the recipe from
+the checkpoints of the runs that were under way. A run that fails holds no other up;
 what has failed is listed at the end, and tried again at the next start.
 """
 
@@ -111,6 +112,7 @@ class Trainer:
         self._gpus = _gpus(jobs * processes)
         self._done = self._all = 0
         self._failed: list[str] = []
+        self._resumed: set[str] = set()  # keys of runs that went on from a checkpoint
 
     def train_all(self, recipe: Recipe) -> list[str]:
         """First every method's grid, then the best rate of each whole grid with the other seeds.
@@ -153,11 +155,17 @@ class Trainer:
             self._note(by_folder[ended.name], ended)
 
     def _command(self, one: Run) -> list[str]:
-        """The launcher's flags; what a killed benchmark left of the run is deleted by it."""
+        """The launcher's flags; what a killed benchmark left of the run goes on from its checkpoint, or is deleted."""
         config = self._folder / f"{one.folder}.json"
         config.write_text(json.dumps(one.config, indent=2) + "\n", encoding="utf-8")
-        output = str(self._folder / one.folder)
-        return [str(self._launcher), "--deepspeed", str(config), *one.flags, "--output", output, "--overwrite"]
+        folder = RunFolder(self._folder / one.folder)
+        start = "--overwrite"
+        if folder.can_resume:  # of this very run: the folder's name has the key
+            start = "--resume"
+            folder.summary.unlink(missing_ok=True)  # killed after its last step: the launcher continues no finished run
+            self._resumed.add(one.key)
+            print(f"{one.title}: goes on from its checkpoint", flush=True)
+        return [str(self._launcher), "--deepspeed", str(config), *one.flags, "--output", str(folder.path), start]
 
     def _note(self, one: Run, ended: Ended) -> None:
         folder = RunFolder(self._folder / one.folder)
@@ -167,7 +175,10 @@ class Trainer:
         except UserError as error:
             self._failed.append(f"  {one.title}: {ended.log}")
             print(f"[{self._done}/{self._all}] error: {error}", flush=True)
+            if one.key in self._resumed:
+                print(f"  it went on from a checkpoint; to train it from its start, delete {folder.path}", flush=True)
             return
+        row["resumed"] = one.key in self._resumed  # tokens per second and seconds are of the last part alone
         self._results.append(row)
         perplexity = f"perplexity {score(row):,.2f}"
         if row["tokens_per_second"]:

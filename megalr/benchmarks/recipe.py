@@ -38,6 +38,8 @@ class Settings:
         micro_batch_size: sequences at a time; None for the launcher's choice.
         seeds: over which the table averages.
         grid_seed: of the runs that choose the learning rate; it need not be among the seeds.
+        save_every: updates between two checkpoints of a run, from which a benchmark that was killed goes on; all of
+            them lie on the disk until the run has ended. None for none before its end.
     """
 
     steps: int
@@ -47,10 +49,12 @@ class Settings:
     micro_batch_size: int | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     grid_seed: int = 0
+    save_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "sequence_length"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; write at least 1")
+        for name in ("steps", "batch_size", "sequence_length", "save_every"):
+            number = getattr(self, name)
+            require(number is None or number >= 1, f"{name} is {number}; write at least 1")
         require(bool(self.seeds), "seeds is empty; write e.g. [0, 1, 2]")
         require(len(set(self.seeds)) == len(self.seeds), f"seeds names one twice: {list(self.seeds)}")
 

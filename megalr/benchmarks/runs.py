@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 # Groups that all methods train alike with AdamW, and the key of optimizer.params that says how. The head is a group of
 # its own where a rule has it or the embeddings.
 SHARED_GROUPS = {"embedding": "embedding", "head": "embedding", "norm": "norm"}
+# Settings that no run's result depends on, or that its key has elsewhere.
+NOT_INPUTS = ("model", "seeds", "grid_seed", "save_every")
 VERSIONS_OF = ("torch", "deepspeed", "transformers")
 
 
@@ -189,13 +191,14 @@ class Recipe:
         flags += [] if self._tokenizer is None else ["--tokenizer", self._tokenizer]
         for flag, names in (("--dataset", self._train), ("--eval-dataset", self._validation)):
             flags += [flag, *names] if names else []
-        # Rates are chosen on the first half of the held-out text, the table is made of the second. Checkpoints and
-        # evaluations on the way would cost time that is no method's.
-        return [*flags, "--test-half", "--eval-every", str(settings.steps), "--save-every", str(settings.steps)]
+        # Rates are chosen on the first half of the held-out text, the table is made of the second. Evaluations on the
+        # way would cost time, and so would checkpoints that nobody has asked for.
+        save_every = settings.save_every or settings.steps
+        return [*flags, "--test-half", "--eval-every", str(settings.steps), "--save-every", str(save_every)]
 
     def _read_inputs(self) -> dict[str, Any]:
         return {
-            **{k: v for k, v in vars(self.settings).items() if k not in ("model", "seeds", "grid_seed")},
+            **{k: v for k, v in vars(self.settings).items() if k not in NOT_INPUTS},
             "model": self.model.to_dict(),
             "text": {k: v for k, v in vars(self._text).items() if k not in ("train", "validation", "tokenizer")},
             "table": "test half",  # of the held-out text; rates are chosen on the first

@@ -18,7 +18,7 @@ folder = pathlib.Path(value("--output"))
 params = json.loads(pathlib.Path(value("--deepspeed")).read_text())["optimizer"]["params"]
 lr, seed = params["lr"], int(value("--seed"))
 with (pathlib.Path(__file__).parent / "starts").open("a") as file:
-    file.write(f"{lr:g} {seed}\\n")
+    file.write(f"{lr:g} {seed}{' resumed' * ('--resume' in flags)}\\n")
 folder.mkdir(parents=True, exist_ok=True)
 time.sleep(params.get("weight_decay", 0.0))
 row = lambda step, loss: json.dumps({"step": step, "tokens": 8 * step, "loss": loss}) + "\\n"
