@@ -1,7 +1,9 @@
 """Methods: every method of a recipe trains the same model on the same text, each at the best of its learning rates.
 
 Each run is one process of launchers/pretrain.py. Its result becomes a line of results.jsonl in the output folder and is
-not computed again: a benchmark that was killed goes on when it is started again.
+not computed again: a benchmark that was killed goes on when it is started again, with "save_every" in the recipe from
+the checkpoints of the runs that were under way. A run that fails holds no other up;
+what has failed is listed at the end, and tried again at the next start.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
         models: the folder of the named shapes; the launcher lies beside it.
 
     Raises:
-        UserError: the recipe cannot be run, or one of its runs has failed.
+        UserError: the recipe cannot be run.
+        SystemExit: a run has failed; with the words that the program ends with, and so with exit code 1.
     """
     if arguments.eval_dataset and not arguments.dataset:
         raise UserError("--eval-dataset goes with --dataset: name the text to train on, too")
@@ -64,6 +67,7 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: name a folder")
     results = Results(output / "results.jsonl")
+    failed: list[str] = []
     if not arguments.report:
         output.mkdir(parents=True, exist_ok=True)
         with _locked(output):
@@ -72,13 +76,15 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
             )
             trainer.keep = arguments.keep_runs
             try:
-                trainer.train_all(recipe)
+                failed = trainer.train_all(recipe)
             except KeyboardInterrupt:
                 print("\nstopped; the same command goes on from here", flush=True)
                 raise SystemExit(130) from None
     elif not output.is_dir():
         raise UserError(f"there is no folder {output} to report on")
-    print(f"\n{write_report(recipe, results.rows(), output)}")
+    print(f"\n{write_report(recipe, results.rows(), output)}", flush=True)
+    if failed:
+        raise SystemExit("\n".join(["\nerror: these runs failed, and the same command tries them again:", *failed]))
 
 
 class Trainer:
@@ -105,9 +111,15 @@ class Trainer:
         self._jobs, self._processes = jobs, processes
         self._gpus = _gpus(jobs * processes)
         self._done = self._all = 0
+        self._failed: list[str] = []
+        self._resumed: set[str] = set()  # keys of runs that went on from a checkpoint
 
-    def train_all(self, recipe: Recipe) -> None:
-        """First every method's grid, then the best rate of each with the other seeds."""
+    def train_all(self, recipe: Recipe) -> list[str]:
+        """First every method's grid, then the best rate of each whole grid with the other seeds.
+
+        Returns:
+            A line for each run that has failed, with its log's place.
+        """
         settings = recipe.settings
         grid = [run for method in recipe.methods for run in recipe.grid(method)]
         others = {m.name: len(set(recipe.seeds(m)) - {settings.grid_seed}) for m in recipe.methods}
@@ -117,13 +129,14 @@ class Trainer:
         repeats: list[Run] = []
         for method in recipe.methods:
             best = best_run(recipe.grid(method), rows)
-            assert best is not None
-            if math.isinf(score(rows[best.key])):
-                print(f"{method.name}: every learning rate diverged; not repeated with other seeds", flush=True)
+            if best is None or math.isinf(score(rows[best.key])):
+                words = "a run of its grid failed" if best is None else "every learning rate diverged"
+                print(f"{method.name}: {words}; not repeated with other seeds", flush=True)
                 self._all -= others[method.name]
                 continue
             repeats += [run for run in recipe.repeats(method, best.lr) if run.seed != settings.grid_seed]
         self._train(repeats)
+        return self._failed
 
     def _train(self, runs: list[Run]) -> None:
         rows = self._results.rows()
@@ -142,17 +155,31 @@ class Trainer:
             self._note(by_folder[ended.name], ended)
 
     def _command(self, one: Run) -> list[str]:
-        """The launcher's flags; what a killed benchmark left of the run is deleted by it."""
+        """The launcher's flags; what a killed benchmark left of the run goes on from its checkpoint, or is deleted."""
         config = self._folder / f"{one.folder}.json"
         config.write_text(json.dumps(one.config, indent=2) + "\n", encoding="utf-8")
-        output = str(self._folder / one.folder)
-        return [str(self._launcher), "--deepspeed", str(config), *one.flags, "--output", output, "--overwrite"]
+        folder = RunFolder(self._folder / one.folder)
+        start = "--overwrite"
+        if folder.can_resume:  # of this very run: the folder's name has the key
+            start = "--resume"
+            folder.summary.unlink(missing_ok=True)  # killed after its last step: the launcher continues no finished run
+            self._resumed.add(one.key)
+            print(f"{one.title}: goes on from its checkpoint", flush=True)
+        return [str(self._launcher), "--deepspeed", str(config), *one.flags, "--output", str(folder.path), start]
 
     def _note(self, one: Run, ended: Ended) -> None:
         folder = RunFolder(self._folder / one.folder)
-        row = result(one, folder, ended)
-        self._results.append(row)
         self._done += 1
+        try:
+            row = result(one, folder, ended)
+        except UserError as error:
+            self._failed.append(f"  {one.title}: {ended.log}")
+            print(f"[{self._done}/{self._all}] error: {error}", flush=True)
+            if one.key in self._resumed:
+                print(f"  it went on from a checkpoint; to train it from its start, delete {folder.path}", flush=True)
+            return
+        row["resumed"] = one.key in self._resumed  # tokens per second and seconds are of the last part alone
+        self._results.append(row)
         perplexity = f"perplexity {score(row):,.2f}"
         if row["tokens_per_second"]:
             perplexity += f", {row['tokens_per_second']:,.0f} tokens/s"

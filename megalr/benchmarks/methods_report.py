@@ -71,6 +71,7 @@ class Row:
         seeds: how many there should be.
         memory: by formula.
         published: the recipe's.
+        own_ends: which of the embeddings and the head its own rule trains.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Row:
     seeds: int
     memory: Memory
     published: float | None
+    own_ends: tuple[str, ...] = ()
 
     @property
     def perplexities(self) -> list[float]:
@@ -133,6 +135,11 @@ def report(recipe: Recipe, rows: Sequence[Row]) -> str:
     ]
     if edge := [row.name for row in rows if row.at_the_edge]:
         lines += ["", f"\\* the best rate is at the edge of its grid, a better one may lie beyond: {', '.join(edge)}."]
+    if own := [f"{row.name} ({' and '.join(row.own_ends)})" for row in rows if row.own_ends]:
+        lines += [
+            "",
+            f"Trained by a method's own rule, at its rate, and not by AdamW as for all others: {', '.join(own)}.",
+        ]
     missing = sum(value is None for row in rows for value in row.grid.values())
     missing += sum(row.seeds - len(row.results) for row in rows if row.rate is not None and math.isfinite(_best(row)))
     if missing or any(row.rate is None for row in rows):
@@ -187,6 +194,7 @@ def _row(recipe: Recipe, index: int, results: Mapping[str, Mapping[str, Any]]) -
         seeds=len(repeats),
         memory=method_memory(grid[0], recipe),
         published=method.published,
+        own_ends=grid[0].own_ends,
     )
 
 

@@ -24,6 +24,8 @@ SECTIONS = ("base", "methods", "text")
 METHOD_KEYS = ("optimizer", "megalr", "learning_rates", "seeds", "published")
 # Parts of the model that every method trains alike: these keys of optimizer.params belong into the base.
 SHARED_KEYS = ("adamw", "embedding", "norm")
+# Keys of optimizer.params that give the rule the output head and the embeddings, which AdamW trains otherwise.
+ENDS = ("head", "embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class Settings:
         micro_batch_size: sequences at a time; None for the launcher's choice.
         seeds: over which the table averages.
         grid_seed: of the runs that choose the learning rate; it need not be among the seeds.
+        save_every: updates between two checkpoints of a run, from which a benchmark that was killed goes on; all of
+            them lie on the disk until the run has ended. None for none before its end.
     """
 
     steps: int
@@ -45,10 +49,12 @@ class Settings:
     micro_batch_size: int | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     grid_seed: int = 0
+    save_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "sequence_length"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; write at least 1")
+        for name in ("steps", "batch_size", "sequence_length", "save_every"):
+            number = getattr(self, name)
+            require(number is None or number >= 1, f"{name} is {number}; write at least 1")
         require(bool(self.seeds), "seeds is empty; write e.g. [0, 1, 2]")
         require(len(set(self.seeds)) == len(self.seeds), f"seeds names one twice: {list(self.seeds)}")
 
@@ -160,8 +166,24 @@ def _method(name: str, section: Any, base: Mapping[str, Any], folder: Path, wher
         raise UserError(f"{here} names a learning rate twice: {rates}")
     given = {"optimizer": optimizer, "megalr": _with_plugins(section.get("megalr") or {}, folder)}
     rest = build(_Rest, {key: section[key] for key in ("seeds", "published") if key in section}, here)
-    config = _merged(base, given, here)
+    config = _merged(_base_of(params, base, here), given, here)
     return Method(name=name, config=config, rates=tuple(map(float, rates)), seeds=rest.seeds, published=rest.published)
+
+
+def _base_of(params: Mapping[str, Any], base: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The base without its rate of embeddings and head, which is AdamW's, for a method whose own rule trains both."""
+    shared = (base.get("optimizer") or {}).get("params") or {}
+    owned = [key for key in ENDS if params.get(key, shared.get(key)) is True]
+    if not owned or "embedding" not in shared:
+        return base
+    if len(owned) < len(ENDS):
+        (other,) = set(ENDS) - set(owned)
+        raise UserError(
+            f'{where} gives its rule the {owned[0]} and leaves the {other} to AdamW, and the "embedding" of the base '
+            f'is for both, so that the rule would get AdamW\'s rate: write "{other}": true, too, or neither'
+        )
+    rest = {key: value for key, value in shared.items() if key != "embedding"}
+    return {**base, "optimizer": {**base["optimizer"], "params": rest}}
 
 
 def _with_plugins(section: Any, folder: Path) -> Any:

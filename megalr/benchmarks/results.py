@@ -85,14 +85,14 @@ def result(one: Run, folder: RunFolder, ended: Ended) -> dict[str, Any]:
     Raises:
         UserError: it neither finished nor diverged.
     """
+    if ended.code not in (0, USER_ERROR_CODE):
+        raise _failure(one, ended)  # what it wrote may end in the middle of a line
     losses, last = _losses(folder.metrics)
     loss = math.nan if last is None else last[1]
     finished = ended.code == 0 and folder.summary.is_file()
     diverged = ended.code == USER_ERROR_CODE and last is not None and not math.isfinite(loss)
     if not finished and not diverged:
-        lines = ended.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_OF_A_FAILURE:]
-        words = "\n".join(f"  {line}" for line in lines)
-        raise UserError(f"{one.title} failed with exit code {ended.code}; its last lines (of {ended.log}):\n{words}")
+        raise _failure(one, ended)
     summary = json.loads(folder.summary.read_text()) if finished else {}
     perplexity, test = summary.get("perplexity", math.inf), summary.get("perplexity_test", math.inf)
     finite = math.isfinite(perplexity) and math.isfinite(test)
@@ -115,6 +115,12 @@ def result(one: Run, folder: RunFolder, ended: Ended) -> dict[str, Any]:
         "ended": time.strftime("%Y-%m-%d %H:%M:%S"),
         "key": one.key,
     }
+
+
+def _failure(one: Run, ended: Ended) -> UserError:
+    lines = ended.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_OF_A_FAILURE:]
+    words = "\n".join(f"  {line}" for line in lines)
+    return UserError(f"{one.title} failed with exit code {ended.code}; its last lines (of {ended.log}):\n{words}")
 
 
 def _losses(metrics: Path) -> tuple[list[tuple[float, float]], tuple[int, float] | None]:

@@ -1,7 +1,7 @@
 """The trainings that a recipe asks for, and what makes two of them the same.
 
-A recipe in which methods would train embeddings, head or norms differently is refused: a comparison must not be won
-there.
+A recipe in which AdamW would train embeddings, head or norms differently from method to method is refused: a comparison
+must not be won there. A method whose own rule trains embeddings and head is compared, and the report says so.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ from megalr.version import __version__
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
-SHARED_GROUPS = ("embedding", "norm")
+# Groups that all methods train alike with AdamW, and the key of optimizer.params that says how. The head is a group of
+# its own where a rule has it or the embeddings.
+SHARED_GROUPS = {"embedding": "embedding", "head": "embedding", "norm": "norm"}
+# Settings that no run's result depends on, or that its key has elsewhere.
+NOT_INPUTS = ("model", "seeds", "grid_seed", "save_every")
 VERSIONS_OF = ("torch", "deepspeed", "transformers")
 
 
@@ -82,6 +86,12 @@ class Run:
         """The method's trainable parameters, of a model without numbers."""
         config = self.megalr
         return parameter_groups(parametrize(empty_model(shape), config.parametrization), config.optimizer)
+
+    @property
+    def own_ends(self) -> tuple[str, ...]:
+        """Which of the embeddings and the head the method's own rule trains, not AdamW as for all others."""
+        optimizer = self.megalr.optimizer
+        return ("embeddings",) * optimizer.embeddings + ("head",) * optimizer.head
 
     @property
     def title(self) -> str:
@@ -181,13 +191,14 @@ class Recipe:
         flags += [] if self._tokenizer is None else ["--tokenizer", self._tokenizer]
         for flag, names in (("--dataset", self._train), ("--eval-dataset", self._validation)):
             flags += [flag, *names] if names else []
-        # Rates are chosen on the first half of the held-out text, the table is made of the second. Checkpoints and
-        # evaluations on the way would cost time that is no method's.
-        return [*flags, "--test-half", "--eval-every", str(settings.steps), "--save-every", str(settings.steps)]
+        # Rates are chosen on the first half of the held-out text, the table is made of the second. Evaluations on the
+        # way would cost time, and so would checkpoints that nobody has asked for.
+        save_every = settings.save_every or settings.steps
+        return [*flags, "--test-half", "--eval-every", str(settings.steps), "--save-every", str(save_every)]
 
     def _read_inputs(self) -> dict[str, Any]:
         return {
-            **{k: v for k, v in vars(self.settings).items() if k not in ("model", "seeds", "grid_seed")},
+            **{k: v for k, v in vars(self.settings).items() if k not in NOT_INPUTS},
             "model": self.model.to_dict(),
             "text": {k: v for k, v in vars(self._text).items() if k not in ("train", "validation", "tokenizer")},
             "table": "test half",  # of the held-out text; rates are chosen on the first
@@ -207,17 +218,17 @@ class Recipe:
                 except UserError as error:
                     raise UserError(f'method "{method.name}": {error}') from error
                 for group in groups:
-                    if group.name in SHARED_GROUPS:
-                        _compare(group, run, *shared.setdefault(group.name, (run.title, group.settings)))
+                    if group.rule is None and (key := SHARED_GROUPS.get(group.name)) is not None:
+                        _compare(group, key, run, *shared.setdefault(key, (run.title, group.settings)))
 
 
-def _compare(group: ParameterGroup, run: Run, other: str, settings: Settings) -> None:
+def _compare(group: ParameterGroup, section: str, run: Run, other: str, settings: Settings) -> None:
     for key, value in vars(settings).items():
         mine = getattr(group.settings, key)
         if mine != value:
             raise UserError(
                 f'the {key} of the group "{group.name}" would be {mine} with {run.title}, but {value} with {other}: '
-                f"write optimizer.params.{group.name}.{key} in the base, the same for all"
+                f"write optimizer.params.{section}.{key} in the base, the same for all"
             )
 
 

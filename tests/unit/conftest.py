@@ -1,0 +1,31 @@
+"""What the tests of the comparison of methods share."""
+
+import json
+
+import pytest
+import yaml
+
+from tests.unit.method_recipes import FAKE, SHAPE, content
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a recipe into a folder with a space in its name, beside the model's shape."""
+    folder = tmp_path / "a recipe"
+    folder.mkdir()
+    (folder / "small.json").write_text(json.dumps(SHAPE))
+
+    def _write(raw=None, **changes):
+        path = folder / "recipe.yaml"
+        path.write_text(raw or yaml.safe_dump(content(**changes), sort_keys=False))
+        return path
+
+    return _write
+
+
+@pytest.fixture
+def launchers(tmp_path):
+    folder = tmp_path / "launchers"
+    (folder / "models").mkdir(parents=True)
+    (folder / "pretrain.py").write_text(FAKE)
+    return folder
