@@ -2,7 +2,9 @@
 
 A module is named in the JSON, ``"megalr": {"plugins": ["my_rules.py", "my_package.rules"]}``, or by an entry point of
 the group ``megalr.plugins`` in a package that is installed. Its classes carry ``@megalr.register_rule("MyRule")`` or
-``@megalr.register_parametrization("my_layers")`` and are used as megalr's own are; see examples/own_rule.py.
+``@megalr.register_parametrization("my_layers")`` and are used as megalr's own are; see examples/own_rule.py. A
+parametrization has the events of the class that it derives from, such as ReLoRA's merges, or of its own:
+``@megalr.register_events(MyConfig)`` on a class that derives from :class:`megalr.optim.layer_events.LayerEvents`.
 """
 
 from __future__ import annotations

@@ -8,10 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import megalr
 from megalr.config import MegalrConfig
+from megalr.layers.lora import ReloraConfig
 from megalr.layers.registry import PARAMETRIZATIONS
+from megalr.optim.merges import Merges
+from megalr.optim.registry import EVENTS
 from megalr.plugins import absolute_plugin
 from megalr.rules.muon import Muon
 from megalr.rules.registry import RULES
@@ -32,12 +37,12 @@ class Mine(Muon):
 @pytest.fixture(autouse=True)
 def registries():
     """What a test registers is forgotten after it."""
-    before, layers = RULES.copy(), PARAMETRIZATIONS.copy()
+    registries = (RULES, PARAMETRIZATIONS, EVENTS)
+    before = [registry.copy() for registry in registries]
     yield
-    RULES.clear()
-    RULES.update(before)
-    PARAMETRIZATIONS.clear()
-    PARAMETRIZATIONS.update(layers)
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
 
 
 def config(*plugins, kind="Mine", **params):
@@ -123,6 +128,56 @@ def test_a_parametrization_of_ones_own():
 
     section = {"megalr": {"parametrization": {"type": "own_layers", "rank": 3}}}
     assert isinstance(MegalrConfig.from_json(section).parametrization, Own)
+
+
+@megalr.register_parametrization("own_relora")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnRelora(ReloraConfig):
+    """ReLoRA under another name."""
+
+
+def train(section, updates):
+    """A layer after some updates, and its optimizer."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": nn.Linear(6, 5)})
+    content = {"megalr": {"parametrization": {"rank": 3, "target_modules": ["attn"], **section}}}
+    megalr.parametrize(model, content)
+    optimizer = megalr.build_optimizer(model, content)
+    for _ in range(updates):
+        model["attn"](torch.randn(4, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model["attn"], optimizer
+
+
+RELORA = {"type": "own_relora", "merge_every": 2, "restart_warmup_steps": 1}
+
+
+def test_a_parametrization_has_the_events_of_its_parent():
+    layer, optimizer = train(RELORA, 1)
+    start = layer.weight.detach().clone()
+    assert layer.B.any()
+    layer, optimizer = train(RELORA, 2)
+    assert optimizer.refreshes == 1 and not layer.B.any() and not torch.equal(layer.weight, start)
+
+
+def test_a_parametrization_has_events_of_its_own():
+    @megalr.register_events(OwnRelora)
+    class Counted(Merges):
+        def end_update(self, updates):
+            seen.append(updates)
+            return super().end_update(updates)
+
+    seen = []
+    assert train(RELORA, 3)[1].refreshes == 1 and seen == [1, 2, 3]
+    seen.clear()
+    assert train({**RELORA, "type": "relora"}, 3)[1].refreshes == 1 and seen == []
+    with pytest.raises(megalr.UserError, match="OwnRelora has the events Counted already: derive"):
+        megalr.register_events(OwnRelora)(Merges)
+    with pytest.raises(megalr.UserError, match="derive from megalr.optim.layer_events.LayerEvents, not <class 'dict'>"):
+        megalr.register_events(OwnRelora)(dict)
+    with pytest.raises(megalr.UserError, match="derives from Parametrization, not <class 'dict'>"):
+        megalr.register_events(dict)(Merges)
 
 
 def test_names_that_mean_the_same_anywhere(tmp_path, monkeypatch):
