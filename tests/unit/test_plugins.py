@@ -13,11 +13,15 @@ from torch import nn
 
 import megalr
 from megalr.config import MegalrConfig
+from megalr.layers import densify
+from megalr.layers.base import FactorizedLinear, Parametrization
 from megalr.layers.lora import ReloraConfig
+from megalr.layers.low_rank import LowRankConfig
 from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.optim.merges import Merges
 from megalr.optim.registry import EVENTS
 from megalr.plugins import absolute_plugin
+from megalr.rules.base import Rule
 from megalr.rules.muon import Muon
 from megalr.rules.registry import RULES
 
@@ -116,18 +120,101 @@ def test_names_that_are_taken_and_things_that_are_no_methods(tmp_path):
         megalr.register_parametrization("x")(Muon)
 
 
-def test_a_parametrization_of_ones_own():
-    low_rank = PARAMETRIZATIONS["low_rank"]
-
+@pytest.mark.parametrize("parent", ["low_rank", "sltrain", "projected", "cola"])
+def test_a_parametrization_of_ones_own(parent):
     @megalr.register_parametrization("own_layers")
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Own(low_rank):
-        """Low-rank layers under another name."""
-
-        type: str = "own_layers"
+    class Own(PARAMETRIZATIONS[parent]):
+        """The parent's layers under another name."""
 
     section = {"megalr": {"parametrization": {"type": "own_layers", "rank": 3}}}
-    assert isinstance(MegalrConfig.from_json(section).parametrization, Own)
+    chosen = MegalrConfig.from_json(section).parametrization
+    assert isinstance(chosen, Own) and chosen.type == "own_layers"
+
+
+def test_methods_that_are_not_whole():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Sketch(Rule):
+        def init_state(self, shape, device="cpu"):
+            return {}
+
+        def update(self, grad, state, basis):
+            return grad
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Layers(Parametrization):
+        def replace(self, layer, *, seed, name):
+            return layer
+
+    with pytest.raises(megalr.UserError, match=r"Sketch lacks flops\(\), state_numel\(\), name; see megalr.rules.base"):
+        megalr.register_rule("Sketch")(Sketch)
+    with pytest.raises(megalr.UserError, match=r"Layers lacks weight\(\), parts; see megalr.layers.base.Parametriz"):
+        megalr.register_parametrization("layers")(Layers)
+    assert "Sketch" not in RULES and "layers" not in PARAMETRIZATIONS
+
+
+OWN = {"parametrization": {"type": "own_layers", "rank": 2, "target_modules": ["attn"]}}
+
+
+def made(layer):
+    """A model of which a parametrization of one's own replaces a linear layer by this one."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Own(LowRankConfig):
+        def replace(self, dense, *, seed, name):
+            return layer
+
+    PARAMETRIZATIONS["own_layers"] = Own
+    return megalr.parametrize(nn.ModuleDict({"attn": nn.Linear(6, 5)}), {"megalr": OWN})
+
+
+class Factor(FactorizedLinear):
+    """A layer with one parameter."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.A = nn.Parameter(torch.zeros(shape))
+
+
+def test_layers_that_the_optimizer_would_not_find():
+    class Misnamed(Factor):
+        factors = ("A", "C")
+
+    with pytest.raises(megalr.UserError, match="Own.replace returns Linear, which has to derive from megalr.layers"):
+        made(nn.Linear(6, 5))
+    for layer, words in ((Factor(2, 6), "is missing"), (Misnamed(2, 6), "names C")):
+        with pytest.raises(megalr.UserError, match=f"`factors` {words}: write the names of the param.*, of A$"):
+            made(layer)
+
+
+def test_a_vector_among_factors_is_for_some_rules_only():
+    class Vector(Factor):
+        factors = ("A",)
+
+    model = made(Vector(5))
+    with pytest.raises(megalr.UserError, match="attn.A is a vector: write AdamW, or .* `takes_vectors = True`"):
+        megalr.build_optimizer(model, {"optimizer": {"type": "Muon"}, "megalr": OWN})
+    megalr.build_optimizer(model, {"optimizer": {"type": "AdamMini"}, "megalr": OWN})
+
+
+def test_the_example_of_layers():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": nn.Linear(60, 80), "attn_out": nn.Linear(60, 80, bias=False)})
+    dense_std = model["attn"].weight.std().item()
+    section = {"type": "gained_low_rank", "rank": 30, "target_modules": ["attn"]}
+    content = {"megalr": {"parametrization": section, "plugins": [str(ROOT / "examples" / "own_layers.py")]}}
+    megalr.parametrize(model, content)
+    nn.init.uniform_(model["attn"].s, 0.9, 1.1)
+    dense, x = densify(model.state_dict(), MegalrConfig.from_json(content).parametrization), torch.randn(3, 60)
+    for name, layer in model.items():
+        weight = dense[f"{name}.weight"]
+        assert weight.std().item() == pytest.approx(dense_std, rel=0.1)
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, layer.bias))
+    with torch.device("meta"):
+        megalr.parametrize(nn.ModuleDict({"attn": nn.Linear(60, 80)}), content)
+    content["megalr"]["refactorization"] = {"interval": 5}
+    with pytest.raises(megalr.UserError, match='"gained_low_rank" has a gain beside them'):
+        MegalrConfig.from_json(content)
 
 
 @megalr.register_parametrization("own_relora")
