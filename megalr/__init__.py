@@ -8,6 +8,7 @@ from megalr.engine import build_optimizer, consolidated_state_dict, initialize, 
 from megalr.errors import UserError
 from megalr.layers.registry import register_parametrization
 from megalr.optim import MegalrOptimizer
+from megalr.optim.registry import register_events
 from megalr.rules.registry import register_rule
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "consolidated_state_dict",
     "initialize",
     "parametrize",
+    "register_events",
     "register_parametrization",
     "register_rule",
     "trainer_optimizer",

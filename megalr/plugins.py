@@ -2,7 +2,10 @@
 
 A module is named in the JSON, ``"megalr": {"plugins": ["my_rules.py", "my_package.rules"]}``, or by an entry point of
 the group ``megalr.plugins`` in a package that is installed. Its classes carry ``@megalr.register_rule("MyRule")`` or
-``@megalr.register_parametrization("my_layers")`` and are used as megalr's own are; see examples/own_rule.py.
+``@megalr.register_parametrization("my_layers")`` and are used as megalr's own are; see examples/own_rule.py and
+examples/own_layers.py. A parametrization has the events of the class that it derives from, such as ReLoRA's merges, or
+of its own: ``@megalr.register_events(MyConfig)`` on a class that derives from
+:class:`megalr.optim.layer_events.LayerEvents`.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -53,6 +57,18 @@ def absolute_plugin(name: str, folder: Path | None = None) -> str:
         return name
     beside = (folder or Path()) / Path(name).expanduser()
     return str((beside if beside.is_file() else Path(name).expanduser()).absolute())
+
+
+def lacking(method: type, *attributes: str) -> str:
+    """What a class lacks of what its base leaves to it: abstract methods, and class attributes; empty where nothing.
+
+    Args:
+        method: a rule's class, or a parametrization's.
+        attributes: that the base declares without a value.
+    """
+    methods = sorted(getattr(method, "__abstractmethods__", ())) if inspect.isabstract(method) else []
+    missing = [f"{name}()" for name in methods] + [name for name in attributes if not hasattr(method, name)]
+    return ", ".join(missing)
 
 
 @cache

@@ -106,6 +106,24 @@ def check_targets(patterns: tuple[str, ...] | str, where: str) -> None:
     require(named, f'{where} is empty or names ""; write e.g. ["attn", "mlp"]')
 
 
+def check_ramp(section: object, steps: str, interval: str, where: str) -> None:
+    """Refuse a ramp of the learning rate that its next start cuts off, so that the rate never is the schedule's again.
+
+    Args:
+        section: has both as attributes.
+        steps: name of the ramp's length in updates; update number ``steps`` + 1 after its start has the whole rate.
+        interval: name of the updates from one start to the next.
+        where: the section in the JSON.
+    """
+    length, gap = getattr(section, steps), getattr(section, interval)
+    require(length >= 0, f"{where}.{steps} is {length}; write at least 0")
+    require(
+        length < max(gap, 1),
+        f"{where}.{steps} is {length} and {interval} {gap}, so the learning rate starts to rise again before it is "
+        f'the schedule\'s: write "{steps}": {gap - 1} or less, or a larger "{interval}"',
+    )
+
+
 def require(condition: bool, message: str) -> None:
     """Raise a UserError unless the condition holds."""
     if not condition:

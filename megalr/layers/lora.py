@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megalr.layers.low_rank import LowRankLinear, ScaledParametrization, uniform_
-from megalr.sections import require
+from megalr.sections import check_ramp, require
 
 MergeRounding = Literal["nearest", "stochastic", "remainder"]
 
@@ -52,7 +52,7 @@ class ReloraConfig(LoraConfig):
     Attributes:
         merge_every: updates between two merges.
         restart_warmup_steps: updates in which the factors' learning rate rises from 0.001 of the schedule's to all
-            of it after a merge. The published code has all parameters follow that.
+            of it after a merge; below ``merge_every``. The published code has all parameters follow that.
         moments: what becomes of the factors' moments: "magnitude" leaves the largest of each factor's first and of its
             second moments, "random" a random set of elements, and the count of updates; "reset" zeroes all, and the
             count; "keep" leaves all. A first moment whose second one is zeroed is zeroed as well: it would be divided
@@ -79,10 +79,7 @@ class ReloraConfig(LoraConfig):
         super().__post_init__()
         where = "megalr.parametrization"
         require(self.merge_every >= 1, f"{where}.merge_every is {self.merge_every}; write at least 1")
-        require(
-            self.restart_warmup_steps >= 0,
-            f"{where}.restart_warmup_steps is {self.restart_warmup_steps}; write at least 0",
-        )
+        check_ramp(self, "restart_warmup_steps", "merge_every", where)
         require(
             0 < self.prune_ratio <= 1, f"{where}.prune_ratio is {self.prune_ratio}; write a share above 0, at most 1"
         )

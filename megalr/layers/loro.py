@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megalr.layers.base import Parametrization
 from megalr.layers.low_rank import LowRankLinear, normal_, root_mean_square, variance_matched_
-from megalr.sections import require
+from megalr.sections import check_ramp, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,8 @@ class LoroConfig(Parametrization):
         lazy_lr_scale: None stands for r / min(m, n), as published for square matrices and LLaMA's.
         restart: of which parameters the moments become zero, and the learning rate warms up again: "all" as published,
             or the "factors".
-        restart_warmup_steps: length of that warm-up, from 0.001 of the schedule's learning rate to all of it.
+        restart_warmup_steps: length of that warm-up, from 0.001 of the schedule's learning rate to all of it; below
+            ``exact_every``.
         init: "xavier" as published: B as N(0, 2 / (m + r)), A as N(0, 2 / (n + r)); or "variance_matched", which gives
             the product the dense layer's variance.
     """
@@ -52,10 +53,7 @@ class LoroConfig(Parametrization):
         super().__post_init__()
         where = "megalr.parametrization"
         require(self.exact_every >= 1, f"{where}.exact_every is {self.exact_every}; write at least 1")
-        require(
-            self.restart_warmup_steps >= 0,
-            f"{where}.restart_warmup_steps is {self.restart_warmup_steps}; write at least 0",
-        )
+        check_ramp(self, "restart_warmup_steps", "exact_every", where)
         require(
             self.lazy_lr_scale is None or self.lazy_lr_scale > 0,
             f"{where}.lazy_lr_scale is {self.lazy_lr_scale}; write a positive number",

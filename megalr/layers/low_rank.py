@@ -53,7 +53,7 @@ class LowRankConfig(ScaledParametrization):
 
     parts: ClassVar[frozenset[str]] = frozenset({"B", "A"})
 
-    type: Literal["low_rank"] = "low_rank"
+    type: str = "low_rank"
     init: Literal["variance_matched", "kaiming_uniform"] = "variance_matched"
 
     def replace(self, layer: nn.Linear, *, seed: int, name: str) -> LowRankLinear:

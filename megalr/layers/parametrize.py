@@ -25,8 +25,8 @@ def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 
         seed: key of random starts.
 
     Raises:
-        UserError: a pattern matches nothing, a rank exceeds a matrix, a weight is shared, or the model was
-            partitioned by ``deepspeed.zero.Init`` before.
+        UserError: a pattern matches nothing, a rank exceeds a matrix, a weight is shared, the model was partitioned by
+            ``deepspeed.zero.Init`` before, or a user's parametrization makes layers that the optimizer cannot know.
     """
     if isinstance(config, FullConfig):
         return model
@@ -37,6 +37,7 @@ def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 
     for name in list(targets):
         parent, _, child = name.rpartition(".")
         replaced[name] = config.replace(targets.pop(name), seed=seed, name=name)
+        _check_layer(replaced[name], config)
         setattr(model.get_submodule(parent), child, replaced[name])
     config.connect(replaced)
     return model
@@ -106,6 +107,26 @@ def _targets(model: nn.Module, config: Parametrization) -> dict[str, nn.Linear]:
     chosen = {name: layer for name, layer in linear.items() if name in names}
     _refuse_shared(model, chosen)
     return chosen
+
+
+def _check_layer(layer: nn.Module, config: Parametrization) -> None:
+    """Refuse a layer that a parametrization has made if the optimizer would not find what it trains."""
+    if isinstance(layer, ProjectedLinear):
+        return
+    made = f"{type(config).__name__}.replace returns {type(layer).__name__}"
+    if not isinstance(layer, FactorizedLinear):
+        raise UserError(
+            f"{made}, which has to derive from megalr.layers.base.FactorizedLinear and to name in `factors` what it "
+            "trains in the weight's place"
+        )
+    trained = dict(layer.named_parameters())
+    missing = [name for name in getattr(layer, "factors", ()) if name not in trained]
+    if missing or not hasattr(layer, "factors"):
+        what = f"names {missing[0]}" if missing else "is missing"
+        raise UserError(
+            f"{made}, of which `factors` {what}: write the names of the parameters that it trains in the weight's "
+            f"place, of {', '.join(trained) or 'none that it has'}"
+        )
 
 
 def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:

@@ -63,7 +63,7 @@ class ProjectedConfig(Parametrization):
         "alpha": "R has the scale of the weight; choose optimizer.params.lr",
     }
 
-    type: Literal["projected"] = "projected"
+    type: str = "projected"
     side: Literal["input", "std", "output"] = "input"
     update_proj_gap: int = 200
     projector: Projector = "svd"

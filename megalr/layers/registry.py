@@ -15,6 +15,7 @@ from megalr.layers.mora import MoraConfig
 from megalr.layers.projected import ProjectedConfig
 from megalr.layers.sltrain import SLTrainConfig
 from megalr.layers.switchlora import SwitchLoraConfig
+from megalr.plugins import lacking
 
 PARAMETRIZATIONS: dict[str, type[FullConfig] | type[Parametrization]] = {
     "full": FullConfig,
@@ -39,12 +40,18 @@ def register_parametrization(name: str) -> Callable[[P], P]:
         name: what ``"parametrization": {"type": ...}`` calls it.
 
     Raises:
-        UserError: the name is taken, or what is decorated is no parametrization.
+        UserError: the name is taken, or what is decorated is no parametrization, or not a whole one.
     """
 
     def register(parametrization: P) -> P:
         if not (isinstance(parametrization, type) and issubclass(parametrization, Parametrization)):
             raise UserError(f'register_parametrization("{name}") is for classes that derive from Parametrization')
+        missing = lacking(parametrization, "parts")
+        if missing:
+            raise UserError(
+                f'register_parametrization("{name}"): {parametrization.__name__} lacks {missing}; see '
+                "megalr.layers.base.Parametrization"
+            )
         if name in PARAMETRIZATIONS:
             raise UserError(f'there is a parametrization called "{name}" already: choose another name')
         PARAMETRIZATIONS[name] = parametrization

@@ -50,7 +50,7 @@ class SLTrainConfig(ScaledParametrization):
 
     parts: ClassVar[frozenset[str]] = frozenset({"B", "A", "values", "support_key"})
 
-    type: Literal["sltrain"] = "sltrain"
+    type: str = "sltrain"
     density: float = 0.03
     init: Literal["kaiming_uniform", "variance_matched"] = "kaiming_uniform"
 

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megalr.errors import UserError
 from megalr.layers.base import FactorizedLinear
 from megalr.layers.lora import MergeRounding
 from megalr.layers.low_rank import ScaledParametrization, uniform_
@@ -52,6 +53,7 @@ class SwitchLoraConfig(ScaledParametrization):
     def __post_init__(self) -> None:
         super().__post_init__()
         where = "megalr.parametrization"
+        require(self.rank >= 2, f"{where}.rank is {self.rank}: rows of A and of B take turns, so write at least 2")
         require(self.frozen_steps >= 0, f"{where}.frozen_steps is {self.frozen_steps}; write at least 0")
         least = max(1, 2 * self.frozen_steps)  # the two factors take turns
         require(
@@ -63,6 +65,15 @@ class SwitchLoraConfig(ScaledParametrization):
             self.descent_steps is None or self.descent_steps >= 1,
             f"{where}.descent_steps is {self.descent_steps}; write at least 1, or null",
         )
+
+    def check(self, name: str, layer: nn.Linear) -> None:
+        super().check(name, layer)
+        m, n = layer.out_features, layer.in_features
+        if self.rank == min(m, n):
+            raise UserError(
+                f"megalr.parametrization.rank is {self.rank}, which leaves no candidate to switch in {name}, a {m} x "
+                f"{n} matrix: write a rank of at most {min(m, n) - 1}, or leave it out of target_modules"
+            )
 
     def switches(self, updates: int) -> float:
         """Of each factor after so many updates, on average."""

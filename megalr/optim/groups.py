@@ -96,7 +96,10 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
         _check_rank(config.rule, members["matrices"])
         vectors = [n for n, p in members["factors"].items() if len(logical_shape(p)) < MATRIX_DIMENSIONS[0]]
         if vectors and not config.rule.takes_vectors:
-            raise UserError(f"{config.rule.name} updates matrices, and {vectors[0]} is a vector: write AdamW")
+            raise UserError(
+                f"{config.rule.name} updates matrices, and {vectors[0]} is a vector: write AdamW, or in a rule of your "
+                "own that can update a matrix with one row `takes_vectors = True`"
+            )
     settings: dict[GroupName, Settings] = {
         "factors": main,
         "projected": main,

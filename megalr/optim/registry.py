@@ -1,25 +1,64 @@
-"""The events of parametrizations that have some, by the parametrization's type."""
+"""The events of parametrizations that have some, by the parametrization's class; its subclasses have them, too."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
-from megalr.layers.base import ParametrizationConfig
+from megalr.errors import UserError
+from megalr.layers.base import FullConfig, Parametrization, ParametrizationConfig
+from megalr.layers.lora import ReloraConfig
+from megalr.layers.loro import LoroConfig
+from megalr.layers.projected import ProjectedConfig
+from megalr.layers.switchlora import SwitchLoraConfig
 from megalr.optim.layer_events import LayerEvents
 from megalr.optim.merges import Merges
 from megalr.optim.projection import Projections
 from megalr.optim.riemannian import RiemannianSteps
 from megalr.optim.switches import Switches
 
-EVENTS: dict[str, Any] = {
-    "projected": Projections,
-    "relora": Merges,
-    "loro": RiemannianSteps,
-    "switchlora": Switches,
+EVENTS: dict[type[FullConfig] | type[Parametrization], Any] = {
+    ProjectedConfig: Projections,
+    ReloraConfig: Merges,
+    LoroConfig: RiemannianSteps,
+    SwitchLoraConfig: Switches,
 }
+
+E = TypeVar("E", bound=type[LayerEvents])
+
+
+def register_events(parametrization: type[Parametrization]) -> Callable[[E], E]:
+    """A decorator that gives a parametrization events of its own; see :mod:`megalr.plugins`.
+
+    What is decorated is called as :func:`layer_events` is, with the layers first. It takes the place of the events
+    that the parametrization would have from its parent class.
+
+    Args:
+        parametrization: the configuration's class.
+
+    Raises:
+        UserError: the parametrization has events already, or one of the two is no such class.
+    """
+
+    def register(events: E) -> E:
+        if not (isinstance(parametrization, type) and issubclass(parametrization, Parametrization)):
+            raise UserError(f"register_events needs a class that derives from Parametrization, not {parametrization!r}")
+        if not (isinstance(events, type) and issubclass(events, LayerEvents)):
+            raise UserError(
+                f"register_events({parametrization.__name__}) is for classes that derive from "
+                f"megalr.optim.layer_events.LayerEvents, not {events!r}"
+            )
+        if parametrization in EVENTS:
+            raise UserError(
+                f"{parametrization.__name__} has the events {EVENTS[parametrization].__name__} already: derive a "
+                "parametrization from it, and give that one yours"
+            )
+        EVENTS[parametrization] = events
+        return events
+
+    return register
 
 
 def layer_events(config: ParametrizationConfig, layers: Mapping[str, nn.Module], seed: int) -> LayerEvents | None:
@@ -30,7 +69,8 @@ def layer_events(config: ParametrizationConfig, layers: Mapping[str, nn.Module],
         layers: the replaced layers by qualified name.
         seed: key of random numbers.
     """
-    if config.type not in EVENTS or not layers:
+    chosen = next((EVENTS[cls] for cls in type(config).__mro__ if cls in EVENTS), None)
+    if chosen is None or not layers:
         return None
-    events: LayerEvents = EVENTS[config.type](layers, config, seed)
+    events: LayerEvents = chosen(layers, config, seed)
     return events

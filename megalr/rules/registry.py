@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from megalr.errors import UserError
+from megalr.plugins import lacking
 from megalr.rules.adam_mini import AdamMini
 from megalr.rules.adarankgrad import AdaRankGrad
 from megalr.rules.apollo import Apollo, ApolloMini
@@ -57,7 +58,7 @@ def register_rule(name: str) -> Callable[[R], R]:
         name: what ``"optimizer": {"type": ...}`` calls it.
 
     Raises:
-        UserError: the name is taken, or what is decorated is no rule.
+        UserError: the name is taken, or what is decorated is no rule, or not a whole one.
     """
 
     def register(rule: R) -> R:
@@ -65,6 +66,9 @@ def register_rule(name: str) -> Callable[[R], R]:
             raise UserError(
                 f'register_rule("{name}") is for dataclasses that derive from megalr.rules.Rule, not {rule!r}'
             )
+        missing = lacking(rule, "name")
+        if missing:
+            raise UserError(f'register_rule("{name}"): {rule.__name__} lacks {missing}; see megalr.rules.base.Rule')
         if plain(name) in map(plain, RULES):
             raise UserError(f'there is a rule called "{name}" already: choose another name')
         RULES[name] = rule

@@ -1,4 +1,4 @@
-"""What the ranks run in the tests of methods that a user adds: the example's rule, on an odd model."""
+"""What the ranks run in the tests of methods that a user adds: the examples' rule and layers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ import megalr
 from tests.distributed.rule_training import COMMON, STEPS, batches, engine_of, everything, rule_configuration
 from tests.distributed.training import lost_by_resuming, run_steps
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "own_rule.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLE = EXAMPLES / "own_rule.py"
 TYPE = "RowNormalizedMomentum"
 PARAMS = {**COMMON, "momentum": 0.8}
+# The layers in tests.distributed.training's LLaMA, with momentum resets of B and A.
+LAYERS = {
+    "parametrization": {"type": "gained_low_rank", "rank": 5},
+    "refactorization": None,
+    "momentum_reset": {"interval": 5, "scope": "factors", "warmup_steps": 2},
+    "plugins": [str(EXAMPLES / "own_layers.py")],
+}
 
 
 def configuration(stage: int, accumulation: int = 1) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The example of a rule that a user adds, held to what megalr's own rules are held to."""
+"""The examples of a rule and of layers that a user adds, held to what megalr's own are held to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.odd_model import odd_model
-from tests.distributed.plugging import PARAMS, TYPE
+from tests.distributed.plugging import LAYERS, PARAMS, TYPE
 from tests.distributed.rule_training import STEPS, batches
 from tests.distributed.test_rules import MATRICES, assert_same_weights
 from tests.distributed.training import CLIPPING
@@ -52,4 +52,19 @@ def test_a_rule_of_ones_own_equals_one_plain_process(ranks, stage, world, accumu
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_rule_of_ones_own_resumes(ranks, tmp_path, stage):
     for lost in ranks(2).run("tests.distributed.plugging:resume", stage, str(tmp_path)):
+        assert lost == []
+
+
+@pytest.mark.parametrize(("rule", "lr"), [("AdamW", 3e-3), ("Muon", 1e-2)])
+def test_layers_of_ones_own_train_the_same_however_cut(ranks, rule, lr):
+    optimizer = {"type": rule, "params": {"lr": lr}}
+    one, cut = (
+        ranks(world).run("tests.distributed.training:train", stage, steps=12, megalr=LAYERS, optimizer=optimizer)[0]
+        for stage, world in ((0, 1), (3, 2))
+    )
+    assert_same_weights(cut, one)
+
+
+def test_layers_of_ones_own_resume(ranks, tmp_path):
+    for lost in ranks(2).run("tests.distributed.training:resume", 3, str(tmp_path), megalr=LAYERS):
         assert lost == []

@@ -6,7 +6,7 @@ import pytest
 
 from tests.end_to_end.commands import ROOT, deepspeed, run, torchrun
 
-PLUGIN = "own_rule.py"  # is no script: tests/distributed/test_plugins.py uses it
+PLUGINS = {"own_rule.py", "own_layers.py"}  # are no scripts: tests/distributed/test_plugins.py uses them
 EXAMPLES = {
     "initialize.py": deepspeed,
     "deepspeed_optimizer.py": torchrun,
@@ -17,7 +17,7 @@ UPDATES, MATRICES, PROCESSES = 40, 14, 2
 
 def test_every_example_is_tested_and_short():
     scripts = {path.name: path for path in (ROOT / "examples").glob("*.py")}
-    assert scripts.keys() == {*EXAMPLES, PLUGIN}
+    assert scripts.keys() == {*EXAMPLES, *PLUGINS}
     assert all(len(path.read_text().splitlines()) <= 40 for path in scripts.values())
 
 

@@ -10,9 +10,9 @@ pytestmark = pytest.mark.slow
 SECTIONS = {
     "sltrain": {},
     "lora": {},
-    "relora": {"merge_every": 2},
+    "relora": {"merge_every": 2, "restart_warmup_steps": 1},
     "mora": {"rank": 2},
-    "loro": {"exact_every": 2},
+    "loro": {"exact_every": 2, "restart_warmup_steps": 1},
     "switchlora": {"switch_interval": 10},
 }
 

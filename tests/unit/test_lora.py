@@ -79,7 +79,7 @@ def test_a_merge_changes_no_output_and_restarts_the_factors():
     torch.manual_seed(0)
     model = nn.Sequential()
     model.attn = nn.Linear(6, 5)
-    section = {"type": "relora", "rank": 2, "merge_every": 3, "moments": "reset", "restart_warmup_steps": 4}
+    section = {"type": "relora", "rank": 2, "merge_every": 3, "moments": "reset", "restart_warmup_steps": 2}
     config = {
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
         "megalr": {"parametrization": {**section, "target_modules": ["attn"]}},
@@ -98,7 +98,7 @@ def test_a_merge_changes_no_output_and_restarts_the_factors():
         if update == 3:
             assert before is not None and not layer.B.any() and not torch.equal(layer.A, start)
             assert all(not optimizer.state[f]["exp_avg"].any() for f in (layer.B, layer.A))
-    assert rates == pytest.approx([1, 1, 1, 0.001, 0.25075, 0.5005])
+    assert rates == pytest.approx([1, 1, 1, 0.001, 0.5005, 1])
     assert optimizer.refreshes == 2
     assert optimizer._clocks["factors"].count == 0 and optimizer._clocks["dense"].count == 6
 
@@ -110,6 +110,9 @@ def test_a_merge_changes_no_output_and_restarts_the_factors():
         ({"type": "relora"}, {"megalr": {"momentum_reset": {"interval": 5}}}, '"moments": "reset" and'),
         ({"type": "relora"}, {"optimizer": {"type": "Muon"}}, "a merge zeroes moments of AdamW"),
         ({"type": "relora", "merge_every": 0}, {}, "merge_every is 0; write at least 1"),
+        ({"type": "relora", "restart_warmup_steps": -1}, {}, "restart_warmup_steps is -1; write at least 0"),
+        ({"type": "relora", "merge_every": 3}, {}, 'steps is 100 and merge_every 3, so .*_warmup_steps": 2 or less'),
+        ({"type": "relora", "merge_every": 5, "restart_warmup_steps": 5}, {}, 'restart_warmup_steps": 4 or less'),
         ({"type": "relora", "prune_ratio": 1.5}, {}, "prune_ratio is 1.5; write a share"),
         ({"type": "relora", "moments": "prune"}, {}, '"magnitude", "random", "reset", "keep"'),
         ({"type": "lora", "merge_every": 5}, {}, 'no key "merge_every"'),

@@ -71,6 +71,7 @@ def test_start_and_export():
     ("section", "more", "message"),
     [
         ({"exact_every": 0}, {}, "exact_every is 0; write at least 1"),
+        ({"exact_every": 20}, {}, 'steps is 20 and exact_every 20, so .* write "restart_warmup_steps": 19 or less'),
         ({"lazy_lr_scale": 0.0}, {}, "lazy_lr_scale is 0.0; write a positive number"),
         ({"restart": "none"}, {}, '"all", "factors"'),
         ({"alpha": 4}, {}, "no scale"),

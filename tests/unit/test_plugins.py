@@ -8,11 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import megalr
 from megalr.config import MegalrConfig
+from megalr.layers import densify
+from megalr.layers.base import FactorizedLinear, Parametrization
+from megalr.layers.lora import ReloraConfig
+from megalr.layers.low_rank import LowRankConfig
 from megalr.layers.registry import PARAMETRIZATIONS
+from megalr.optim.merges import Merges
+from megalr.optim.registry import EVENTS
 from megalr.plugins import absolute_plugin
+from megalr.rules.base import Rule
 from megalr.rules.muon import Muon
 from megalr.rules.registry import RULES
 
@@ -32,12 +41,12 @@ class Mine(Muon):
 @pytest.fixture(autouse=True)
 def registries():
     """What a test registers is forgotten after it."""
-    before, layers = RULES.copy(), PARAMETRIZATIONS.copy()
+    registries = (RULES, PARAMETRIZATIONS, EVENTS)
+    before = [registry.copy() for registry in registries]
     yield
-    RULES.clear()
-    RULES.update(before)
-    PARAMETRIZATIONS.clear()
-    PARAMETRIZATIONS.update(layers)
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
 
 
 def config(*plugins, kind="Mine", **params):
@@ -111,18 +120,151 @@ def test_names_that_are_taken_and_things_that_are_no_methods(tmp_path):
         megalr.register_parametrization("x")(Muon)
 
 
-def test_a_parametrization_of_ones_own():
-    low_rank = PARAMETRIZATIONS["low_rank"]
-
+@pytest.mark.parametrize("parent", ["low_rank", "sltrain", "projected", "cola"])
+def test_a_parametrization_of_ones_own(parent):
     @megalr.register_parametrization("own_layers")
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Own(low_rank):
-        """Low-rank layers under another name."""
-
-        type: str = "own_layers"
+    class Own(PARAMETRIZATIONS[parent]):
+        """The parent's layers under another name."""
 
     section = {"megalr": {"parametrization": {"type": "own_layers", "rank": 3}}}
-    assert isinstance(MegalrConfig.from_json(section).parametrization, Own)
+    chosen = MegalrConfig.from_json(section).parametrization
+    assert isinstance(chosen, Own) and chosen.type == "own_layers"
+
+
+def test_methods_that_are_not_whole():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Sketch(Rule):
+        def init_state(self, shape, device="cpu"):
+            return {}
+
+        def update(self, grad, state, basis):
+            return grad
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Layers(Parametrization):
+        def replace(self, layer, *, seed, name):
+            return layer
+
+    with pytest.raises(megalr.UserError, match=r"Sketch lacks flops\(\), state_numel\(\), name; see megalr.rules.base"):
+        megalr.register_rule("Sketch")(Sketch)
+    with pytest.raises(megalr.UserError, match=r"Layers lacks weight\(\), parts; see megalr.layers.base.Parametriz"):
+        megalr.register_parametrization("layers")(Layers)
+    assert "Sketch" not in RULES and "layers" not in PARAMETRIZATIONS
+
+
+OWN = {"parametrization": {"type": "own_layers", "rank": 2, "target_modules": ["attn"]}}
+
+
+def made(layer):
+    """A model of which a parametrization of one's own replaces a linear layer by this one."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Own(LowRankConfig):
+        def replace(self, dense, *, seed, name):
+            return layer
+
+    PARAMETRIZATIONS["own_layers"] = Own
+    return megalr.parametrize(nn.ModuleDict({"attn": nn.Linear(6, 5)}), {"megalr": OWN})
+
+
+class Factor(FactorizedLinear):
+    """A layer with one parameter."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.A = nn.Parameter(torch.zeros(shape))
+
+
+def test_layers_that_the_optimizer_would_not_find():
+    class Misnamed(Factor):
+        factors = ("A", "C")
+
+    with pytest.raises(megalr.UserError, match="Own.replace returns Linear, which has to derive from megalr.layers"):
+        made(nn.Linear(6, 5))
+    for layer, words in ((Factor(2, 6), "is missing"), (Misnamed(2, 6), "names C")):
+        with pytest.raises(megalr.UserError, match=f"`factors` {words}: write the names of the param.*, of A$"):
+            made(layer)
+
+
+def test_a_vector_among_factors_is_for_some_rules_only():
+    class Vector(Factor):
+        factors = ("A",)
+
+    model = made(Vector(5))
+    with pytest.raises(megalr.UserError, match="attn.A is a vector: write AdamW, or .* `takes_vectors = True`"):
+        megalr.build_optimizer(model, {"optimizer": {"type": "Muon"}, "megalr": OWN})
+    megalr.build_optimizer(model, {"optimizer": {"type": "AdamMini"}, "megalr": OWN})
+
+
+def test_the_example_of_layers():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": nn.Linear(60, 80), "attn_out": nn.Linear(60, 80, bias=False)})
+    dense_std = model["attn"].weight.std().item()
+    section = {"type": "gained_low_rank", "rank": 30, "target_modules": ["attn"]}
+    content = {"megalr": {"parametrization": section, "plugins": [str(ROOT / "examples" / "own_layers.py")]}}
+    megalr.parametrize(model, content)
+    nn.init.uniform_(model["attn"].s, 0.9, 1.1)
+    dense, x = densify(model.state_dict(), MegalrConfig.from_json(content).parametrization), torch.randn(3, 60)
+    for name, layer in model.items():
+        weight = dense[f"{name}.weight"]
+        assert weight.std().item() == pytest.approx(dense_std, rel=0.1)
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, layer.bias))
+    with torch.device("meta"):
+        megalr.parametrize(nn.ModuleDict({"attn": nn.Linear(60, 80)}), content)
+    content["megalr"]["refactorization"] = {"interval": 5}
+    with pytest.raises(megalr.UserError, match='"gained_low_rank" has a gain beside them'):
+        MegalrConfig.from_json(content)
+
+
+@megalr.register_parametrization("own_relora")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnRelora(ReloraConfig):
+    """ReLoRA under another name."""
+
+
+def train(section, updates):
+    """A layer after some updates, and its optimizer."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": nn.Linear(6, 5)})
+    content = {"megalr": {"parametrization": {"rank": 3, "target_modules": ["attn"], **section}}}
+    megalr.parametrize(model, content)
+    optimizer = megalr.build_optimizer(model, content)
+    for _ in range(updates):
+        model["attn"](torch.randn(4, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model["attn"], optimizer
+
+
+RELORA = {"type": "own_relora", "merge_every": 2, "restart_warmup_steps": 1}
+
+
+def test_a_parametrization_has_the_events_of_its_parent():
+    layer, optimizer = train(RELORA, 1)
+    start = layer.weight.detach().clone()
+    assert layer.B.any()
+    layer, optimizer = train(RELORA, 2)
+    assert optimizer.refreshes == 1 and not layer.B.any() and not torch.equal(layer.weight, start)
+
+
+def test_a_parametrization_has_events_of_its_own():
+    @megalr.register_events(OwnRelora)
+    class Counted(Merges):
+        def end_update(self, updates):
+            seen.append(updates)
+            return super().end_update(updates)
+
+    seen = []
+    assert train(RELORA, 3)[1].refreshes == 1 and seen == [1, 2, 3]
+    seen.clear()
+    assert train({**RELORA, "type": "relora"}, 3)[1].refreshes == 1 and seen == []
+    with pytest.raises(megalr.UserError, match="OwnRelora has the events Counted already: derive"):
+        megalr.register_events(OwnRelora)(Merges)
+    with pytest.raises(megalr.UserError, match="derive from megalr.optim.layer_events.LayerEvents, not <class 'dict'>"):
+        megalr.register_events(OwnRelora)(dict)
+    with pytest.raises(megalr.UserError, match="derives from Parametrization, not <class 'dict'>"):
+        megalr.register_events(dict)(Merges)
 
 
 def test_names_that_mean_the_same_anywhere(tmp_path, monkeypatch):

@@ -94,6 +94,7 @@ def _just_switched(events, factor):
 @pytest.mark.parametrize(
     ("section", "more", "message"),
     [
+        ({"rank": 1}, {}, "rank is 1: rows of A and of B take turns, so write at least 2"),
         ({"switch_interval": 9}, {}, "switch_interval is 9.0; with 5 frozen_steps write at least 10"),
         ({"frozen_steps": -1}, {}, "frozen_steps is -1; write at least 0"),
         ({"descent_steps": 0}, {}, "descent_steps is 0; write at least 1, or null"),
@@ -105,3 +106,10 @@ def _just_switched(events, factor):
 def test_what_is_refused(section, more, message):
     with pytest.raises(UserError, match=message):
         MegalrConfig.from_json({"megalr": {"parametrization": {"type": "switchlora", "rank": 4, **section}, **more}})
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4)])
+def test_a_rank_that_leaves_no_candidate_is_refused(shape):
+    with pytest.raises(UserError, match="no candidate to switch in attn, a . x . matrix: write a rank of at most 3"):
+        parametrize(dense_of(*shape), SwitchLoraConfig(rank=4, **TARGETS))
+    parametrize(dense_of(*shape), SwitchLoraConfig(rank=3, **TARGETS))
