@@ -87,18 +87,47 @@ def test_numbers_without_a_dot_are_numbers(write, launchers):
     [
         ("projected", 11, {None, 16, 32}),
         ("merge_rounding", 3, {32}),
-        ("paper_tiny", 17, {None, 32}),
+        ("paper_tiny", 18, {None, 32}),
         ("paper_smoke", 8, {None, 32}),
-        ("paper_60m", 17, {None, 1, 128}),
-        ("paper_130m", 17, {None, 1, 256}),
-        ("paper_350m", 17, {None, 1, 256}),
-        ("paper_1b", 17, {None, 1, 512}),
+        ("paper_60m", 19, {None, 1, 128}),
+        ("paper_130m", 19, {None, 1, 256}),
+        ("paper_350m", 19, {None, 1, 256}),
+        ("paper_1b", 19, {None, 1, 512}),
     ],
 )
 def test_the_shipped_recipes_are_valid(name, count, ranks):
     recipe = Recipe(ROOT / "launchers" / "recipes" / f"{name}.yaml", ROOT / "launchers" / "models")
     assert len(recipe.methods) == count
     assert {run.rank for m in recipe.methods for run in recipe.grid(m)} == ranks
+
+
+# Gigabytes as the papers count them: 2 bytes a weight and a moment; SLTrain with int32 indices.
+PAPERS = {
+    "full rank, AdamW": (0.348, 2.208),
+    "low-rank, both": (0.257, 1.111),
+    "SLTrain": (0.264, 1.202),
+    "GaLore": (0.280, 1.389),
+    "APOLLO-Mini": (0.247, 0.999),
+    "SCALE": (0.149, 0.801),
+}
+
+
+@pytest.mark.parametrize(("size", "column"), [("60m", 0), ("350m", 1)])
+def test_the_papers_recipes_have_the_papers_memory(size, column):
+    recipe = Recipe(ROOT / "launchers" / "recipes" / f"paper_{size}.yaml", ROOT / "launchers" / "models")
+    methods = {method.name: method for method in recipe.methods}
+    for name, expected in PAPERS.items():
+        found = method_memory(recipe.grid(methods[name])[0], recipe).papers / 1e9
+        assert found == pytest.approx(expected[column], abs=1.1e-3), name
+
+
+def test_the_papers_recipes_leave_eps_to_the_rules():
+    recipe = Recipe(ROOT / "launchers" / "recipes" / "paper_60m.yaml", ROOT / "launchers" / "models")
+    methods = {method.name: method for method in recipe.methods}
+    groups = {name: recipe.grid(methods[name])[0].groups(recipe.model) for name in ("GaLore", "full rank, AdamW")}
+    eps = {name: {g.name: g.settings.eps for g in found} for name, found in groups.items()}
+    assert eps["GaLore"] == {"matrices": 1e-6, "embedding": 1e-8, "norm": 1e-8}
+    assert eps["full rank, AdamW"] == {"trunk": 1e-8, "embedding": 1e-8, "norm": 1e-8}
 
 
 def test_every_shipped_recipe_is_tested():
