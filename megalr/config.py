@@ -163,7 +163,7 @@ class MegalrConfig:
         )
         require(
             self.momentum_reset is None or rule is None or bool(rule.reset_keys),
-            f'megalr.momentum_reset cannot reset {name}: remove it; a rule with a basis has "moments": "reset" instead',
+            f"megalr.momentum_reset cannot reset {name}, whose moments go with its bases: remove it{_own_reset(rule)}",
         )
         require(
             not chosen.trains_factors or rule is None or self.optimizer.target_modules is None,
@@ -310,6 +310,12 @@ def _optimizer(section: Any) -> OptimizerConfig:
     given = {key: value for key, value in params.items() if key in rule_fields}
     defaults = {"lr": rule.default_lr, "eps": rule.default_eps, "betas": getattr(rule, "betas", (0.9, 0.999))}
     return OptimizerConfig(**{**defaults, **own}, rule=build(rule, given, where))
+
+
+def _own_reset(rule: Rule | None) -> str:
+    """The end of a message: how a rule that no momentum reset can reset starts its moments again, if it can."""
+    keys = {f.name for f in dataclasses.fields(rule)} - rule.unused if rule else set()  # type: ignore[arg-type]
+    return '; "moments": "reset" in optimizer.params resets them at each refresh' if "moments" in keys else ""
 
 
 def _is_group(value: Any) -> bool:

@@ -21,7 +21,11 @@ class ColaConfig(Parametrization):
 
     B (m, r) and A (r, n) start as N(0, 1 / sqrt(r (m + n))), as published: their product would have the variance
     1 / (m + n). The published ranks are a quarter of the model's width. What the model has of non-linearities stays.
-    No weight of m x n stands for such a layer, so there is no export to a dense model.
+    No weight of m x n stands for such a layer, so there is no export to a dense model. Source: arXiv 2502.10940 and its
+    code, with learning rates of 6e-3 at 60M parameters, 2e-3 at 1B and 3e-3 between, weight decay 0.01 and gradients
+    clipped to 0.5.
+
+    Floats of an m x n layer: (m + n) r trained, 2 (m + n) r of AdamW's moments.
     """
 
     parts: ClassVar[frozenset[str]] = frozenset({"B", "A"})

@@ -22,7 +22,10 @@ class LoraConfig(ScaledParametrization):
 
     W0 (m, n) is the layer's own weight, frozen, in the model's dtype: random in a model that starts from nothing, and
     what was learnt in one that starts from dense weights. B (m, r) starts at zero and A (r, n) as
-    U(-1/sqrt(n), 1/sqrt(n)), so that W starts as W0. In memory W0 counts as a weight, without gradient or state.
+    U(-1/sqrt(n), 1/sqrt(n)), so that W starts as W0. Source: arXiv 2106.09685.
+
+    Floats of an m x n layer: m n of W0, which counts as a weight, without gradient or state; (m + n) r trained, and
+    2 (m + n) r of AdamW's moments.
     """
 
     parts: ClassVar[frozenset[str]] = frozenset({"weight", "B", "A"})
@@ -47,7 +50,10 @@ class ReloraConfig(LoraConfig):
 
     After such an update W0 <- W0 + s B A, B <- 0, A is drawn anew, most of the factors' moments become zero, and the
     factors' learning rate warms up again: the jagged schedule. A dense warm start is a model that has dense weights
-    already: train with "full", export, and start from that model; its weights are the W0.
+    already: train with "full", export, and start from that model; its weights are the W0. Source: arXiv 2307.05695 and
+    its code, whose interval and warm-up these are; the published learning rate is twice that of dense training.
+
+    Floats of an m x n layer: as LoRA, m n frozen, (m + n) r trained, 2 (m + n) r of AdamW's moments.
 
     Attributes:
         merge_every: updates between two merges.

@@ -24,6 +24,9 @@ class MoraConfig(Parametrization):
 
     W0 (m, n) is the layer's own weight, frozen. M (r̂, r̂) has no more elements than B and A of LoRA with that r, but its
     change of W has a rank of r̂ or more: r̂ = floor(sqrt((m + n) r)), and at most m and n. M starts at zero.
+    Source: arXiv 2405.12130 and its code.
+
+    Floats of an m x n layer: m n of W0, without gradient or state; r̂² ≤ (m + n) r trained, 2 r̂² of AdamW's moments.
 
     Attributes:
         mora_type: 1 shares: the i-th compressed element is the sum of those whose place is i modulo r̂, and the output

@@ -29,6 +29,11 @@ class SwitchLoraConfig(ScaledParametrization):
     difference, so that W stays, the moments of the row's counterpart in the other factor become zero, and the
     counterpart rests for a few updates. The min(m, n) - r candidates of each factor form a queue, at the end of which
     the row lines up. Both factors start at random, with the published variances, which fit ``alpha`` = 1.
+    Source: arXiv 2406.06564 and its code, with a learning rate of 0.02 at 350M parameters.
+
+    Floats of an m x n layer: m n of W0, without gradient or state; (m + n) r trained, 2 (m + n) r of AdamW's moments;
+    and on the CPU, in the model's dtype, the rows that were switched out and wait, at most (m + n) (min(m, n) - r), of
+    which each rank of ZeRO 1 to 3 keeps its share.
 
     Attributes:
         switch_interval: updates in which each row is switched once, at the start.

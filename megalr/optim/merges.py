@@ -74,7 +74,7 @@ class Merges(LayerEvents):
         masters = self._shard.buffers
         b, a = (self._exchange.everywhere(f"{name}.{factor}", masters) for factor in ("B", "A"))
         # Of the masters: what the model's dtype has cut off the factors is not lost as well.
-        self._merging.take(name, layer.weight, (b * layer.scale) @ a, decay=1.0, count=self._merges)
+        self._merging.take(name, layer.weight, (b.float() * layer.scale) @ a.float(), decay=1.0, count=self._merges)
         for fragment in self._own(f"{name}.B"):
             run_of(masters, fragment).zero_()
         draw_a_(a, self._seed, name, self._merges)

@@ -271,7 +271,7 @@ class Projections(LayerEvents):
                 continue
             expected = product.reshape(-1)
             for f in self._shard.layout.on(f"{name}.R", self._shard.rank):
-                delivered = run_of(gradients, f)
+                delivered = run_of(gradients, f).float()  # of the model's dtype where the masters are
                 part = expected[f.start : f.start + f.length].to(delivered.device)
                 products.append(torch.stack([delivered.dot(part), part.dot(part), delivered.dot(delivered)]))
         device = gradients[which[0]].device
@@ -325,7 +325,7 @@ class Projections(LayerEvents):
         new = found.to(basis.any_layer.basis.dtype).float()  # as the model has it
         right = basis.side == "right"
         for name, layer in basis.layers.items():
-            r = self._exchange.everywhere(f"{name}.R", self._shard.buffers).to(old.device)
+            r = self._exchange.everywhere(f"{name}.R", self._shard.buffers).to(old.device).float()
             learnt = r @ old.T if right else old @ r
             self._merging.take(name, layer.weight, learnt, decay=basis.decay, count=basis.refreshes)
             own = self._shard.layout.on(f"{name}.R", self._shard.rank)
@@ -347,7 +347,7 @@ class Projections(LayerEvents):
             case "reset":
                 momentum_reset([run_of(flat, fragment) for fragment in own for flat in fields.values()])
             case "transport":
-                state: State = {key: self._exchange.everywhere(f"{name}.R", flat) for key, flat in fields.items()}
+                state: State = {k: self._exchange.everywhere(f"{name}.R", flat).float() for k, flat in fields.items()}
                 rotate_moments(state, turn.to(fields["exp_avg"][0].device), left=left)
                 for key, flat in fields.items():
                     write(tensor(state, key), flat, own)

@@ -46,7 +46,7 @@ class ProjectedRule(Rule):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
 
-    not_for_factors: ClassVar[str] = "it projects matrices of full rank, and factors are thin already"
+    not_for_factors: ClassVar[str] = "it projects whole weights, and what such layers train is small already"
 
     def __post_init__(self) -> None:
         require_positive(rank=self.rank, update_proj_gap=self.update_proj_gap)

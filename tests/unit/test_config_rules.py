@@ -109,8 +109,18 @@ def test_mistakes(kind, params, message):
 def test_combinations_that_are_refused():
     with pytest.raises(megalr.UserError, match='"low_rank" factors cannot be trained with galore'):
         config(section={"parametrization": {"type": "low_rank", "rank": 2}})
-    with pytest.raises(megalr.UserError, match="momentum_reset cannot reset galore"):
-        config(section={"momentum_reset": {"interval": 5, "scope": "all"}})
+
+
+@pytest.mark.parametrize("kind", [name for name, rule in RULES.items() if rule and not rule.reset_keys])
+def test_advice_to_those_whom_no_momentum_reset_can_reset(kind):
+    needed = {"random_from": 5} if kind == "GoLoreAdamW" else {}
+    with pytest.raises(megalr.UserError, match="momentum_reset cannot reset .*: remove it") as error:
+        config(kind, section={"momentum_reset": {"interval": 5, "scope": "all"}}, **needed)
+    if '"moments": "reset"' in str(error.value):
+        assert config(kind, moments="reset", **needed).optimizer.rule.moments == "reset"
+    else:
+        with pytest.raises(megalr.UserError, match='no key "moments"'):
+            config(kind, moments="reset", **needed)
 
 
 def groups(rank=4, **params):

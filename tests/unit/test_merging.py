@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import megalr
 from megalr.errors import UserError
 from megalr.optim.merging import Merging
 from megalr.partition import Exchange, Fragment, Layout, Shard
@@ -90,3 +91,31 @@ def test_other_dtypes_of_16_bits_are_refused():
     w = nn.Parameter(torch.zeros(M, N, dtype=torch.float16), requires_grad=False)
     with pytest.raises(UserError, match='which is for bf16, but the weights are torch.float16: write "nearest"'):
         merging("stochastic").take(NAME, w, torch.zeros(M, N), decay=1.0, count=0)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "remainder"])
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"type": "relora", "merge_every": 2, "restart_warmup_steps": 1},
+        {"type": "switchlora", "switch_interval": 2, "frozen_steps": 1},
+        {"type": "projected", "update_proj_gap": 2, "stagger": False, "moments": "transport"},
+    ],
+    ids=lambda section: section["type"],
+)
+def test_a_model_in_bf16_without_fp32_masters(section, rounding):
+    """In a plain loop the masters are the model's own weights."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": nn.Linear(32, 24)}).to(torch.bfloat16)
+    section = {"rank": 4, "target_modules": ["attn"], "merge_rounding": rounding, **section}
+    config = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}, "megalr": {"parametrization": section}}
+    megalr.parametrize(model, config)
+    optimizer = megalr.build_optimizer(model, config)
+    layer, x = model["attn"], torch.randn(8, 32, dtype=torch.bfloat16)
+    start = layer.weight.detach().clone()
+    for _ in range(5):
+        optimizer.zero_grad()
+        (layer(x) - x[:, :24]).float().square().sum().backward()
+        optimizer.step()
+    assert optimizer.refreshes and layer.weight.isfinite().all()
+    assert not torch.equal(layer.weight, start)

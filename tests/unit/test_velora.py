@@ -11,6 +11,7 @@ import megalr
 from megalr.config import MegalrConfig
 from megalr.errors import UserError
 from megalr.layers.velora import VeloraConfig, VeloraLinear, compress_activations
+from megalr.rules.registry import RULES
 from tests.plain_velora import projection
 
 SECTION = {"type": "velora", "groups": 4, "target_modules": ["mlp"]}
@@ -113,6 +114,21 @@ def test_a_basis_of_more_directions_than_the_gradient_has_is_refused(rule, refus
         with pytest.raises(UserError, match="groups is 4, so that gradients have at most this rank"):
             MegalrConfig.from_json(content)
         content["megalr"]["activations"] = {**SECTION, "groups": 5}
+    MegalrConfig.from_json(content)
+
+
+# As README says: what takes a basis from the gradient, of which the default rank is 128.
+BASED = {"GaLoreAdamW", "GoLoreAdamW", "FiraAdamW", "OnlineSubspaceDescent", "QGaLoreAdamW", "AdaRankGrad"}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_any_rule_goes_with_as_many_groups_as_its_rank(rule):
+    params = {"random_from": 5} if rule == "GoLoreAdamW" else {}
+    content = {"megalr": {"activations": {"type": "velora"}}, "optimizer": {"type": rule, "params": params}}
+    if rule in BASED:
+        with pytest.raises(UserError, match='groups is 32, .* basis of rank 128 .* write "groups" of at least'):
+            MegalrConfig.from_json(content)
+        content["optimizer"]["params"] = {**params, "rank": 32}
     MegalrConfig.from_json(content)
 
 
