@@ -26,6 +26,7 @@ from megalr.benchmarks.runs import Recipe, Run
 from megalr.data import load_data, load_tokenizer
 from megalr.errors import UserError
 from megalr.training.arguments import parse_arguments, positive
+from megalr.training.noise import quieten
 from megalr.training.plan import data_config
 from megalr.training.run_folder import RunFolder
 
@@ -61,6 +62,7 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
         UserError: the recipe cannot be run.
         SystemExit: a run has failed; with the words that the program ends with, and so with exit code 1.
     """
+    quieten(first=True)  # DeepSpeed, which reads every method's JSON before the first run
     if arguments.eval_dataset and not arguments.dataset:
         raise UserError("--eval-dataset goes with --dataset: name the text to train on, too")
     text = (arguments.dataset, arguments.eval_dataset or ()) if arguments.dataset else None
