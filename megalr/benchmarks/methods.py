@@ -23,8 +23,11 @@ from megalr.benchmarks.methods_report import write_report
 from megalr.benchmarks.processes import Ended, run_processes
 from megalr.benchmarks.results import Results, best_run, result, score
 from megalr.benchmarks.runs import Recipe, Run
+from megalr.data import load_data, load_tokenizer
 from megalr.errors import UserError
-from megalr.training.arguments import positive
+from megalr.training.arguments import parse_arguments, positive
+from megalr.training.noise import quieten
+from megalr.training.plan import data_config
 from megalr.training.run_folder import RunFolder
 
 
@@ -59,6 +62,7 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
         UserError: the recipe cannot be run.
         SystemExit: a run has failed; with the words that the program ends with, and so with exit code 1.
     """
+    quieten(first=True)  # DeepSpeed, which reads every method's JSON before the first run
     if arguments.eval_dataset and not arguments.dataset:
         raise UserError("--eval-dataset goes with --dataset: name the text to train on, too")
     text = (arguments.dataset, arguments.eval_dataset or ()) if arguments.dataset else None
@@ -148,6 +152,8 @@ class Trainer:
                 missing[one.key] = one
         if len(missing) < len(runs):
             print(f"{len(runs) - len(missing)} of {len(runs)} runs are in the results already", flush=True)
+        if missing and self._processes > 1:
+            _prepare_text(next(iter(missing.values())))
         self._folder.mkdir(exist_ok=True)
         by_folder = {one.folder: one for one in missing.values()}
         commands = {name: self._command(one) for name, one in by_folder.items()}
@@ -190,6 +196,17 @@ class Trainer:
             if folder.path.is_dir() and not any(folder.path.iterdir()):
                 folder.path.rmdir()
             ended.log.unlink(missing_ok=True)
+
+
+def _prepare_text(one: Run) -> None:
+    """Fill the cache of tokens, which all runs share, as the launcher would.
+
+    There the other processes wait for the first, and a text of the hub may take longer than they have patience.
+    """
+    print("preparing the text", flush=True)
+    arguments = parse_arguments(["--deepspeed", "none", *one.flags])
+    text, tokenizer = data_config(arguments, one.seed), load_tokenizer(arguments.tokenizer)
+    print(load_data(text, tokenizer, rank=0, barrier=lambda: None).description, flush=True)
 
 
 def _gpus(needed: int) -> list[str]:

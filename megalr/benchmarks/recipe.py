@@ -150,13 +150,14 @@ def _method(name: str, section: Any, base: Mapping[str, Any], folder: Path, wher
     optimizer = section.get("optimizer")
     if not isinstance(optimizer, Mapping) or "type" not in optimizer:
         raise UserError(f'{here} needs "optimizer" with a "type", e.g. {{type: AdamW}}')
-    params = optimizer.get("params") or {}
+    params = _object(optimizer.get("params"), f"{here}: optimizer.params")
+    own = _object(section.get("megalr"), f"{here}: megalr")
     for key in SHARED_KEYS:
         if key in params:
             raise UserError(f"{here} sets optimizer.params.{key}, which is the same for all: write it in the base")
     if "lr" in params:
         raise UserError(f'{here} sets optimizer.params.lr: write "learning_rates" instead')
-    if "seed" in (section.get("megalr") or {}):
+    if "seed" in own:
         raise UserError(f"{here} sets megalr.seed: write the recipe's seeds instead")
     rates = section.get("learning_rates")
     rates = rates if isinstance(rates, list) else []
@@ -164,7 +165,7 @@ def _method(name: str, section: Any, base: Mapping[str, Any], folder: Path, wher
         raise UserError(f"{here} needs learning_rates, positive numbers, e.g. [1e-3, 3e-3]")
     if len(set(rates)) < len(rates):
         raise UserError(f"{here} names a learning rate twice: {rates}")
-    given = {"optimizer": optimizer, "megalr": _with_plugins(section.get("megalr") or {}, folder)}
+    given = {"optimizer": optimizer, "megalr": _with_plugins(own, folder)}
     rest = build(_Rest, {key: section[key] for key in ("seeds", "published") if key in section}, here)
     config = _merged(_base_of(params, base, here), given, here)
     return Method(name=name, config=config, rates=tuple(map(float, rates)), seeds=rest.seeds, published=rest.published)
@@ -186,9 +187,9 @@ def _base_of(params: Mapping[str, Any], base: Mapping[str, Any], where: str) -> 
     return {**base, "optimizer": {**base["optimizer"], "params": rest}}
 
 
-def _with_plugins(section: Any, folder: Path) -> Any:
+def _with_plugins(section: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     """The section with its plugins' paths absolute; they start at the recipe's folder."""
-    plugins = section.get("plugins") if isinstance(section, Mapping) else None
+    plugins = section.get("plugins")
     if not isinstance(plugins, list):
         return section
     return {**section, "plugins": [absolute_plugin(n, folder) if isinstance(n, str) else n for n in plugins]}
@@ -198,10 +199,20 @@ def _base(given: Any, here: Path, where: str) -> dict[str, Any]:
     if given is None:
         raise UserError(f'{where} needs "base", the path of a DeepSpeed JSON with what all methods share')
     base = read_json(given if isinstance(given, Mapping) else here / Path(str(given)).expanduser())
-    params = (base.get("optimizer") or {}).get("params") or {}
+    optimizer = _object(base.get("optimizer"), f"{where}: the base's optimizer")
+    params = _object(optimizer.get("params"), f"{where}: the base's optimizer.params")
     if "lr" in params:
         raise UserError(f"{where}: the base sets optimizer.params.lr, which every method has of its own: remove it")
+    if "megalr" in base:
+        base["megalr"] = _with_plugins(_object(base["megalr"], f"{where}: the base's megalr"), here)
     return base
+
+
+def _object(section: Any, where: str) -> Mapping[str, Any]:
+    """The section, or an empty one where there is none."""
+    if not isinstance(section, Mapping | None):
+        raise UserError(f"{where} must be an object, not {section!r}")
+    return section or {}
 
 
 def _merged(base: Mapping[str, Any], given: Mapping[str, Any], where: str, path: str = "") -> dict[str, Any]:

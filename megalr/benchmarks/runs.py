@@ -11,7 +11,8 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -24,7 +25,9 @@ from megalr.benchmarks.recipe import Method, read_recipe
 from megalr.config import MegalrConfig
 from megalr.errors import UserError
 from megalr.layers import parametrize
+from megalr.layers.velora import compress_activations
 from megalr.optim.groups import ParameterGroup, Settings, parameter_groups
+from megalr.training.deepspeed_check import check_deepspeed_config
 from megalr.training.ds_config import resolve
 from megalr.training.models import empty_model, read_model_config
 from megalr.training.plan import request_for
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 SHARED_GROUPS = {"embedding": "embedding", "head": "embedding", "norm": "norm"}
 # Settings that no run's result depends on, or that its key has elsewhere.
 NOT_INPUTS = ("model", "seeds", "grid_seed", "save_every")
+FILE_PLUGIN = "megalr_plugin_"  # what the names of modules begin with that are files of plugins
 VERSIONS_OF = ("torch", "deepspeed", "transformers")
 
 
@@ -65,9 +69,14 @@ class Run:
     def key(self) -> str:
         """Names the run: equal if and only if everything that determines it is equal. The method's name does not."""
         config = copy.deepcopy(self.resolved)
+        rule, parametrization = self.megalr.optimizer.rule, self.megalr.parametrization  # which loads the plugins
         if plugins := (config.get("megalr") or {}).get("plugins"):
-            config["megalr"]["plugins"] = [_fingerprint(plugin) for plugin in plugins]
+            config["megalr"]["plugins"] = [_fingerprint_of_plugin(plugin) for plugin in plugins]
         content = {"config": config, "inputs": self.inputs, "lr": self.lr, "seed": self.seed}
+        # Whoever registered them, by an entry point perhaps, of which the JSON says nothing.
+        users = {type(each).__module__ for each in (rule, parametrization) if each is not None and not _is_ours(each)}
+        if users:
+            content["modules"] = [_fingerprint_of_module(module) for module in sorted(users)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -83,9 +92,17 @@ class Run:
         return None if rank is None else int(rank)
 
     def groups(self, shape: LlamaConfig) -> list[ParameterGroup]:
-        """The method's trainable parameters, of a model without numbers."""
+        """The method's trainable parameters, of a model without numbers.
+
+        Raises:
+            UserError: the method does not fit the model.
+        """
         config = self.megalr
-        return parameter_groups(parametrize(empty_model(shape), config.parametrization), config.optimizer)
+        model = parametrize(empty_model(shape), config.parametrization)
+        groups = parameter_groups(model, config.optimizer)
+        if config.activations is not None:
+            compress_activations(model, config.activations)
+        return groups
 
     @property
     def own_ends(self) -> tuple[str, ...]:
@@ -214,6 +231,7 @@ class Recipe:
         for method in self.methods:
             for run in self.grid(method):
                 try:
+                    check_deepspeed_config(_of_one_process(run.resolved))
                     groups = run.groups(self.model)
                 except UserError as error:
                     raise UserError(f'method "{method.name}": {error}') from error
@@ -232,6 +250,12 @@ def _compare(group: ParameterGroup, section: str, run: Run, other: str, settings
             )
 
 
+def _of_one_process(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON with a batch that suits this process; DeepSpeed multiplies by the processes that it finds."""
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {**config, **dict.fromkeys(sizes, 1)}
+
+
 def _beside(name: str, folder: Path) -> str:
     """The name as a path beside the recipe if there is such a file, folder or glob; else as it is."""
     path = folder / Path(name).expanduser()
@@ -246,8 +270,32 @@ def _fingerprint(name: str) -> str:
     files = [file for file in found if file.is_file()]
     if not files:
         return name
+    return _digest((file.name, file) for file in files)
+
+
+def _fingerprint_of_plugin(name: str) -> str:
+    return _fingerprint(name) if name.endswith(".py") else _fingerprint_of_module(name)
+
+
+def _fingerprint_of_module(name: str) -> str:
+    """Of the code of the module's outermost package, since one imports the other; of a lone module its own."""
+    top = sys.modules.get(name.partition(".")[0])
+    folders = [Path(folder) for folder in getattr(top, "__path__", ())]
+    files = [(str(file.relative_to(each)), file) for each in folders for file in sorted(each.rglob("*.py"))]
+    if not files and (file := getattr(top, "__file__", None)):
+        files = [(Path(file).name, Path(file))]
+    return _digest(files) if files else name
+
+
+def _is_ours(method: object) -> bool:
+    """Whether a rule or a parametrization is megalr's, or of a plugin's file, which the JSON names."""
+    package = type(method).__module__.partition(".")[0]
+    return package == "megalr" or package.startswith(FILE_PLUGIN)
+
+
+def _digest(files: Iterable[tuple[str, Path]]) -> str:
     digest = hashlib.sha256()
-    for file in files:
+    for name, file in files:
         with file.open("rb") as content:
-            digest.update(f"{file.name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\0".encode())
+            digest.update(f"{name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\0".encode())
     return digest.hexdigest()

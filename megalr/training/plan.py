@@ -133,7 +133,7 @@ def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, s
     with ranks.together():
         tokenizer = load_tokenizer(arguments.tokenizer)
         fit_to_text(model, tokenizer, arguments.sequence_length)
-        text = _data_config(arguments, resolved.seed)
+        text = data_config(arguments, resolved.seed)
         data = load_data(text, tokenizer, rank=ranks.local_rank, barrier=ranks.barrier)
     screen.say(data.description)
     return Plan(
@@ -170,6 +170,29 @@ def request_for(
     )
 
 
+def data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
+    """What the flags say of the text; seed: of the order of its examples."""
+
+    def one_or_many(names: tuple[str, ...]) -> str | tuple[str, ...]:
+        # Absolute, since run.json keeps them and the run may be scored from another folder.
+        names = tuple(str(Path(name).absolute()) if Path(name).exists() else name for name in names)
+        return names[0] if len(names) == 1 else names
+
+    return DataConfig(
+        dataset=one_or_many(arguments.dataset),
+        dataset_config=arguments.dataset_config,
+        eval_dataset=None if arguments.eval_dataset is None else one_or_many(arguments.eval_dataset),
+        text_column=arguments.text_column,
+        tokenizer=arguments.tokenizer,
+        sequence_length=arguments.sequence_length,
+        pack=arguments.pack,
+        seed=seed,
+        max_train_tokens=arguments.max_train_tokens,
+        max_eval_tokens=arguments.max_eval_tokens,
+        test_half=arguments.test_half,
+    )
+
+
 def _default_model(ranks: Ranks) -> str:
     return "60m" if ranks.device.type == "cuda" else "tiny"
 
@@ -189,27 +212,6 @@ def _folder_and_notes(arguments: PretrainArguments) -> tuple[RunFolder, Notes | 
 def _fetch_tokenizer(name: str | None) -> None:
     """On one rank before the others, so that a tokenizer of the hub is downloaded once."""
     load_tokenizer(name)
-
-
-def _data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
-    def one_or_many(names: tuple[str, ...]) -> str | tuple[str, ...]:
-        # Absolute, since run.json keeps them and the run may be scored from another folder.
-        names = tuple(str(Path(name).absolute()) if Path(name).exists() else name for name in names)
-        return names[0] if len(names) == 1 else names
-
-    return DataConfig(
-        dataset=one_or_many(arguments.dataset),
-        dataset_config=arguments.dataset_config,
-        eval_dataset=None if arguments.eval_dataset is None else one_or_many(arguments.eval_dataset),
-        text_column=arguments.text_column,
-        tokenizer=arguments.tokenizer,
-        sequence_length=arguments.sequence_length,
-        pack=arguments.pack,
-        seed=seed,
-        max_train_tokens=arguments.max_train_tokens,
-        max_eval_tokens=arguments.max_eval_tokens,
-        test_half=arguments.test_half,
-    )
 
 
 def _settings(resolved: Resolved, model: LlamaConfig, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Any]]:

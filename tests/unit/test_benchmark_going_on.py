@@ -71,6 +71,25 @@ def test_a_run_with_a_checkpoint_is_continued_and_no_other(write, launchers, cap
     assert f"to train it from its start, delete {runs / run.folder}\n" in capsys.readouterr().out
 
 
+def test_the_text_is_tokenised_before_runs_of_several_processes(write, launchers, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MEGALR_CACHE", str(tmp_path / "cache"))
+    path = write(text={"train": ["words.txt"], "max_eval_tokens": 100})
+    (path.parent / "words.txt").write_text("some words. " * 500)
+    found = []
+
+    def instead(*_, **__):
+        found.append(len([*tmp_path.glob("cache/tokens/*/meta.json")]))
+        return iter(())
+
+    monkeypatch.setattr("megalr.benchmarks.methods.run_processes", instead)
+    compare(path, launchers)
+    assert set(found) == {0}
+    found.clear()
+    compare(path, launchers, "--processes", "2")
+    assert set(found) == {1}
+    assert "preparing the text\ntraining text: " in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_killed_benchmark_goes_on_inside_a_run_to_the_same_numbers(write, launchers, tmp_path, monkeypatch):
     monkeypatch.setenv("MEGALR_CACHE", str(tmp_path / "cache"))
