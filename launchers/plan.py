@@ -2,7 +2,7 @@
 
 python launchers/plan.py --models 60m 350m 1b --ranks 128 256 512 --stage 2 --processes 8
 python launchers/plan.py --optimizers GaLoreAdamW Muon --processes 8
-python launchers/plan.py --parametrizations sltrain lora --processes 8
+python launchers/plan.py --parametrizations relora sltrain --merge-rounding remainder --processes 8
 """
 
 from __future__ import annotations
@@ -12,17 +12,27 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
 from megalr.config import FullConfig, LowRankConfig, OptimizerConfig, ParametrizationConfig, ProjectedConfig
 from megalr.errors import UserError
 from megalr.layers import parametrize
+from megalr.layers.lora import MergeRounding
 from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.optim.groups import parameter_groups
 from megalr.optim.matrices import choose_owners, matrix_shapes, papers_floats, state_bytes
 from megalr.partition import planned_layout
-from megalr.planner import ParameterRecord, buffer_bytes, deepspeed_bytes, frozen_shapes, human_bytes, paper_bytes
+from megalr.planner import (
+    ParameterRecord,
+    buffer_bytes,
+    deepspeed_bytes,
+    frozen_shapes,
+    human_bytes,
+    merged_shapes,
+    paper_bytes,
+)
 from megalr.rules.base import Rule
 from megalr.rules.registry import RULES
 from megalr.training.models import empty_model, read_model_config
@@ -78,6 +88,13 @@ def _arguments() -> argparse.Namespace:
         metavar="PARAMETRIZATION",
         help=f"others to add, at the same r: {', '.join(PARAMETRIZATIONS)}",
     )
+    parser.add_argument(
+        "--merge-rounding",
+        choices=get_args(MergeRounding),
+        default="nearest",
+        help="of projected, relora and switchlora: in bf16 a remainder takes memory from the first merge on "
+        "(default: nearest)",
+    )
     arguments = parser.parse_args()
     if len(arguments.models) != len(arguments.ranks):
         parser.error(f"{len(arguments.models)} models, but {len(arguments.ranks)} ranks: give one rank for each model")
@@ -85,6 +102,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def _cells(name: str, title: str, parametrization: ParametrizationConfig, arguments: argparse.Namespace) -> list[str]:
+    if hasattr(parametrization, "merge_rounding"):
+        changed: Any = {"merge_rounding": arguments.merge_rounding}
+        parametrization = dataclasses.replace(parametrization, **changed)
     model = empty_model(read_model_config(name, Path(__file__).parent / "models"))
     parametrize(model, parametrization)
     groups = [[p.shape for p in g.parameters.values()] for g in parameter_groups(model, OptimizerConfig())]
@@ -95,6 +115,7 @@ def _cells(name: str, title: str, parametrization: ParametrizationConfig, argume
         dtype=DTYPES[arguments.dtype],
         frozen=frozen_shapes(model),
         buffers=buffer_bytes(model),
+        merged=merged_shapes(model, parametrization),
     )
     parts = (paper_bytes(model), held.weights, held.gradients, held.masters, held.optimizer_state, held.total)
     parameters = sum(p.numel() for p in model.parameters())

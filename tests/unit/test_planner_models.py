@@ -137,6 +137,21 @@ def test_plan_has_a_row_for_each_parametrization():
     assert cells[0][3] == "589 MB" and cells[1][2:] == cells[2][2:] == cells[6][2:] and cells[3][2:] == cells[5][2:]
 
 
+def test_plan_counts_remainders():
+    """2 bytes for each element of W0, an eighth of them on each of 8 processes."""
+    optimizer = {}
+    for rounding in ("nearest", "remainder"):
+        command = [sys.executable, str(MODELS.parent / "plan.py"), "--models", "130m", "--ranks", "256"]
+        command += ["--processes", "8", "--parametrizations", "relora", "lora", "--merge-rounding", rounding]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[6:]
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        assert [row[1] for row in cells] == ["projected 256", "relora 256", "lora 256"]
+        optimizer[rounding] = [megabytes(row[7]) for row in cells]
+    remainders = 2 * 12 * (4 * 768**2 + 3 * 768 * 2048) / 8 / 1e6
+    differences = [new - old for old, new in zip(*optimizer.values(), strict=True)]
+    assert differences == pytest.approx([remainders, remainders, 0], abs=0.6)
+
+
 def megabytes(cell):
     number, unit = cell.split()
     return float(number) * {"MB": 1, "GB": 1000}[unit]
