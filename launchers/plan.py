@@ -33,11 +33,13 @@ from megalr.planner import (
     merged_shapes,
     paper_bytes,
 )
+from megalr.plugins import load_plugins
 from megalr.rules.base import Rule
 from megalr.rules.registry import RULES
 from megalr.training.models import empty_model, read_model_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ALWAYS = ("full", "low_rank", "projected")  # have a line unasked
 COLUMNS = ("model", "method", "parameters", "paper's count", "weights", "gradients", "masters", "optimizer", "sum")
 
 
@@ -64,7 +66,20 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # Of the others' choices some may be plugins', which have to be there first.
+    plugins = argparse.ArgumentParser(add_help=False)
+    plugins.add_argument(
+        "--plugins", nargs="+", default=[], help="modules or .py files whose rules and parametrizations to know"
+    )
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[plugins]
+    )
+    try:
+        load_plugins(plugins.parse_known_args()[0].plugins)
+    except UserError as error:
+        parser.error(str(error))
+    rules = [name for name, kind in RULES.items() if kind is not None]
+    others = [name for name in PARAMETRIZATIONS if name not in ALWAYS]
     parser.add_argument(
         "--models", nargs="+", default=["60m", "350m", "1b"], help="names in launchers/models, or paths"
     )
@@ -76,17 +91,17 @@ def _arguments() -> argparse.Namespace:
         "--optimizers",
         nargs="+",
         default=[],
-        choices=[name for name, kind in RULES.items() if kind is not None],
+        choices=rules,
         metavar="OPTIMIZER",
-        help=f"rules on the dense model to add, at the same r: {', '.join(n for n, kind in RULES.items() if kind)}",
+        help=f"rules on the dense model to add, at the same r: {', '.join(rules)}",
     )
     parser.add_argument(
         "--parametrizations",
         nargs="+",
         default=[],
-        choices=[name for name in PARAMETRIZATIONS if name not in ("full", "low_rank", "projected")],
+        choices=others,
         metavar="PARAMETRIZATION",
-        help=f"others to add, at the same r: {', '.join(PARAMETRIZATIONS)}",
+        help=f"others to add to {', '.join(ALWAYS)}, at the same r: {', '.join(others)}",
     )
     parser.add_argument(
         "--merge-rounding",

@@ -152,6 +152,35 @@ def test_plan_counts_remainders():
     assert differences == pytest.approx([remainders, remainders, 0], abs=0.6)
 
 
+def test_plan_names_what_it_takes(tmp_path):
+    """The help lists no parametrization that is refused; a plugin's rules and parametrizations are as good as any."""
+    plugin = tmp_path / "methods.py"
+    plugin.write_text(
+        "from dataclasses import dataclass\n"
+        "import megalr\n"
+        "from megalr.layers.lora import LoraConfig\n"
+        "from megalr.rules.muon import Muon\n"
+        "megalr.register_rule('OwnMuon')(Muon)\n"
+        "@megalr.register_parametrization('own_lora')\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class OwnLora(LoraConfig):\n"
+        "    type: str = 'own_lora'\n"
+    )
+
+    def plan(*flags):
+        command = [sys.executable, str(MODELS.parent / "plan.py"), "--models", "9m", "--ranks", "32", *flags]
+        return subprocess.run(command, check=False, capture_output=True, text=True)
+
+    words = " ".join(plan("--help").stdout.split())
+    assert "others to add to full, low_rank, projected, at the same r: lora, cola, mora" in words
+    lines = plan("--plugins", str(plugin), "--parametrizations", "own_lora", "lora", "--optimizers", "OwnMuon", "Muon")
+    own_lora, lora, own_muon, muon = (line.split(" | ") for line in lines.stdout.splitlines()[7:])
+    assert (own_lora[1], own_muon[1]) == ("own_lora 32", "OwnMuon")
+    assert own_lora[2:] == lora[2:] and own_muon[2:] == muon[2:]
+    refused = plan("--plugins", str(tmp_path / "none.py"))
+    assert refused.returncode == 2 and "there is no such file" in refused.stderr
+
+
 def megabytes(cell):
     number, unit = cell.split()
     return float(number) * {"MB": 1, "GB": 1000}[unit]
