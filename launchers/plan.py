@@ -2,7 +2,7 @@
 
 python launchers/plan.py --models 60m 350m 1b --ranks 128 256 512 --stage 2 --processes 8
 python launchers/plan.py --optimizers GaLoreAdamW Muon --processes 8
-python launchers/plan.py --parametrizations sltrain lora --processes 8
+python launchers/plan.py --parametrizations relora sltrain --merge-rounding remainder --processes 8
 """
 
 from __future__ import annotations
@@ -12,22 +12,34 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
 from megalr.config import FullConfig, LowRankConfig, OptimizerConfig, ParametrizationConfig, ProjectedConfig
 from megalr.errors import UserError
 from megalr.layers import parametrize
+from megalr.layers.lora import MergeRounding
 from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.optim.groups import parameter_groups
 from megalr.optim.matrices import choose_owners, matrix_shapes, papers_floats, state_bytes
 from megalr.partition import planned_layout
-from megalr.planner import ParameterRecord, buffer_bytes, deepspeed_bytes, frozen_shapes, human_bytes, paper_bytes
+from megalr.planner import (
+    ParameterRecord,
+    buffer_bytes,
+    deepspeed_bytes,
+    frozen_shapes,
+    human_bytes,
+    merged_shapes,
+    paper_bytes,
+)
+from megalr.plugins import load_plugins
 from megalr.rules.base import Rule
 from megalr.rules.registry import RULES
 from megalr.training.models import empty_model, read_model_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ALWAYS = ("full", "low_rank", "projected")  # have a line unasked
 COLUMNS = ("model", "method", "parameters", "paper's count", "weights", "gradients", "masters", "optimizer", "sum")
 
 
@@ -54,7 +66,20 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # Of the others' choices some may be plugins', which have to be there first.
+    plugins = argparse.ArgumentParser(add_help=False)
+    plugins.add_argument(
+        "--plugins", nargs="+", default=[], help="modules or .py files whose rules and parametrizations to know"
+    )
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[plugins]
+    )
+    try:
+        load_plugins(plugins.parse_known_args()[0].plugins)
+    except UserError as error:
+        parser.error(str(error))
+    rules = [name for name, kind in RULES.items() if kind is not None]
+    others = [name for name in PARAMETRIZATIONS if name not in ALWAYS]
     parser.add_argument(
         "--models", nargs="+", default=["60m", "350m", "1b"], help="names in launchers/models, or paths"
     )
@@ -66,17 +91,24 @@ def _arguments() -> argparse.Namespace:
         "--optimizers",
         nargs="+",
         default=[],
-        choices=[name for name, kind in RULES.items() if kind is not None],
+        choices=rules,
         metavar="OPTIMIZER",
-        help=f"rules on the dense model to add, at the same r: {', '.join(n for n, kind in RULES.items() if kind)}",
+        help=f"rules on the dense model to add, at the same r: {', '.join(rules)}",
     )
     parser.add_argument(
         "--parametrizations",
         nargs="+",
         default=[],
-        choices=[name for name in PARAMETRIZATIONS if name not in ("full", "low_rank", "projected")],
+        choices=others,
         metavar="PARAMETRIZATION",
-        help=f"others to add, at the same r: {', '.join(PARAMETRIZATIONS)}",
+        help=f"others to add to {', '.join(ALWAYS)}, at the same r: {', '.join(others)}",
+    )
+    parser.add_argument(
+        "--merge-rounding",
+        choices=get_args(MergeRounding),
+        default="nearest",
+        help="of projected, relora and switchlora: in bf16 a remainder takes memory from the first merge on "
+        "(default: nearest)",
     )
     arguments = parser.parse_args()
     if len(arguments.models) != len(arguments.ranks):
@@ -85,6 +117,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def _cells(name: str, title: str, parametrization: ParametrizationConfig, arguments: argparse.Namespace) -> list[str]:
+    if hasattr(parametrization, "merge_rounding"):
+        changed: Any = {"merge_rounding": arguments.merge_rounding}
+        parametrization = dataclasses.replace(parametrization, **changed)
     model = empty_model(read_model_config(name, Path(__file__).parent / "models"))
     parametrize(model, parametrization)
     groups = [[p.shape for p in g.parameters.values()] for g in parameter_groups(model, OptimizerConfig())]
@@ -95,6 +130,7 @@ def _cells(name: str, title: str, parametrization: ParametrizationConfig, argume
         dtype=DTYPES[arguments.dtype],
         frozen=frozen_shapes(model),
         buffers=buffer_bytes(model),
+        merged=merged_shapes(model, parametrization),
     )
     parts = (paper_bytes(model), held.weights, held.gradients, held.masters, held.optimizer_state, held.total)
     parameters = sum(p.numel() for p in model.parameters())

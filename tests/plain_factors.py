@@ -7,7 +7,7 @@ Only the start of the factors comes from megalr. Nothing is of its layers' passe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,23 @@ from torch import Tensor, nn
 
 import megalr
 from megalr.seeding import generator
+from tests.references import reference_for
 from tests.references.common import Adam
 
 Adams = dict[str, Adam]
+
+
+class ByRule(Adam):
+    """Another rule's direction, from its reference, in the place of Adam's."""
+
+    def __init__(self, reference: Any) -> None:
+        self.reference = reference
+
+    def direction(self, g: Tensor) -> Tensor:
+        return self.reference.update(g)
+
+    def reset(self) -> None:
+        self.reference.reset()
 
 
 class Plain(nn.Module):
@@ -285,7 +299,13 @@ PLAIN: dict[str, type[Plain]] = {
 
 
 def plain_factors(
-    model: nn.Module, data: Sequence[Tensor], section: dict[str, Any], params: dict[str, Any], *, clip: float
+    model: nn.Module,
+    data: Sequence[Tensor],
+    section: dict[str, Any],
+    params: dict[str, Any],
+    *,
+    clip: float,
+    rule: tuple[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Tensor]:
     """Train in place; the weights by name, those of replaced layers as :meth:`Plain.exported` gives them.
 
@@ -295,12 +315,18 @@ def plain_factors(
         section: the JSON's ``megalr.parametrization``, and "restarts".
         params: the JSON's ``optimizer.params``.
         clip: the largest norm of all gradients together.
+        rule: on what the layers train and on other linear layers but the head, its type and settings, where that is
+            not AdamW.
     """
     layers = _replace(model, section)
     ours = {f"{name}.{key}" for name, layer in layers.items() for key in layer.trained}
     weights = {n: w for n, w in model.named_parameters() if w.requires_grad}
     warmup = section.get("restart_warmup_steps", 10)
     adams = {n: Adam(params.get("betas", (0.9, 0.999)), params.get("eps", 1e-8)) for n in weights}
+    if rule is not None:
+        linear = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+        for name in ours | linear - {"lm_head.weight"}:
+            adams[name] = ByRule(reference_for(rule[0], weights[name].shape, rule[1], seed=0, name=name, phase=0))
     since: dict[str, int | None] = {"factors": None, "dense": None}
     for t, ids in enumerate(data, start=1):
         model.zero_grad()

@@ -8,6 +8,7 @@ from megalr.planner.memory import (
     expected_bytes,
     frozen_shapes,
     measured_bytes,
+    merged_shapes,
     paper_bytes,
     records,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "frozen_shapes",
     "human_bytes",
     "measured_bytes",
+    "merged_shapes",
     "paper_bytes",
     "peak_memory_bytes",
     "plot_losses",

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from megalr.layers import factor_names
-from megalr.layers.base import kept_buffers
+from megalr.layers.base import ParametrizationConfig, kept_buffers
+from megalr.layers.parametrize import replaced_layers
 from megalr.optim.groups import logical_shape
 from megalr.partition.fragments import PADDING
 
@@ -97,6 +98,25 @@ def frozen_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     return [logical_shape(parameter) for parameter in model.parameters() if not parameter.requires_grad]
 
 
+def merged_shapes(model: nn.Module, parametrization: ParametrizationConfig) -> list[tuple[int, ...]]:
+    """The shapes of the frozen weights that will have a remainder: empty for any other ``merge_rounding``.
+
+    Args:
+        model: with its layers replaced; on the meta device, if need be.
+        parametrization: the section that it was replaced by.
+    """
+    if getattr(parametrization, "merge_rounding", "") != "remainder":
+        return []
+    layers = replaced_layers(model).values()
+    # A layer whose factors are not trained is never merged; nor does a bias alone make it one that is.
+    merged = [
+        layer
+        for layer in layers
+        if any(p.requires_grad for name, p in layer.named_parameters(recurse=False) if name != "bias")
+    ]
+    return [logical_shape(layer.get_parameter("weight")) for layer in merged]
+
+
 def buffer_bytes(model: nn.Module) -> int:
     """Bytes of what the layers keep beside parameters: the indices of SLTrain's values, 4 bytes each."""
     return sum(buffer.numel() * buffer.element_size() for buffer in kept_buffers(model))
@@ -141,6 +161,7 @@ def deepspeed_bytes(
     treated_bytes: int = 0,
     frozen: Sequence[Shape] = (),
     buffers: int = 0,
+    merged: Sequence[Shape] = (),
 ) -> RankBytes:
     """Bytes that one rank holds under DeepSpeed 0.19.8 with AdamW and no offload, padding included.
 
@@ -153,7 +174,8 @@ def deepspeed_bytes(
       too. (At stage 3 DeepSpeed means to spare it that, but compares a ``torch.device`` with a string, so
       never does.)
     - optimizer_state: two fp32 moments for each element that is stepped, from the first step on; for groups with a
-      rule of their own its state instead. Scalars, such as step counts, are left out.
+      rule of their own its state instead. Scalars, such as step counts, are left out. In bf16, from its first merge
+      on, the remainder of each merged weight besides: whole at stage 0, one world-th of it at the others.
     - gradients: what is kept from one micro-batch of a step to the next. Stage 0: all. Stage 1: all, since
       each rank accumulates its own, and they are averaged once, in the last backward. Stage 2: the averaged
       gradients of the parameters of which this rank holds any part, each of them whole. Stage 3: this rank's
@@ -170,7 +192,7 @@ def deepspeed_bytes(
             on top.
         stage: ZeRO stage, 0 to 3.
         world_size: how many ranks share the partitions.
-        rank: whose bytes. Ranks differ in the gradients of stage 2 alone.
+        rank: whose bytes. Ranks differ in the gradients of stage 2, and in remainders: the last rank's may be shorter.
         dtype: the model's, fp32 or bf16.
         gradient_dtype: ``data_types.grad_accum_dtype`` of the DeepSpeed JSON; None stands for the model's.
         persistence_threshold: ``stage3_param_persistence_threshold`` of the DeepSpeed JSON.
@@ -179,6 +201,7 @@ def deepspeed_bytes(
         frozen: the shapes of parameters that are not trained. They are weights and nothing else, whole on every rank
             except at stage 3.
         buffers: bytes of what layers keep beside parameters, see :func:`buffer_bytes`; whole on every rank.
+        merged: the shapes of those of ``frozen`` that have a remainder, see :func:`merged_shapes`.
 
     Raises:
         ValueError: an unknown stage, a rank outside the world, or a gradient dtype that DeepSpeed refuses.
@@ -218,7 +241,9 @@ def deepspeed_bytes(
         weights=(held + sum(fixed)) * dtype.itemsize + buffers,
         gradients=gradients,
         masters=0 if stage == 0 and dtype == torch.float32 else 4 * sum(parts),
-        optimizer_state=4 * ADAM_STATE_FLOATS * plain + treated_bytes,
+        optimizer_state=4 * ADAM_STATE_FLOATS * plain
+        + treated_bytes
+        + _remainder_bytes(merged, stage=stage, world_size=world_size, rank=rank, dtype=dtype),
     )
 
 
@@ -230,6 +255,7 @@ def expected_bytes(engine: Any) -> RankBytes:
         groups = getattr(optimizer, name, groups)
     dtype, gradient_dtype = engine.get_data_types()
     own = {id(parameter) for parameter in getattr(engine.basic_optimizer, "matrix_parameters", ())}
+    merged = [engine.module.get_submodule(layer) for layer in getattr(engine.basic_optimizer, "remainders", ())]
     groups = [[parameter for parameter in group if parameter.requires_grad] for group in groups]
     return deepspeed_bytes(
         [[logical_shape(parameter) for parameter in group] for group in groups],
@@ -244,6 +270,7 @@ def expected_bytes(engine: Any) -> RankBytes:
         treated_bytes=engine.basic_optimizer.matrix_state_bytes if own else 0,
         frozen=frozen_shapes(engine.module),
         buffers=buffer_bytes(engine.module),
+        merged=[logical_shape(layer.weight) for layer in merged],
     )
 
 
@@ -272,6 +299,17 @@ def _touched(numels: Sequence[int], first: int, length: int) -> int:
     """Elements of all parameters, laid end to end, that have at least one in [first, first + length)."""
     ends = itertools.accumulate(numels)
     return sum(n for n, end in zip(numels, ends, strict=True) if first < end and end - n < first + length)
+
+
+def _remainder_bytes(merged: Sequence[Shape], *, stage: int, world_size: int, rank: int, dtype: torch.dtype) -> int:
+    """Of a rank, for what :class:`megalr.optim.merging.Merging` keeps of merged weights; fp32 has no remainder."""
+    if dtype == torch.float32:
+        return 0
+    numels = [math.prod(shape) for shape in merged]
+    if stage == 0:
+        return sum(numels) * dtype.itemsize
+    chunks = [(n, math.ceil(n / world_size)) for n in numels]
+    return sum(min(n, (rank + 1) * chunk) - min(n, rank * chunk) for n, chunk in chunks) * dtype.itemsize
 
 
 def _gathered(numels: Sequence[Sequence[int]], world_size: int, threshold: int) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from tests.distributed import factoring, rule_training, test_factors, test_projected, test_rules
+from tests.distributed import factoring, rule_training, test_factors, test_projected, test_rules, test_velora
 from tests.distributed.harness import RankPool
 from tests.distributed.test_training import STAGES, reference_weights, relative_errors
 
@@ -31,7 +31,7 @@ boundaries cut matrices in mid-row. Columns: processes x accumulation steps.
 
 `python -m tests.distributed.equivalence docs/equivalence.md` makes the tables. `make test` holds selections of
 them below 1e-4, and `make test-all` all that they show: `tests/distributed/test_rules.py`, `test_projected.py`,
-`test_factors.py` and `test_training.py`.
+`test_factors.py`, `test_velora.py` and `test_training.py`.
 """
 RULES_HEAD = """
 ## Rules on dense matrices
@@ -50,8 +50,14 @@ LAYERS_HEAD = """
 ## Other parametrizations
 
 Twelve updates, with at least two events of its kind, on the same matrices as projected layers: refactorizations and
-momentum resets ("restarts"), merges, exact steps, or switches. The reference is `tests/plain_factors.py`, which forms
-whole weights and leaves gradients to autograd.
+momentum resets ("restarts"), merges, exact steps, or switches; with AdamW, but where the line names another rule. The
+reference is `tests/plain_factors.py`, which forms whole weights and leaves gradients to autograd.
+"""
+VELORA_HEAD = """
+## Compressed activations
+
+Twelve updates of a rule, with VeLoRA on the tall and on the square matrix of the same model. The reference is
+`tests/plain_velora.py`, whose weights have the compressed gradient by autograd.
 """
 FACTORS_HEAD = """
 ## Low-rank factors
@@ -67,6 +73,7 @@ def main(path: Path) -> None:
     rules: dict[tuple[str, int, int, int], float] = {}
     projected: dict[tuple[str, int, int, int], float] = {}
     layers: dict[tuple[str, int, int, int], float] = {}
+    velora: dict[tuple[str, int, int, int], float] = {}
     factors: dict[tuple[int, int, int], float] = {}
     for world in WORLDS:
         with RankPool(world) as pool:
@@ -82,9 +89,9 @@ def main(path: Path) -> None:
                         expected = test_projected.reference(model, **section)
                         projected[title, stage, world, accumulation] = max(relative_errors(got, expected).values())
                     for title in factoring.CASES:
-                        got = pool.run("tests.distributed.factoring:train", stage, title, accumulation)[0]
-                        expected = test_factors.reference(title)
-                        layers[title, stage, world, accumulation] = max(relative_errors(got, expected).values())
+                        layers[title, stage, world, accumulation] = layers_error(pool, title, stage, accumulation)
+                    for rule in test_velora.RULES:
+                        velora[rule, stage, world, accumulation] = velora_error(pool, rule, stage, accumulation)
                     if 24 % (world * accumulation) == 0:  # sequences of an update
                         got = pool.run("tests.distributed.training:train", stage, accumulation)[0]
                         error = max(relative_errors(got, reference_weights()).values())
@@ -99,9 +106,24 @@ def main(path: Path) -> None:
         print(LAYERS_HEAD)
         cases = [(title, stage) for title in factoring.CASES for stage in STAGES]
         _table(("layers", "ZeRO stage"), cases, columns, lambda line, column: layers[*line, *column])
+        print(VELORA_HEAD)
+        lines = [(rule, stage) for rule in test_velora.RULES for stage in STAGES]
+        _table(("rule", "ZeRO stage"), lines, columns, lambda line, column: velora[*line, *column])
         print(FACTORS_HEAD)
         known = [column for column in columns if (0, *column) in factors]
         _table(("ZeRO stage",), [(stage,) for stage in STAGES], known, lambda line, column: factors[*line, *column])
+
+
+def layers_error(pool: RankPool, title: str, stage: int, accumulation: int) -> float:
+    """The figure of one of :data:`tests.distributed.factoring.CASES`."""
+    got = pool.run("tests.distributed.factoring:train", stage, title, accumulation)[0]
+    return max(relative_errors(got, test_factors.reference(title)).values())
+
+
+def velora_error(pool: RankPool, rule: str, stage: int, accumulation: int) -> float:
+    """The figure of a rule with compressed activations."""
+    got, _ = pool.run(test_rules.TRAIN, stage, rule, accumulation, megalr=test_velora.MEGALR)[0]
+    return max(relative_errors(got, test_velora.reference(rule)).values())
 
 
 def _table(

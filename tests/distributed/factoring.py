@@ -53,6 +53,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "relora, reset": ({**RELORA, "moments": "reset"}, {}),
+    "sltrain, Stable-SPAM": (
+        {"type": "sltrain", "density": 0.1, "init": "variance_matched", **COMMON},
+        {"refactorization": REFACTORIZATION, "momentum_reset": RESET},
+    ),
+}
+# Of the cases that train by another rule than AdamW: which, and its settings. Its own resets come before updates 6 and
+# 12, those of the optimizer after 4, 5, 8, 10 and 12.
+RULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sltrain, Stable-SPAM": ("StableSPAM", {"reset_interval": 6, "total_steps": 9}),
 }
 
 
@@ -60,8 +69,9 @@ def factored_configuration(stage: int, case: str, accumulation: int = 1, **chang
     """A JSON for one of :data:`CASES`; ``section``, ``params`` and ``rule`` change what their names say."""
     parametrization, sections = CASES[case]
     section = {**parametrization, **changes.pop("section", {})}
-    params = {**ADAMW, **changes.pop("params", {})}
-    rule = changes.pop("rule", "AdamW")
+    rule, settings = RULES.get(case, ("AdamW", {}))
+    params = {**ADAMW, **settings, **changes.pop("params", {})}
+    rule = changes.pop("rule", rule)
     config = configuration(stage, accumulation, **changes)
     config["train_batch_size"] = rule_training.SEQUENCES
     config["train_micro_batch_size_per_gpu"] = rule_training.SEQUENCES // accumulation // dist.get_world_size()

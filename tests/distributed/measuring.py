@@ -12,7 +12,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import megalr
 from megalr.config import LowRankConfig
 from megalr.layers import parametrize
-from megalr.planner import RankBytes, deepspeed_bytes, expected_bytes, measured_bytes
+from megalr.optim.groups import parameter_groups
+from megalr.planner import (
+    RankBytes,
+    buffer_bytes,
+    deepspeed_bytes,
+    expected_bytes,
+    frozen_shapes,
+    measured_bytes,
+    merged_shapes,
+)
 
 MODELS = Path(__file__).parents[2] / "launchers" / "models"
 THRESHOLD = 60  # at stage 3 the small model's matrices are cut, its other parameters persistent
@@ -54,16 +63,46 @@ def sixty_million() -> Counts:
 
 def with_megalr(stage: int, parametrization: str = "low_rank", dtype: str = "fp32") -> tuple[RankBytes, RankBytes]:
     """Measured and computed for a LLaMA with factors under megalr's own optimizer."""
-    shape = {"hidden_size": 20, "intermediate_size": 33, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=61))
-    config = _configuration(Setting(stage, dtype, dtype))
-    config |= {"optimizer": {"type": "AdamW"}, "megalr": {"parametrization": {"type": parametrization, "rank": 5}}}
-    engine, *_ = megalr.initialize(model=model, config=config)
-    ids = torch.arange(8).view(1, 8)
-    _train(engine, {"input_ids": ids, "labels": ids})
+    engine = _trained(stage, parametrization, dtype)
     measured, computed = measured_bytes(engine), expected_bytes(engine)
     engine.destroy()
     return measured, computed
+
+
+def with_remainders(stage: int, parametrization: str, **section: Any) -> Counts:
+    """The same in bf16, all weights merged once; the formula is that of the model as it was planned."""
+    engine = _trained(stage, parametrization, "bf16", merge_rounding="remainder", **section)
+    measured, of_engine = measured_bytes(engine), expected_bytes(engine)
+    settings = engine.basic_optimizer.config
+    planned = parametrize(_llama(), settings.parametrization)
+    formula = deepspeed_bytes(
+        [[tuple(p.shape) for p in g.parameters.values()] for g in parameter_groups(planned, settings.optimizer)],
+        stage=stage,
+        world_size=engine.world_size,
+        rank=engine.global_rank,
+        dtype=torch.bfloat16,
+        persistence_threshold=THRESHOLD,
+        frozen=frozen_shapes(planned),
+        buffers=buffer_bytes(planned),
+        merged=merged_shapes(planned, settings.parametrization),
+    )
+    engine.destroy()
+    return Counts(measured, formula, of_engine)
+
+
+def _trained(stage: int, parametrization: str, dtype: str, **section: Any) -> Any:
+    config = _configuration(Setting(stage, dtype, dtype))
+    section = {"type": parametrization, "rank": 5, **section}
+    config |= {"optimizer": {"type": "AdamW"}, "megalr": {"parametrization": section}}
+    engine, *_ = megalr.initialize(model=_llama(), config=config)
+    ids = torch.arange(8).view(1, 8)
+    _train(engine, {"input_ids": ids, "labels": ids})
+    return engine
+
+
+def _llama() -> LlamaForCausalLM:
+    shape = {"hidden_size": 20, "intermediate_size": 33, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=61))
 
 
 def _count(model: nn.Module, batch: dict[str, Tensor], setting: Setting) -> Counts:

@@ -28,7 +28,8 @@ def reference(case: str):
         restarts["reset_every"] = sections["momentum_reset"]["interval"]
     data = rule_training.batches(factoring.STEPS)
     section = {**section, "restarts": restarts}
-    return plain_factors(odd_model(), data, section, factoring.ADAMW, clip=training.CLIPPING)
+    rule = factoring.RULES.get(case)
+    return plain_factors(odd_model(), data, section, factoring.ADAMW, clip=training.CLIPPING, rule=rule)
 
 
 # Each case cut by stage 3 and at one other stage; all other combinations are for the slow selection.
@@ -38,7 +39,7 @@ REST = [pytest.param(*row, marks=pytest.mark.slow) for row in ALL if row not in 
 
 
 # Of the checks that take two runs, one stage each of these is for the fast selection.
-DAILY = ("sltrain, restarts", "relora, magnitude", "cola", "mora, rotated", "loro", "switchlora")
+DAILY = ("sltrain, restarts", "relora, magnitude", "cola", "mora, rotated", "loro", "switchlora", *factoring.RULES)
 
 
 def mostly_slow(shift: int):

@@ -38,6 +38,21 @@ def test_what_factorized_layers_keep_is_counted(ranks, stage, dtype):
             assert measured == computed, kind
 
 
+# Each so that every layer is merged, or switched, in the first update.
+MERGING = {
+    "relora": {"merge_every": 1},
+    "switchlora": {"switch_interval": 2, "frozen_steps": 1},
+    "projected": {"update_proj_gap": 1, "stagger": False},
+}
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("kind", MERGING)
+def test_remainders_of_merged_weights_are_counted(ranks, kind, stage):
+    for counts in ranks(3).run("tests.distributed.measuring:with_remainders", stage, kind, **MERGING[kind]):
+        assert counts.measured == counts.formula == counts.of_engine
+
+
 def test_60m_low_rank_at_stage_2(ranks):
     for counts in ranks(2).run("tests.distributed.measuring:sixty_million"):
         assert counts.measured == counts.formula == counts.of_engine

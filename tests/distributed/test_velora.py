@@ -15,6 +15,7 @@ from tests.plain_velora import with_velora
 pytestmark = pytest.mark.distributed
 SECTION = {"type": "velora", "groups": 10, "scale": 0.7, "target_modules": ["mlp_tall", "mlp_square"]}
 MEGALR = {"activations": SECTION}
+RULES = ("AdamW", "GaLoreAdamW", "Muon")
 
 
 @functools.cache
@@ -25,7 +26,7 @@ def reference(rule: str):
 
 
 COVERING = [("GaLoreAdamW", 3, 3, 4), ("Muon", 1, 2, 1), ("AdamW", 2, 2, 4), ("AdamW", 0, 3, 1)]
-ALL = [(r, s, w, n) for r in ("GaLoreAdamW", "Muon", "AdamW") for s in (0, 1, 2, 3) for w in (1, 2, 3) for n in (1, 4)]
+ALL = [(r, s, w, n) for r in RULES for s in (0, 1, 2, 3) for w in (1, 2, 3, 4) for n in (1, 4)]
 REST = [pytest.param(*row, marks=pytest.mark.slow) for row in ALL if row not in COVERING]
 
 

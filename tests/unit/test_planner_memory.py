@@ -1,5 +1,6 @@
 """The memory formulas, on examples small enough to work out by hand and on the shipped shapes; measuring."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megalr.config import LowRankConfig
 from megalr.layers import parametrize
+from megalr.layers.lora import ReloraConfig
+from megalr.layers.projected import ProjectedConfig
 from megalr.layers.sltrain import SLTrainConfig
+from megalr.layers.switchlora import SwitchLoraConfig
 from megalr.planner import (
     ParameterRecord,
     RankBytes,
     buffer_bytes,
     deepspeed_bytes,
     measured_bytes,
+    merged_shapes,
     paper_bytes,
     records,
 )
@@ -76,6 +81,31 @@ def test_a_bf16_model_by_hand(stage, rank, expected):
 def test_fp32_gradients_of_a_bf16_model(stage, rank, gradients):
     options = {"stage": stage, "world_size": 3, "rank": rank, "dtype": torch.bfloat16}
     assert deepspeed_bytes(GROUPS, gradient_dtype=torch.float32, **options).gradients == gradients
+
+
+@pytest.mark.parametrize(
+    ("stage", "rank", "elements"),
+    [(0, 2, 14 + 5), (1, 1, 5 + 2), (3, 0, 5 + 2), (3, 2, 4 + 1)],  # in a world of 3: 5, 5 and 4 of 14, 2, 2 and 1 of 5
+)
+def test_remainders_by_hand(stage, rank, elements):
+    options = {"stage": stage, "world_size": 3, "rank": rank, "frozen": [(2, 7), (1, 5), (3, 3)]}
+    both = [
+        deepspeed_bytes(GROUPS, dtype=torch.bfloat16, merged=merged, **options).optimizer_state
+        for merged in ([(2, 7), (1, 5)], ())
+    ]
+    assert both[0] - both[1] == 2 * elements
+    assert deepspeed_bytes(GROUPS, merged=[(2, 7)], **options) == deepspeed_bytes(GROUPS, **options)  # fp32
+
+
+@pytest.mark.parametrize("kind", [ReloraConfig, SwitchLoraConfig, ProjectedConfig])
+def test_which_weights_will_have_remainders(kind):
+    model = nn.ModuleDict({"attn": nn.Linear(6, 8), "frozen_attn": nn.Linear(6, 9), "head": nn.Linear(6, 7)})
+    model["frozen_attn"].weight.requires_grad_(False)
+    section = kind(rank=2, target_modules=("attn",), merge_rounding="remainder")
+    parametrize(model, section)
+    assert merged_shapes(model, section) == [(8, 6)]
+    assert merged_shapes(model, dataclasses.replace(section, merge_rounding="nearest")) == []
+    assert merged_shapes(model, LowRankConfig(rank=2)) == []
 
 
 def test_a_world_of_one_gathers_nothing():

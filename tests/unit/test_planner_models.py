@@ -137,6 +137,50 @@ def test_plan_has_a_row_for_each_parametrization():
     assert cells[0][3] == "589 MB" and cells[1][2:] == cells[2][2:] == cells[6][2:] and cells[3][2:] == cells[5][2:]
 
 
+def test_plan_counts_remainders():
+    """2 bytes for each element of W0, an eighth of them on each of 8 processes."""
+    optimizer = {}
+    for rounding in ("nearest", "remainder"):
+        command = [sys.executable, str(MODELS.parent / "plan.py"), "--models", "130m", "--ranks", "256"]
+        command += ["--processes", "8", "--parametrizations", "relora", "lora", "--merge-rounding", rounding]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[6:]
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        assert [row[1] for row in cells] == ["projected 256", "relora 256", "lora 256"]
+        optimizer[rounding] = [megabytes(row[7]) for row in cells]
+    remainders = 2 * 12 * (4 * 768**2 + 3 * 768 * 2048) / 8 / 1e6
+    differences = [new - old for old, new in zip(*optimizer.values(), strict=True)]
+    assert differences == pytest.approx([remainders, remainders, 0], abs=0.6)
+
+
+def test_plan_names_what_it_takes(tmp_path):
+    """The help lists no parametrization that is refused; a plugin's rules and parametrizations are as good as any."""
+    plugin = tmp_path / "methods.py"
+    plugin.write_text(
+        "from dataclasses import dataclass\n"
+        "import megalr\n"
+        "from megalr.layers.lora import LoraConfig\n"
+        "from megalr.rules.muon import Muon\n"
+        "megalr.register_rule('OwnMuon')(Muon)\n"
+        "@megalr.register_parametrization('own_lora')\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class OwnLora(LoraConfig):\n"
+        "    type: str = 'own_lora'\n"
+    )
+
+    def plan(*flags):
+        command = [sys.executable, str(MODELS.parent / "plan.py"), "--models", "9m", "--ranks", "32", *flags]
+        return subprocess.run(command, check=False, capture_output=True, text=True)
+
+    words = " ".join(plan("--help").stdout.split())
+    assert "others to add to full, low_rank, projected, at the same r: lora, cola, mora" in words
+    lines = plan("--plugins", str(plugin), "--parametrizations", "own_lora", "lora", "--optimizers", "OwnMuon", "Muon")
+    own_lora, lora, own_muon, muon = (line.split(" | ") for line in lines.stdout.splitlines()[7:])
+    assert (own_lora[1], own_muon[1]) == ("own_lora 32", "OwnMuon")
+    assert own_lora[2:] == lora[2:] and own_muon[2:] == muon[2:]
+    refused = plan("--plugins", str(tmp_path / "none.py"))
+    assert refused.returncode == 2 and "there is no such file" in refused.stderr
+
+
 def megabytes(cell):
     number, unit = cell.split()
     return float(number) * {"MB": 1, "GB": 1000}[unit]
