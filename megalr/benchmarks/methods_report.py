@@ -14,7 +14,8 @@ from megalr.benchmarks.markdown import table
 from megalr.benchmarks.results import best_run, score, test_score
 from megalr.benchmarks.runs import Recipe, Run
 from megalr.layers import parametrize
-from megalr.optim.matrices import papers_floats, state_bytes
+from megalr.optim.matrices import choose_owners, matrix_shapes, papers_floats, state_bytes
+from megalr.partition import Layout, planned_layout
 from megalr.planner import (
     ParameterRecord,
     buffer_bytes,
@@ -24,6 +25,7 @@ from megalr.planner import (
     paper_bytes,
 )
 from megalr.planner.report import TEXT_COLOR
+from megalr.rules.base import Rule
 from megalr.training.models import empty_model
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ class Memory:
     Attributes:
         trained: parameters.
         papers: bytes as the papers count them, see :func:`megalr.planner.paper_bytes`.
-        deepspeed: bytes that one process holds alone, see :func:`megalr.planner.deepspeed_bytes`.
+        deepspeed: bytes of the process that holds the most, see :func:`megalr.planner.deepspeed_bytes`.
     """
 
     trained: int
@@ -124,12 +126,14 @@ def report(recipe: Recipe, rows: Sequence[Row]) -> str:
     settings = recipe.settings
     published = any(row.published is not None for row in rows)
     seeds = ", ".join(map(str, settings.seeds))
+    processes = recipe.world_size
+    where = "in one process" if processes == 1 else f"in the one of {processes} processes that has the most"
     lines = [
         f"{settings.model}, {settings.steps:,} steps of {settings.batch_size} sequences of {settings.sequence_length} "
         f"tokens. Perplexity on test text, the second half of what is held out: mean (and range) over seeds {seeds}, "
         f"unless fewer are named, at the learning rate that was best on the first half at seed {settings.grid_seed}. "
-        "Memory: weights and optimizer state in bf16, as the papers count; and what DeepSpeed holds in one process, "
-        "gradients included.",
+        "Memory: weights and optimizer state in bf16, as the papers count; and what DeepSpeed holds "
+        f"{where}, gradients included.",
         "",
         table((*COLUMNS, *[PUBLISHED] * published), [_cells(row, published) for row in rows]),
     ]
@@ -154,7 +158,6 @@ def method_memory(one: Run, recipe: Recipe) -> Memory:
     groups = one.groups(recipe.model)
     treated = [index for index, group in enumerate(groups) if group.rule is not None]
     state: dict[str, int] = {}
-    kept = 0
     for rule, parameters in ((groups[index].rule, groups[index].parameters) for index in treated):
         assert rule is not None
         resting = rule.resting(list(parameters), 0, config.seed)
@@ -162,23 +165,50 @@ def method_memory(one: Run, recipe: Recipe) -> Memory:
             *stack, m, n = (1, *parameter.shape)  # a vector is a row
             count = 0 if name in resting else math.prod(stack)
             state[name] = count * papers_floats(rule, (m, n))
-            kept += count * state_bytes(rule, (m, n))
 
     def own_state(record: ParameterRecord) -> int | None:
         return state.get(record.name)
 
-    held = deepspeed_bytes(
-        [[tuple(parameter.shape) for parameter in group.parameters.values()] for group in groups],
-        stage=(one.resolved.get("zero_optimization") or {}).get("stage", 0),
-        world_size=1,
-        dtype=torch.bfloat16 if (one.resolved.get("bf16") or {}).get("enabled") else torch.float32,
-        treated=treated,
-        treated_bytes=kept,
-        frozen=frozen_shapes(model),
-        buffers=buffer_bytes(model),
+    shapes = [{name: tuple(parameter.shape) for name, parameter in group.parameters.items()} for group in groups]
+    stage = (one.resolved.get("zero_optimization") or {}).get("stage", 0)
+    layout = planned_layout(shapes, stage=stage, world_size=recipe.world_size)
+    rules = {name: group.rule for group in groups if group.rule is not None for name in group.parameters}
+    held = max(
+        deepspeed_bytes(
+            [list(group.values()) for group in shapes],
+            stage=stage,
+            world_size=recipe.world_size,
+            rank=rank,
+            dtype=torch.bfloat16 if (one.resolved.get("bf16") or {}).get("enabled") else torch.float32,
+            treated=treated,
+            treated_bytes=kept,
+            frozen=frozen_shapes(model),
+            buffers=buffer_bytes(model),
+        ).total
+        for rank, kept in enumerate(_kept_bytes(rules, layout.matrices(rules), config.seed, replicated=stage == 0))
     )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Memory(trained, paper_bytes(model, treated_state=own_state), held.total)
+    return Memory(trained, paper_bytes(model, treated_state=own_state), held)
+
+
+def _kept_bytes(rules: Mapping[str, Rule], layout: Layout, seed: int, *, replicated: bool) -> list[int]:
+    """What each rank keeps of the rules' state: of the matrices that it owns, or of all where each has everything.
+
+    Args:
+        rules: by parameter.
+        layout: of the rules' matrices.
+        seed: key of what rests.
+        replicated: whether every rank runs the rules on all matrices, as at stage 0.
+    """
+    rule_of = {name: rules[name.partition("[")[0]] for name in layout.shapes}  # of a stack's matrix, its parameter's
+    by_rule = {id(rule): [n for n, other in rule_of.items() if other is rule] for rule in rules.values()}
+    resting = {n for rule in rules.values() for n in rule.resting(by_rule[id(rule)], 0, seed)}
+    kept = [0] * layout.world_size
+    for (name, shape), owner in zip(matrix_shapes(layout).items(), choose_owners(rules, layout), strict=True):
+        if name not in resting:
+            for rank in range(layout.world_size) if replicated else (owner,):
+                kept[rank] += state_bytes(rule_of[name], shape)
+    return kept
 
 
 def _row(recipe: Recipe, index: int, results: Mapping[str, Mapping[str, Any]]) -> Row:

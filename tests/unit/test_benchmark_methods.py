@@ -277,6 +277,30 @@ def test_memory_follows_from_the_formulas(write, launchers):
     assert math.isclose(galore.deepspeed - dense.deepspeed, 2 * (galore.papers - dense.papers), rel_tol=1e-9)
 
 
+def test_memory_of_several_processes_is_that_of_the_one_with_the_most(write, launchers):
+    given = {"AdamW": method(), "GaLore": method(type="GaLoreAdamW", params={"rank": 4, "eps": 1e-8})}
+    del (base := content()["base"])["optimizer"]["params"]["eps"]
+    for one in base["optimizer"]["params"].values():
+        one["eps"] = 1e-8
+
+    def memory(stage, processes):
+        path = write(methods=given, base={**base, "zero_optimization": {"stage": stage}}, batch_size=4)
+        recipe = Recipe(path, launchers / "models", world_size=processes)
+        return [method_memory(recipe.grid(m)[0], recipe) for m in recipe.methods]
+
+    assert memory(0, 4) == memory(0, 1)  # everybody has everything
+    (dense, galore), (shared, owned) = memory(1, 1), memory(1, 4)
+    assert shared.papers == dense.papers
+    evenly = 8 * dense.trained + 12 * dense.trained / 4  # weights and gradients are whole
+    assert evenly <= shared.deepspeed <= evenly + 1000
+    # A rule's state is with the matrices' owners, of whom one has more than its share.
+    assert (galore.deepspeed - dense.deepspeed) / 4 < owned.deepspeed - shared.deepspeed < 0
+    path = write(methods=given, base=base, batch_size=4)
+    compare(path, launchers, "--processes", "4")
+    table = (path.parent / "out put" / "table.md").read_text()
+    assert "what DeepSpeed holds in the one of 4 processes that has the most" in table
+
+
 def test_a_killed_benchmark_takes_its_runs_with_it_and_keeps_others_out(write, launchers):
     slow = {"a": {**method(type="AdamW", params={"weight_decay": 600.0}), "learning_rates": [0.01]}}
     path = write(methods=slow, seeds=[0])
