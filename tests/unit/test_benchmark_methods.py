@@ -223,8 +223,9 @@ def test_a_method_may_have_seeds_and_a_published_figure_of_its_own(write, launch
     assert starts(launchers) == ["0.01 0", "0.01 3", "0.01 1", "0.01 2"]  # their grids are the same run
     lines = (output / "table.md").read_text().splitlines()
     a, b = (next(line for line in lines if line.startswith(f"| {name} ")) for name in "ab")
-    assert "2 seeds" in a and a.endswith("| 34.58 |")
-    assert "3 seeds" in b and b.endswith("| - |")
+    assert "2 seeds" in a and "| 157.00 (" in a and a.endswith("| 78.50 | 34.58 |")  # the launcher's figure is half
+    assert "3 seeds" in b and b.endswith("| 79.00 | - |")
+    assert "as published code counts" not in (compare(write(), launchers) / "table.md").read_text().lower()
     with pytest.raises(UserError, match="seeds names one twice"):
         Recipe(write(methods={"a": {**method(), "seeds": [1, 1]}}), launchers / "models")
 
