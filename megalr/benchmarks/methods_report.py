@@ -14,16 +14,19 @@ from megalr.benchmarks.markdown import table
 from megalr.benchmarks.results import best_run, score, test_score
 from megalr.benchmarks.runs import Recipe, Run
 from megalr.layers import parametrize
-from megalr.optim.matrices import papers_floats, state_bytes
+from megalr.optim.matrices import choose_owners, matrix_shapes, papers_floats, state_bytes
+from megalr.partition import Layout, planned_layout
 from megalr.planner import (
     ParameterRecord,
     buffer_bytes,
     deepspeed_bytes,
     frozen_shapes,
     human_bytes,
+    merged_shapes,
     paper_bytes,
 )
 from megalr.planner.report import TEXT_COLOR
+from megalr.rules.base import Rule
 from megalr.training.models import empty_model
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ COLUMNS = (
     "DeepSpeed's memory",
     "tokens/s",
 )
-PUBLISHED = "published"
+PUBLISHED = ("as published code counts", "published")  # where the recipe has figures to compare with
 SHOWN_FROM = 0.1  # of the tokens: losses before would squeeze what differs into the lower edge
 DPI = 150
 
@@ -51,7 +54,7 @@ class Memory:
     Attributes:
         trained: parameters.
         papers: bytes as the papers count them, see :func:`megalr.planner.paper_bytes`.
-        deepspeed: bytes that one process holds alone, see :func:`megalr.planner.deepspeed_bytes`.
+        deepspeed: bytes of the process that holds the most, see :func:`megalr.planner.deepspeed_bytes`.
     """
 
     trained: int
@@ -123,16 +126,25 @@ def report(recipe: Recipe, rows: Sequence[Row]) -> str:
     """The table in Markdown, with what one has to know to read it."""
     settings = recipe.settings
     published = any(row.published is not None for row in rows)
+    columns = (*COLUMNS, *PUBLISHED) if published else COLUMNS
     seeds = ", ".join(map(str, settings.seeds))
+    processes = recipe.world_size
+    where = "in one process" if processes == 1 else f"in the one of {processes} processes that has the most"
     lines = [
         f"{settings.model}, {settings.steps:,} steps of {settings.batch_size} sequences of {settings.sequence_length} "
         f"tokens. Perplexity on test text, the second half of what is held out: mean (and range) over seeds {seeds}, "
         f"unless fewer are named, at the learning rate that was best on the first half at seed {settings.grid_seed}. "
-        "Memory: weights and optimizer state in bf16, as the papers count; and what DeepSpeed holds in one process, "
-        "gradients included.",
+        "Memory: weights and optimizer state in bf16, as the papers count; and what DeepSpeed holds "
+        f"{where}, gradients included.",
         "",
-        table((*COLUMNS, *[PUBLISHED] * published), [_cells(row, published) for row in rows]),
+        table(columns, [_cells(row)[: len(columns)] for row in rows]),
     ]
+    if published:
+        lines += [
+            "",
+            "As published code counts: the mean test perplexity by GaLore's evaluation, which divides by one batch too "
+            "many, and so is too low, the more the fewer batches the text has; to be compared with what is published.",
+        ]
     if edge := [row.name for row in rows if row.at_the_edge]:
         lines += ["", f"\\* the best rate is at the edge of its grid, a better one may lie beyond: {', '.join(edge)}."]
     if own := [f"{row.name} ({' and '.join(row.own_ends)})" for row in rows if row.own_ends]:
@@ -154,7 +166,6 @@ def method_memory(one: Run, recipe: Recipe) -> Memory:
     groups = one.groups(recipe.model)
     treated = [index for index, group in enumerate(groups) if group.rule is not None]
     state: dict[str, int] = {}
-    kept = 0
     for rule, parameters in ((groups[index].rule, groups[index].parameters) for index in treated):
         assert rule is not None
         resting = rule.resting(list(parameters), 0, config.seed)
@@ -162,23 +173,51 @@ def method_memory(one: Run, recipe: Recipe) -> Memory:
             *stack, m, n = (1, *parameter.shape)  # a vector is a row
             count = 0 if name in resting else math.prod(stack)
             state[name] = count * papers_floats(rule, (m, n))
-            kept += count * state_bytes(rule, (m, n))
 
     def own_state(record: ParameterRecord) -> int | None:
         return state.get(record.name)
 
-    held = deepspeed_bytes(
-        [[tuple(parameter.shape) for parameter in group.parameters.values()] for group in groups],
-        stage=(one.resolved.get("zero_optimization") or {}).get("stage", 0),
-        world_size=1,
-        dtype=torch.bfloat16 if (one.resolved.get("bf16") or {}).get("enabled") else torch.float32,
-        treated=treated,
-        treated_bytes=kept,
-        frozen=frozen_shapes(model),
-        buffers=buffer_bytes(model),
+    shapes = [{name: tuple(parameter.shape) for name, parameter in group.parameters.items()} for group in groups]
+    stage = (one.resolved.get("zero_optimization") or {}).get("stage", 0)
+    layout = planned_layout(shapes, stage=stage, world_size=recipe.world_size)
+    rules = {name: group.rule for group in groups if group.rule is not None for name in group.parameters}
+    held = max(
+        deepspeed_bytes(
+            [list(group.values()) for group in shapes],
+            stage=stage,
+            world_size=recipe.world_size,
+            rank=rank,
+            dtype=torch.bfloat16 if (one.resolved.get("bf16") or {}).get("enabled") else torch.float32,
+            treated=treated,
+            treated_bytes=kept,
+            frozen=frozen_shapes(model),
+            buffers=buffer_bytes(model),
+            merged=merged_shapes(model, config.parametrization),
+        ).total
+        for rank, kept in enumerate(_kept_bytes(rules, layout.matrices(rules), config.seed, replicated=stage == 0))
     )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Memory(trained, paper_bytes(model, treated_state=own_state), held.total)
+    return Memory(trained, paper_bytes(model, treated_state=own_state), held)
+
+
+def _kept_bytes(rules: Mapping[str, Rule], layout: Layout, seed: int, *, replicated: bool) -> list[int]:
+    """What each rank keeps of the rules' state: of the matrices that it owns, or of all where each has everything.
+
+    Args:
+        rules: by parameter.
+        layout: of the rules' matrices.
+        seed: key of what rests.
+        replicated: whether every rank runs the rules on all matrices, as at stage 0.
+    """
+    rule_of = {name: rules[name.partition("[")[0]] for name in layout.shapes}  # of a stack's matrix, its parameter's
+    by_rule = {id(rule): [n for n, other in rule_of.items() if other is rule] for rule in rules.values()}
+    resting = {n for rule in rules.values() for n in rule.resting(by_rule[id(rule)], 0, seed)}
+    kept = [0] * layout.world_size
+    for (name, shape), owner in zip(matrix_shapes(layout).items(), choose_owners(rules, layout), strict=True):
+        if name not in resting:
+            for rank in range(layout.world_size) if replicated else (owner,):
+                kept[rank] += state_bytes(rule_of[name], shape)
+    return kept
 
 
 def _row(recipe: Recipe, index: int, results: Mapping[str, Mapping[str, Any]]) -> Row:
@@ -202,7 +241,7 @@ def _best(row: Row) -> float:
     return min((value for value in row.grid.values() if value is not None), default=math.nan)
 
 
-def _cells(row: Row, published: bool) -> list[str]:
+def _cells(row: Row) -> list[str]:
     found = row.perplexities
     perplexity = "-"
     if found:
@@ -222,8 +261,16 @@ def _cells(row: Row, published: bool) -> list[str]:
         human_bytes(row.memory.papers),
         human_bytes(row.memory.deepspeed),
         f"{sum(speeds) / len(speeds):,.0f}" if speeds else "-",
-        *[f"{row.published:g}" if row.published is not None else "-"] * published,
+        _as_published(row),
+        "-" if row.published is None else f"{row.published:g}",
     ]
+
+
+def _as_published(row: Row) -> str:
+    """The mean over the runs that have been scored so, too; those of earlier versions have not."""
+    scores = [result.get("test_perplexity_galore_compatible") for result in row.results.values()]
+    found = [score for score in scores if score is not None]
+    return f"{sum(found) / len(found):,.2f}" if found and all(map(math.isfinite, row.perplexities)) else "-"
 
 
 def _figure(path: Path, rows: Sequence[Row], draw: Any) -> None:

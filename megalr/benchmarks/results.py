@@ -103,6 +103,7 @@ def result(one: Run, folder: RunFolder, ended: Ended) -> dict[str, Any]:
         "seed": one.seed,
         "perplexity": perplexity if finite else None,
         "test_perplexity": test if finite else None,
+        "test_perplexity_galore_compatible": summary.get("perplexity_test_galore_compatible") if finite else None,
         "reason": "finished" if finite else f"diverged: the loss is {loss} at step {0 if last is None else last[0]}",
         "tokens_per_second": summary.get("tokens_per_second"),
         "seconds": round(ended.seconds, 1),

@@ -127,6 +127,7 @@ class Recipe:
     Attributes:
         settings, methods: what it says.
         model: the shape, a transformers configuration.
+        world_size: processes of each run.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class Recipe:
         Raises:
             UserError: whatever would fail in a run, or make runs incomparable.
         """
-        self._world_size = world_size
+        self.world_size = world_size
         content = read_recipe(path)
         self.settings, self.methods, self._text = content.settings, content.methods, content.text
         here = content.folder
@@ -169,10 +170,10 @@ class Recipe:
         config = copy.deepcopy(method.config)
         config["optimizer"].setdefault("params", {})["lr"] = lr
         cuda = torch.cuda.is_available()
-        request = request_for(self.settings, self.model, seed=seed, world_size=self._world_size, on_gpu=cuda)
+        request = request_for(self.settings, self.model, seed=seed, world_size=self.world_size, on_gpu=cuda)
         resolved = resolve(config, request).config
         flags = [*self._flags(), "--seed", str(seed)]
-        inputs = {**self._inputs, "device": "cuda" if cuda else "cpu", "processes": self._world_size}
+        inputs = {**self._inputs, "device": "cuda" if cuda else "cpu", "processes": self.world_size}
         return Run(
             method=method.name,
             lr=lr,

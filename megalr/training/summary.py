@@ -64,6 +64,7 @@ def finish(
         "perplexity": evaluation.perplexity,
         "perplexity_galore_compatible": evaluation.galore_compatible,
         "perplexity_test": None if test is None else test.perplexity,
+        "perplexity_test_galore_compatible": None if test is None else test.galore_compatible,
         "perplexity_untrained": baselines.untrained,
         "perplexity_unigram": baselines.unigram,
         "loss": evaluation.loss,

@@ -35,6 +35,7 @@ if lr == 9:
 (folder / "metrics.jsonl").write_text("".join(row(step, 6 - step / 100) for step in range(1, 251)))
 perplexity = 100 + abs(lr - 0.02) * 1000 + seed
 summary = {"perplexity": perplexity, "perplexity_test": perplexity + 50 - 3 * seed, "tokens_per_second": 1234.5}
+summary["perplexity_test_galore_compatible"] = summary["perplexity_test"] / 2
 (folder / "summary.json").write_text(json.dumps(summary))
 """
 

@@ -252,8 +252,9 @@ def test_a_method_may_have_seeds_and_a_published_figure_of_its_own(write, launch
     assert starts(launchers) == ["0.01 0", "0.01 3", "0.01 1", "0.01 2"]  # their grids are the same run
     lines = (output / "table.md").read_text().splitlines()
     a, b = (next(line for line in lines if line.startswith(f"| {name} ")) for name in "ab")
-    assert "2 seeds" in a and a.endswith("| 34.58 |")
-    assert "3 seeds" in b and b.endswith("| - |")
+    assert "2 seeds" in a and "| 157.00 (" in a and a.endswith("| 78.50 | 34.58 |")  # the launcher's figure is half
+    assert "3 seeds" in b and b.endswith("| 79.00 | - |")
+    assert "as published code counts" not in (compare(write(), launchers) / "table.md").read_text().lower()
     with pytest.raises(UserError, match="seeds names one twice"):
         Recipe(write(methods={"a": {**method(), "seeds": [1, 1]}}), launchers / "models")
 
@@ -304,6 +305,30 @@ def test_memory_follows_from_the_formulas(write, launchers):
     assert projected.papers < dense.papers
     assert galore.papers < dense.papers
     assert math.isclose(galore.deepspeed - dense.deepspeed, 2 * (galore.papers - dense.papers), rel_tol=1e-9)
+
+
+def test_memory_of_several_processes_is_that_of_the_one_with_the_most(write, launchers):
+    given = {"AdamW": method(), "GaLore": method(type="GaLoreAdamW", params={"rank": 4, "eps": 1e-8})}
+    del (base := content()["base"])["optimizer"]["params"]["eps"]
+    for one in base["optimizer"]["params"].values():
+        one["eps"] = 1e-8
+
+    def memory(stage, processes):
+        path = write(methods=given, base={**base, "zero_optimization": {"stage": stage}}, batch_size=4)
+        recipe = Recipe(path, launchers / "models", world_size=processes)
+        return [method_memory(recipe.grid(m)[0], recipe) for m in recipe.methods]
+
+    assert memory(0, 4) == memory(0, 1)  # everybody has everything
+    (dense, galore), (shared, owned) = memory(1, 1), memory(1, 4)
+    assert shared.papers == dense.papers
+    evenly = 8 * dense.trained + 12 * dense.trained / 4  # weights and gradients are whole
+    assert evenly <= shared.deepspeed <= evenly + 1000
+    # A rule's state is with the matrices' owners, of whom one has more than its share.
+    assert (galore.deepspeed - dense.deepspeed) / 4 < owned.deepspeed - shared.deepspeed < 0
+    path = write(methods=given, base=base, batch_size=4)
+    compare(path, launchers, "--processes", "4")
+    table = (path.parent / "out put" / "table.md").read_text()
+    assert "what DeepSpeed holds in the one of 4 processes that has the most" in table
 
 
 def test_a_killed_benchmark_takes_its_runs_with_it_and_keeps_others_out(write, launchers):
