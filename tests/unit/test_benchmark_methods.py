@@ -130,6 +130,13 @@ def test_the_papers_recipes_leave_eps_to_the_rules():
     assert eps["full rank, AdamW"] == {"trunk": 1e-8, "embedding": 1e-8, "norm": 1e-8}
 
 
+def test_a_remainder_is_memory():
+    recipe = Recipe(ROOT / "launchers" / "recipes" / "merge_rounding.yaml", ROOT / "launchers" / "models")
+    nearest, stochastic, remainder = (method_memory(recipe.grid(m)[0], recipe).deepspeed for m in recipe.methods)
+    elements = 4 * (4 * 128 * 128 + 3 * 128 * 352)  # of all W0
+    assert stochastic == nearest and remainder == nearest + 2 * elements
+
+
 def test_every_shipped_recipe_is_tested():
     assert {path.stem for path in (ROOT / "launchers" / "recipes").glob("*.yaml")} == {
         "merge_rounding",
