@@ -2,8 +2,8 @@
 
 Each run is one process of launchers/pretrain.py. Its result becomes a line of results.jsonl in the output folder and is
 not computed again: a benchmark that was killed goes on when it is started again, with "save_every" in the recipe from
-the checkpoints of the runs that were under way. A run that fails holds no other up;
-what has failed is listed at the end, and tried again at the next start.
+the checkpoints of the runs that were under way. A run that fails holds no other up; what has failed is listed at the
+end, and tried again at the next start.
 """
 
 from __future__ import annotations
