@@ -40,7 +40,7 @@ def test_what_factorized_layers_keep_is_counted(ranks, stage, dtype):
 
 # Each so that every layer is merged, or switched, in the first update.
 MERGING = {
-    "relora": {"merge_every": 1},
+    "relora": {"merge_every": 1, "restart_warmup_steps": 0},
     "switchlora": {"switch_interval": 2, "frozen_steps": 1},
     "projected": {"update_proj_gap": 1, "stagger": False},
 }
