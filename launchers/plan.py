@@ -22,7 +22,7 @@ from megalr.layers import parametrize
 from megalr.layers.lora import MergeRounding
 from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.optim.groups import parameter_groups
-from megalr.optim.matrices import choose_owners, matrix_shapes, papers_floats, state_bytes
+from megalr.optim.matrices import kept_bytes, matrix_shapes, papers_floats
 from megalr.partition import planned_layout
 from megalr.planner import (
     ParameterRecord,
@@ -145,18 +145,14 @@ def _rule_cells(name: str, rank: int, optimizer: str, arguments: argparse.Namesp
     shapes = [{n: tuple(p.shape) for n, p in g.parameters.items()} for g in groups]
     (index,) = (i for i, g in enumerate(groups) if g.name == "matrices")
     layout = planned_layout(shapes, stage=arguments.stage, world_size=arguments.processes).matrices(shapes[index])
-    state = [0] * arguments.processes
     resting = rule.resting(list(layout.shapes), 0, 0)
-    for (matrix, shape), owner in zip(matrix_shapes(layout).items(), choose_owners(rule, layout), strict=True):
-        for keeper in range(arguments.processes) if arguments.stage == 0 else [owner]:
-            state[keeper] += 0 if matrix in resting else state_bytes(rule, shape)
     held = deepspeed_bytes(
         [list(group.values()) for group in shapes],
         stage=arguments.stage,
         world_size=arguments.processes,
         dtype=DTYPES[arguments.dtype],
         treated=[index],
-        treated_bytes=max(state),
+        treated_bytes=max(kept_bytes(rule, layout, seed=0, replicated=arguments.stage == 0)),
     )
 
     def own_state(record: ParameterRecord) -> int | None:

@@ -14,8 +14,8 @@ from megalr.benchmarks.markdown import table
 from megalr.benchmarks.results import best_run, score, test_score
 from megalr.benchmarks.runs import Recipe, Run
 from megalr.layers import parametrize
-from megalr.optim.matrices import choose_owners, matrix_shapes, papers_floats, state_bytes
-from megalr.partition import Layout, planned_layout
+from megalr.optim.matrices import kept_bytes, papers_floats
+from megalr.partition import planned_layout
 from megalr.planner import (
     ParameterRecord,
     buffer_bytes,
@@ -26,7 +26,6 @@ from megalr.planner import (
     paper_bytes,
 )
 from megalr.planner.report import TEXT_COLOR
-from megalr.rules.base import Rule
 from megalr.training.models import empty_model
 
 if TYPE_CHECKING:
@@ -194,30 +193,10 @@ def method_memory(one: Run, recipe: Recipe) -> Memory:
             buffers=buffer_bytes(model),
             merged=merged_shapes(model, config.parametrization),
         ).total
-        for rank, kept in enumerate(_kept_bytes(rules, layout.matrices(rules), config.seed, replicated=stage == 0))
+        for rank, kept in enumerate(kept_bytes(rules, layout.matrices(rules), seed=config.seed, replicated=stage == 0))
     )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Memory(trained, paper_bytes(model, treated_state=own_state), held)
-
-
-def _kept_bytes(rules: Mapping[str, Rule], layout: Layout, seed: int, *, replicated: bool) -> list[int]:
-    """What each rank keeps of the rules' state: of the matrices that it owns, or of all where each has everything.
-
-    Args:
-        rules: by parameter.
-        layout: of the rules' matrices.
-        seed: key of what rests.
-        replicated: whether every rank runs the rules on all matrices, as at stage 0.
-    """
-    rule_of = {name: rules[name.partition("[")[0]] for name in layout.shapes}  # of a stack's matrix, its parameter's
-    by_rule = {id(rule): [n for n, other in rule_of.items() if other is rule] for rule in rules.values()}
-    resting = {n for rule in rules.values() for n in rule.resting(by_rule[id(rule)], 0, seed)}
-    kept = [0] * layout.world_size
-    for (name, shape), owner in zip(matrix_shapes(layout).items(), choose_owners(rules, layout), strict=True):
-        if name not in resting:
-            for rank in range(layout.world_size) if replicated else (owner,):
-                kept[rank] += state_bytes(rule_of[name], shape)
-    return kept
 
 
 def _row(recipe: Recipe, index: int, results: Mapping[str, Mapping[str, Any]]) -> Row:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megalr.benchmarks.projected_methods import MATRIX_GROUPS, prepare
 from megalr.layers import projected_layers
-from megalr.optim.matrices import choose_owners, state_bytes
+from megalr.optim.matrices import choose_owners, kept_bytes
 from megalr.partition import Layout, planned_layout
 from megalr.planner import RankBytes, deepspeed_bytes
 from megalr.planner.memory import frozen_shapes
@@ -114,10 +114,7 @@ def held_bytes(groups: Groups, world_size: int) -> RankBytes:
     """Of the rank that holds most, each of the four parts on its own, since ranks differ in what they own."""
     state = [0] * world_size
     if groups.rule is not None:
-        layout = _treated(groups, world_size)
-        for name, owner in zip(layout.shapes, choose_owners(groups.rule, layout), strict=True):
-            m, n = layout.shapes[name]
-            state[owner] += state_bytes(groups.rule, (m, n))
+        state = kept_bytes(groups.rule, _treated(groups, world_size), seed=0, replicated=False)
     ranks = [
         deepspeed_bytes(
             [list(group.values()) for group in groups.trained],

@@ -66,11 +66,30 @@ def choose_owners(rules: Rule | Mapping[str, Rule], layout: Layout) -> list[int]
         layout: of matrices.
     """
     shapes = matrix_shapes(layout)
-    rule_of = {name: rules if isinstance(rules, Rule) else rules[_parameter(name)] for name in shapes}
+    rule_of = _by_matrix(rules, layout)
     size = {name: rule_of[name].state_bytes(shape) for name, shape in shapes.items()}
     work = {name: rule_of[name].flops(shape) for name, shape in shapes.items()}
     total_size, total_work = max(1, sum(size.values())), max(1.0, sum(work.values()))
     return place([Unit((n,), size[n] / total_size + work[n] / total_work) for n in shapes], layout)
+
+
+def kept_bytes(rules: Rule | Mapping[str, Rule], layout: Layout, *, seed: int, replicated: bool) -> list[int]:
+    """Bytes of state that each rank keeps after the first update; scalars left out.
+
+    Args:
+        rules: as in :func:`choose_owners`.
+        layout: of matrices.
+        seed: key of what rests.
+        replicated: whether every rank runs the rules on all matrices, as at ZeRO stage 0; else their owners do.
+    """
+    rule_of = _by_matrix(rules, layout)
+    resting = _resting(rule_of, 0, seed)
+    kept = [0] * layout.world_size
+    for (name, shape), owner in zip(matrix_shapes(layout).items(), choose_owners(rules, layout), strict=True):
+        if name not in resting:
+            for rank in range(layout.world_size) if replicated else (owner,):
+                kept[rank] += state_bytes(rule_of[name], shape)
+    return kept
 
 
 class MatrixUpdater:
@@ -256,9 +275,7 @@ class MatrixUpdater:
 
     def _resting(self, updates: int) -> frozenset[str]:
         """Names of the matrices that the update after so many others leaves alone; the same on every rank."""
-        rules = {id(m.rule): m.rule for m in self.matrices}
-        names = {key: [m.name for m in self.matrices if m.rule is rule] for key, rule in rules.items()}
-        return frozenset().union(*(rule.resting(names[key], updates, self._seed) for key, rule in rules.items()))
+        return _resting({m.name: m.rule for m in self.matrices}, updates, self._seed)
 
     def _decay(self, which: Sequence[int], resting: frozenset[str], factor: float) -> None:
         masters = self._shard.buffers
@@ -329,6 +346,18 @@ class MatrixUpdater:
     @staticmethod
     def _view(field: Field, fragment: Fragment, shape: Shape) -> Tensor:
         return run_of(field, fragment).view(shape)
+
+
+def _by_matrix(rules: Rule | Mapping[str, Rule], layout: Layout) -> dict[str, Rule]:
+    """The rule of each matrix: the one of all, or its parameter's."""
+    return {name: rules if isinstance(rules, Rule) else rules[_parameter(name)] for name in layout.shapes}
+
+
+def _resting(rule_of: Mapping[str, Rule], updates: int, seed: int) -> frozenset[str]:
+    """The matrices that the update after so many others leaves alone; each rule is asked about all of its own."""
+    rules = {id(rule): rule for rule in rule_of.values()}
+    names = {key: [n for n, other in rule_of.items() if other is rule] for key, rule in rules.items()}
+    return frozenset().union(*(rule.resting(names[key], updates, seed) for key, rule in rules.items()))
 
 
 def _parameter(matrix: str) -> str:

@@ -45,7 +45,7 @@ class Merging:
         Args:
             name: the layer's.
             weight: W0, frozen, perhaps cut by ZeRO-3.
-            learnt: (m, n), the same on every rank; fp32 except where masters are of the model's dtype; modified.
+            learnt: (m, n), fp32, the same on every rank; modified.
             decay: what weight decay leaves.
             count: of earlier calls for this weight.
 
@@ -53,7 +53,7 @@ class Merging:
             UserError: stochastic rounding of a dtype other than bf16.
         """
         parts = frozen_parts(weight)
-        delta = learnt.to(torch.float32).reshape(-1)
+        delta = learnt.reshape(-1)
         if weight.dtype == torch.float32 or self._rounding == "nearest":
             for start, part in parts:
                 part.copy_(torch.add(delta[start : start + part.numel()].to(part.device), part, alpha=decay))
