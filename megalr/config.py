@@ -22,7 +22,7 @@ from megalr.layers.velora import VeloraConfig
 from megalr.plugins import load_plugins
 from megalr.rules.base import Rule
 from megalr.rules.registry import RULES, plain
-from megalr.sections import Json, build, check_keys, check_targets, check_types, nearest, require
+from megalr.sections import Json, build, check_keys, check_ramp, check_targets, check_types, nearest, require
 
 # What "auto" stands for in the optimizer's "params" when transformers' TrainingArguments are at hand.
 AUTO: dict[str, Callable[[Any], Any]] = {
@@ -61,7 +61,7 @@ class MomentumResetConfig:
         interval: updates between two resets.
         scope: "factors" resets the low-rank factors alone, "all" every parameter.
         warmup_steps: length of the linear ramp, from 0.001 of the scheduled learning rate to all of it; it applies
-            to the parameters that were reset. 0 means no ramp.
+            to the parameters that were reset; shorter than ``interval``. 0 means no ramp.
     """
 
     interval: int
@@ -71,7 +71,7 @@ class MomentumResetConfig:
     def __post_init__(self) -> None:
         where = "megalr.momentum_reset"
         require(self.interval >= 1, f"{where}.interval is {self.interval}; write at least 1")
-        require(self.warmup_steps >= 0, f"{where}.warmup_steps is {self.warmup_steps}; write at least 0")
+        check_ramp(self, "warmup_steps", "interval", where)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -321,7 +321,7 @@ def plain_factors(
     layers = _replace(model, section)
     ours = {f"{name}.{key}" for name, layer in layers.items() for key in layer.trained}
     weights = {n: w for n, w in model.named_parameters() if w.requires_grad}
-    warmup = section.get("restart_warmup_steps", 10)
+    warmup = section.get("restarts", {}).get("warmup", section.get("restart_warmup_steps"))
     adams = {n: Adam(params.get("betas", (0.9, 0.999)), params.get("eps", 1e-8)) for n in weights}
     if rule is not None:
         linear = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, nn.Linear)}

@@ -19,7 +19,7 @@ STEPS = 12
 ADAMW = {"lr": 5e-3, "weight_decay": 0.1, "embedding": {"lr": 1e-2}}
 COMMON = {"rank": 5, "target_modules": ["mlp_wide", "mlp_tall", "mlp_square", "mlp_experts_back"]}
 REFACTORIZATION = {"interval": 5, "moments": "reset"}
-RESET = {"interval": 4, "scope": "factors", "warmup_steps": 10}
+RESET = {"interval": 4, "scope": "factors", "warmup_steps": 3}
 RELORA = {"type": "relora", "merge_every": 4, "restart_warmup_steps": 3, **COMMON}
 # Each with the events of its kind at least twice in twelve updates: the "parametrization" section, and others.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -26,6 +26,7 @@ def reference(case: str):
         restarts["refactorize_every"] = sections["refactorization"]["interval"]
     if "momentum_reset" in sections:
         restarts["reset_every"] = sections["momentum_reset"]["interval"]
+        restarts["warmup"] = sections["momentum_reset"]["warmup_steps"]
     data = rule_training.batches(factoring.STEPS)
     section = {**section, "restarts": restarts}
     rule = factoring.RULES.get(case)

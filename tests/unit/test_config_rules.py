@@ -115,7 +115,7 @@ def test_combinations_that_are_refused():
 def test_advice_to_those_whom_no_momentum_reset_can_reset(kind):
     needed = {"random_from": 5} if kind == "GoLoreAdamW" else {}
     with pytest.raises(megalr.UserError, match="momentum_reset cannot reset .*: remove it") as error:
-        config(kind, section={"momentum_reset": {"interval": 5, "scope": "all"}}, **needed)
+        config(kind, section={"momentum_reset": {"interval": 50, "scope": "all"}}, **needed)
     if '"moments": "reset"' in str(error.value):
         assert config(kind, moments="reset", **needed).optimizer.rule.moments == "reset"
     else:

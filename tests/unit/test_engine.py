@@ -36,7 +36,11 @@ def test_optimizer_of_a_plain_loop_trains():
     """Without DeepSpeed it is an ordinary torch optimizer."""
     torch.manual_seed(0)
     net = megalr.parametrize(model(), LOW_RANK)
-    section = {**LOW_RANK["megalr"], "refactorization": {"interval": 5}, "momentum_reset": {"interval": 5}}
+    section = {
+        **LOW_RANK["megalr"],
+        "refactorization": {"interval": 5},
+        "momentum_reset": {"interval": 5, "warmup_steps": 4},
+    }
     config = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}, "megalr": section}
     optimizer = megalr.build_optimizer(net, config)
     x, y = torch.randn(32, 6), torch.randn(32, 4)

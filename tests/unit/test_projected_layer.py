@@ -307,7 +307,7 @@ def test_messages(section, message):
     ("more", "message"),
     [
         ({"optimizer": {"type": "Muon"}}, '"projected" factors cannot be trained with muon, because a refresh'),
-        ({"momentum_reset": {"interval": 5, "scope": "all"}}, '"projected" layers reset their moments themselves'),
+        ({"momentum_reset": {"interval": 50, "scope": "all"}}, '"projected" layers reset their moments themselves'),
         ({"refactorization": {"interval": 5}}, "refactorization needs low-rank factors"),
     ],
 )

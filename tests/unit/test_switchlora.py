@@ -99,7 +99,7 @@ def _just_switched(events, factor):
         ({"frozen_steps": -1}, {}, "frozen_steps is -1; write at least 0"),
         ({"descent_steps": 0}, {}, "descent_steps is 0; write at least 1, or null"),
         ({}, {"refactorization": {"interval": 5}}, "switches single vectors of them"),
-        ({}, {"momentum_reset": {"interval": 5}}, "layers reset moments vector by vector"),
+        ({}, {"momentum_reset": {"interval": 50}}, "layers reset moments vector by vector"),
         ({}, {"optimizer": {"type": "Muon"}}, "each vector has a count of its own"),
     ],
 )
