@@ -78,7 +78,7 @@ class Merges(LayerEvents):
         for fragment in self._own(f"{name}.B"):
             run_of(masters, fragment).zero_()
         draw_a_(a, self._seed, name, self._merges)
-        write(a, masters, self._own(f"{name}.A"))
+        write(self._shard.layout.flat(f"{name}.A", a), masters, self._own(f"{name}.A"))
 
     def _prune(self, name: str) -> None:
         """Zero a share of a factor's moments."""

@@ -145,11 +145,12 @@ class Projections(LayerEvents):
                     continue
                 own = self._shard.layout.on(f"{name}.R", self._shard.rank)
                 if name in self._renewed:
-                    write(self._renewed.pop(name), gradients, own)
+                    write(self._flat(name, self._renewed.pop(name)), gradients, own)
                 elif name in self._turned:
                     low, turn = self._exchange.everywhere(f"{name}.R", gradients), self._turned.pop(name)
                     turn = turn.to(low.device)
-                    write(low @ turn.T if basis.side == "right" else turn @ low, gradients, own)
+                    turned = low @ turn.T if basis.side == "right" else turn @ low
+                    write(self._flat(name, turned), gradients, own)
                 runs += [(fragment, basis.count + 1) for fragment in own]
         if runs:
             fields = (self._shard.buffers, gradients, self._moments("exp_avg"), self._moments("exp_avg_sq"))
@@ -350,7 +351,11 @@ class Projections(LayerEvents):
                 state: State = {k: self._exchange.everywhere(f"{name}.R", flat).float() for k, flat in fields.items()}
                 rotate_moments(state, turn.to(fields["exp_avg"][0].device), left=left)
                 for key, flat in fields.items():
-                    write(tensor(state, key), flat, own)
+                    write(self._flat(name, tensor(state, key)), flat, own)
+
+    def _flat(self, name: str, whole: Tensor) -> Tensor:
+        """The elements of a layer's R, or of something of its shape, in the layout's order."""
+        return self._shard.layout.flat(f"{name}.R", whole)
 
     def _whole(self, parameter: Tensor) -> Tensor:
         """A frozen parameter, whole, fp32, new."""

@@ -5,6 +5,7 @@ Nothing here knows any rule.
 
 from megalr.partition.exchange import Exchange, Item, buckets
 from megalr.partition.fragments import Shard, frozen_parts, planned_layout, read_shard
+from megalr.partition.joining import join
 from megalr.partition.layout import Fragment, Layout
 from megalr.partition.placement import Unit, imbalance, least_imbalance, place
 
@@ -18,6 +19,7 @@ __all__ = [
     "buckets",
     "frozen_parts",
     "imbalance",
+    "join",
     "least_imbalance",
     "place",
     "planned_layout",

@@ -64,13 +64,13 @@ class Gathering:
     """A gather under way."""
 
     def __init__(self, whole: dict[str, list[Tensor]], layout: Layout, arrive: _Arrive) -> None:
-        self._whole, self._shapes, self._arrive = whole, layout.shapes, arrive
+        self._whole, self._layout, self._arrive = whole, layout, arrive
 
     def wait(self) -> dict[str, list[Tensor]]:
         """What :meth:`Exchange.gather` returns, once; nothing of it is held here any longer."""
         self._arrive()
         whole, self._whole, self._arrive = self._whole, {}, _nothing
-        return {name: [t.view(self._shapes[name]) for t in tensors] for name, tensors in whole.items()}
+        return {name: [self._layout.whole(name, flat) for flat in tensors] for name, tensors in whole.items()}
 
 
 class Scattering:
@@ -179,9 +179,10 @@ class Exchange:
             like: any tensor of the values' dtype on the device that messages start from.
         """
 
+        flat = {name: [self.layout.flat(name, value) for value in of_item] for name, of_item in values.items()}
+
         def read(k: int, fragment: Fragment) -> Tensor:
-            flat = values[fragment.name][k].reshape(-1)
-            return flat[fragment.start : fragment.start + fragment.length]
+            return flat[fragment.name][k][fragment.start : fragment.start + fragment.length]
 
         def write(k: int, fragment: Fragment, value: Tensor) -> None:
             writes[k](fragment, value)
@@ -216,13 +217,14 @@ class Exchange:
 
     def everywhere(self, name: str, field: Field) -> Tensor:
         """A parameter's whole tensor, new, on every rank."""
-        own = self.layout.on(name, self.rank)
         whole = torch.zeros(self.layout.numel(name), dtype=field[0].dtype, device=field[0].device)
-        for fragment in own:
-            whole[fragment.start : fragment.start + fragment.length] = run_of(field, fragment)
-        if not self.layout.is_replicated(name):
+        replicated = self.layout.is_replicated(name)
+        for fragment in self.layout.on(name, self.rank):
+            if replicated or fragment.copy == 0:
+                whole[fragment.start : fragment.start + fragment.length] = run_of(field, fragment)
+        if not replicated:
             self.add_up(whole)
-        return whole.view(self.layout.shapes[name])
+        return self.layout.whole(name, whole)
 
     def all_agree(self, mine: bool) -> bool:
         """Whether it is so on every rank."""
@@ -325,8 +327,7 @@ def run_of(field: Field, fragment: Fragment) -> Tensor:
     return field[fragment.buffer][fragment.offset : fragment.offset + fragment.length]
 
 
-def write(whole: Tensor, field: Field, fragments: Sequence[Fragment]) -> None:
-    """Put a whole tensor's values where this rank's fragments of it are."""
-    values = whole.reshape(-1)
+def write(flat: Tensor, field: Field, fragments: Sequence[Fragment]) -> None:
+    """Put a parameter's values, in their order, where this rank's fragments of it are."""
     for fragment in fragments:
-        run_of(field, fragment).copy_(values[fragment.start : fragment.start + fragment.length])
+        run_of(field, fragment).copy_(flat[fragment.start : fragment.start + fragment.length])

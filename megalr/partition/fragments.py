@@ -117,7 +117,7 @@ def planned_layout(groups: Sequence[Mapping[str, tuple[int, ...]]], *, stage: in
         for name, shape in group.items():
             numel = math.prod(shape)
             if stage == 0:
-                fragments += [Fragment(name, 0, numel, rank, len(shapes), 0) for rank in range(world_size)]
+                fragments += [Fragment(name, 0, numel, rank, len(shapes), 0, copy=rank) for rank in range(world_size)]
             elif stage == 3:
                 chunk = math.ceil(numel / world_size)
                 fragments += _chunks(name, numel, chunk, buffer, position)
@@ -245,7 +245,7 @@ def _read_whole(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[
                 )
             separate = separate or tensor is not parameter
             shapes[name] = tuple(parameter.shape)
-            fragments += [Fragment(name, 0, parameter.numel(), r, len(buffers), 0) for r in range(world_size)]
+            fragments += [Fragment(name, 0, parameter.numel(), r, len(buffers), 0, copy=r) for r in range(world_size)]
             buffers.append(tensor)
     layout = Layout(world_size, shapes, fragments)
     flat, keys = [b.data.view(-1) for b in buffers], [id(b) for b in buffers]

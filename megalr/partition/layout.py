@@ -1,6 +1,9 @@
 """What lies where: plain data about how parameters are cut into the ranks' flat buffers.
 
 A layout knows neither DeepSpeed nor processes. It prints, compares, and can be written by hand in a test.
+
+Elements of a parameter are counted row by row. Where tensor parallelism cuts a matrix by columns they are counted block
+of columns by block, row by row inside each, so that what a rank holds is one run however it is cut.
 """
 
 from __future__ import annotations
@@ -9,18 +12,24 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
+MATRIX = 2  # dimensions
+
 
 @dataclass(frozen=True, order=True)
 class Fragment:
-    """One contiguous, row-major run of a parameter's elements inside one rank's flat buffer.
+    """One contiguous run of a parameter's elements, in their order, inside one rank's flat buffer.
 
     Attributes:
         name: the parameter's qualified name.
         start: its first element, counted inside the whole parameter.
         length: how many elements.
-        rank: who holds it, counted in the data-parallel group.
+        rank: who holds it, counted in the group that shares the parameters.
         buffer: which of that rank's flat buffers.
         offset: its first element, counted inside that buffer.
+        copy: which of the parameter's copies it belongs to, where there are several.
     """
 
     name: str
@@ -29,23 +38,27 @@ class Fragment:
     rank: int
     buffer: int
     offset: int
+    copy: int = 0
 
 
 @dataclass(frozen=True)
 class Layout:
     """Every parameter's shape, and every fragment of it on every rank.
 
-    A parameter may be held whole by several ranks (ZeRO stage 0), or cut, each element held once (stages 1 to 3).
+    A parameter may be cut, each element held once (ZeRO stages 1 to 3), or there are several copies of it, each of
+    them whole on a rank (stage 0) or cut (what all tensor-parallel ranks have, at stages 1 to 3).
 
     Attributes:
-        world_size: ranks in the data-parallel group.
+        world_size: ranks in the group that shares the parameters.
         shapes: the logical shape of each parameter, by qualified name.
         fragments: all fragments of all ranks, in any order.
+        blocks: of a matrix that is cut by columns, how many each block has; see above.
     """
 
     world_size: int
     shapes: Mapping[str, tuple[int, ...]]
     fragments: Sequence[Fragment]
+    blocks: Mapping[str, Sequence[int]] = field(default_factory=dict)
     _by_name: dict[str, tuple[Fragment, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -73,23 +86,39 @@ class Layout:
         return sum(f.length for f in self._by_name[name] if f.rank == rank) == self.numel(name)
 
     def cover(self, name: str, rank: int) -> tuple[Fragment, ...]:
-        """Fragments that make up the whole parameter, each element once, from ``rank`` itself where it has all."""
-        own = self.on(name, rank)
-        if sum(f.length for f in own) == self.numel(name):
-            return own
-        if self.is_replicated(name):
-            return self.on(name, self._by_name[name][0].rank)
-        return self._by_name[name]
+        """Fragments that make up the whole parameter, each element once: the copy of which ``rank`` has most."""
+        held = {f.copy: 0 for f in self._by_name[name]}
+        for f in self.on(name, rank):
+            held[f.copy] += f.length
+        return self.copy(name, max(held, key=lambda copy: (held[copy], -copy)))
+
+    def copy(self, name: str, number: int) -> tuple[Fragment, ...]:
+        """The fragments of one of a parameter's copies, by start."""
+        return tuple(f for f in self._by_name[name] if f.copy == number)
 
     def is_replicated(self, name: str) -> bool:
-        """Whether some element of the parameter lies on more than one rank; then each holder has all of it."""
-        return sum(f.length for f in self._by_name[name]) > self.numel(name)
+        """Whether there are several ranks, and each has a parameter whole."""
+        return self.world_size > 1 and all(self.is_whole_on(name, rank) for rank in range(self.world_size))
+
+    def flat(self, name: str, whole: Tensor) -> Tensor:
+        """A parameter's elements in their order; a view where that is row by row."""
+        if name not in self.blocks:
+            return whole.reshape(-1)
+        return torch.cat([block.reshape(-1) for block in whole.split(list(self.blocks[name]), dim=1)])
+
+    def whole(self, name: str, flat: Tensor) -> Tensor:
+        """A parameter from its elements in their order; a view where that is row by row."""
+        if name not in self.blocks:
+            return flat.view(self.shapes[name])
+        rows, widths = self.shapes[name][0], self.blocks[name]
+        blocks = flat.split([rows * width for width in widths])
+        return torch.cat([block.view(rows, width) for block, width in zip(blocks, widths, strict=True)], dim=1)
 
     def matrices(self, names: Iterable[str]) -> Layout:
         """The layout of the named parameters as matrices.
 
         A parameter of three dimensions is a stack, and becomes one matrix for each index: ``name[0]``, ``name[1]``, ...
-        A vector is a matrix with one row.
+        A vector is a matrix with one row. Blocks of columns are kept.
 
         Args:
             names: of parameters with one to three dimensions.
@@ -109,8 +138,10 @@ class Layout:
                     lower, upper = max(begin, f.start), min(end, f.start + f.length)
                     if lower < upper:
                         offset = f.offset + lower - f.start
-                        fragments.append(Fragment(matrix, lower - begin, upper - lower, f.rank, f.buffer, offset))
-        return Layout(self.world_size, shapes, fragments)
+                        fragments.append(
+                            Fragment(matrix, lower - begin, upper - lower, f.rank, f.buffer, offset, f.copy)
+                        )
+        return Layout(self.world_size, shapes, fragments, {n: w for n, w in self.blocks.items() if n in shapes})
 
     def __str__(self) -> str:
         lines = [f"{self.world_size} ranks, {len(self.shapes)} parameters"]
@@ -123,12 +154,9 @@ class Layout:
         return "\n".join(lines)
 
     def _check(self, name: str) -> None:
-        """Each rank's fragments, and all of them unless replicated, must tile the parameter without gap or overlap."""
+        """The fragments of each copy must tile the parameter without gap or overlap."""
         numel = self.numel(name)
-        groups: list[tuple[Fragment, ...]] = [self._by_name[name]]
-        if self.is_replicated(name):
-            groups = [self.on(name, rank) for rank in sorted({f.rank for f in self._by_name[name]})]
-        for cut in groups:
+        for cut in [self.copy(name, number) for number in {0, *(f.copy for f in self._by_name[name])}]:
             position = 0
             for fragment in cut:
                 if fragment.start != position or fragment.length <= 0:
@@ -136,3 +164,5 @@ class Layout:
                 position += fragment.length
             if position != numel:
                 raise ValueError(f"{name} {tuple(self.shapes[name])} is not tiled by its fragments: {cut}")
+        if name in self.blocks and (len(self.shapes[name]) != MATRIX or sum(self.blocks[name]) != self.shapes[name][1]):
+            raise ValueError(f"{name} {tuple(self.shapes[name])} has no blocks of {self.blocks[name]} columns")

@@ -21,12 +21,12 @@ def random_layout(seed: int, world_size: int, *, replicated: bool = False, idle_
     for name, shape in shapes.items():
         numel, buffer = math.prod(shape), rng.randrange(2)
         if replicated:
-            places = [(rank, 0, numel) for rank in range(holders)]
+            places = [(rank, 0, numel, rank) for rank in range(holders)]
         else:
             cuts = sorted({0, numel, *(rng.randrange(numel + 1) for _ in range(rng.randrange(3)))})
-            places = [(rng.randrange(holders), a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
-        for rank, begin, end in places:
-            fragments.append(Fragment(name, begin, end - begin, rank, buffer, used[rank, buffer]))
+            places = [(rng.randrange(holders), a, b, 0) for a, b in zip(cuts, cuts[1:], strict=False)]
+        for rank, begin, end, copy in places:
+            fragments.append(Fragment(name, begin, end - begin, rank, buffer, used[rank, buffer], copy))
             used[rank, buffer] += end - begin
     return Layout(world_size, shapes, fragments)
 

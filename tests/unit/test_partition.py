@@ -19,7 +19,7 @@ CUT = Layout(
         Fragment("c", 0, 9, 1, 0, 3),
     ],
 )
-REPLICATED = Layout(2, {"r": (2, 2)}, [Fragment("r", 0, 4, rank, 0, 0) for rank in (0, 1)])
+REPLICATED = Layout(2, {"r": (2, 2)}, [Fragment("r", 0, 4, rank, 0, 0, copy=rank) for rank in (0, 1)])
 
 
 def test_questions_to_a_layout():
@@ -59,7 +59,9 @@ def test_a_tie_goes_to_the_rank_that_holds_most():
 
 def test_replicated_units_are_shared_evenly():
     layout = Layout(
-        3, {f"p{i}": (2, 2) for i in range(9)}, [Fragment(f"p{i}", 0, 4, r, i, 0) for i in range(9) for r in range(3)]
+        3,
+        {f"p{i}": (2, 2) for i in range(9)},
+        [Fragment(f"p{i}", 0, 4, r, i, 0, copy=r) for i in range(9) for r in range(3)],
     )
     owners = place([Unit((f"p{i}",), 1.0) for i in range(9)], layout)
     assert sorted(owners) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -117,7 +119,9 @@ def test_a_stack_becomes_its_matrices(seed):
 
 
 def test_a_stack_that_every_rank_holds():
-    layout = Layout(2, {"s": (2, 2, 3)}, [Fragment("s", 0, 12, rank, 0, 4) for rank in (0, 1)]).matrices(["s"])
+    layout = Layout(2, {"s": (2, 2, 3)}, [Fragment("s", 0, 12, rank, 0, 4, copy=rank) for rank in (0, 1)]).matrices(
+        ["s"]
+    )
     assert layout.is_replicated("s[1]")
     assert layout.on("s[1]", 0) == (Fragment("s[1]", 0, 6, 0, 0, 10),)
 
