@@ -128,7 +128,16 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MegalrConfig:
-    """All that megalr reads from the JSON."""
+    """All that megalr reads from the JSON.
+
+    Attributes:
+        optimizer, parametrization, refactorization, momentum_reset, activations: sections of their own.
+        exchange_bucket_bytes: bound of the temporary memory of whole-matrix work.
+        seed: key of all random numbers.
+        plugins: modules to import for methods of a user's own.
+        tp_update: under tensor parallelism "exact" runs rules on whole matrices, as one process would; "local" on each
+            rank's part of them, which is another method and sends nothing over tensor-parallel groups.
+    """
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parametrization: ParametrizationConfig = field(default_factory=FullConfig)
@@ -138,6 +147,7 @@ class MegalrConfig:
     exchange_bucket_bytes: int = 256 * 1024 * 1024
     seed: int = 0
     plugins: tuple[str, ...] = ()
+    tp_update: Literal["exact", "local"] = "exact"
 
     def __post_init__(self) -> None:
         chosen, rule = self.parametrization, self.optimizer.rule
@@ -203,7 +213,7 @@ class MegalrConfig:
             raise UserError(f'"megalr" must be an object like {{"parametrization": {{...}}}}, not {section!r}')
         known = {f.name: None for f in dataclasses.fields(cls)}
         check_keys(section, known, "megalr")
-        plain_keys = ("seed", "exchange_bucket_bytes", "plugins")
+        plain_keys = ("seed", "exchange_bucket_bytes", "plugins", "tp_update")
         values = check_types(cls, {k: v for k, v in section.items() if k in plain_keys}, "megalr")
         load_plugins(values.get("plugins", ()))
         if "parametrization" in section:

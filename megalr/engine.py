@@ -22,6 +22,7 @@ from megalr.optim.directions import Directions
 from megalr.optim.groups import parameter_groups
 from megalr.optim.optimizer import MegalrOptimizer
 from megalr.optim.registry import layer_events
+from megalr.parallel import cut_layers, planned_cuts, share_latents, start_tensor_parallel, tensor_parallel_size
 
 
 def parametrize(model: nn.Module, config: Json | str | Path) -> nn.Module:
@@ -136,13 +137,28 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     refuse_unsupported(content)
     parametrize(model, content)
     optimizer = build_optimizer(model, content)
+    _cut(model, content, kwargs)
     results = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_section(content), **kwargs)
+    share_latents(model)
     scheduler = results[3]
     if getattr(scheduler, "last_batch_iteration", None) == -1:
         scheduler.step()
     optimizer.prepare()
     _announce_updates(results[0], optimizer)
     return results
+
+
+def _cut(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> None:
+    """Share the model's factorized layers between tensor-parallel ranks; DeepSpeed's AutoTP shares the dense ones."""
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_group, bwc_tensor_model_parallel_world_size  # noqa: PLC0415
+
+    size, mpu = tensor_parallel_size(content), kwargs.get("mpu")
+    if size > 1:
+        if mpu is not None:
+            raise UserError("tensor_parallel.autotp_size makes the groups that mpu= brings: give one of the two")
+        mpu = kwargs["mpu"] = start_tensor_parallel(model, size)
+    if bwc_tensor_model_parallel_world_size(mpu) > 1 and replaced_layers(model):
+        cut_layers(model, planned_cuts(model, content), bwc_tensor_model_parallel_group(mpu))
 
 
 def _announce_updates(engine: Any, optimizer: MegalrOptimizer) -> None:

@@ -30,6 +30,7 @@ class Matrix:
         owner: the rank that keeps its state; where every rank holds everything, the one that computes its basis.
         phase: when it refreshes; see :meth:`megalr.rules.base.Rule.phase`.
         buffer: the flat buffer that it lies in, on every rank.
+        everywhere: every rank holds all of it, and runs the rule.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Matrix:
     owner: int
     phase: int
     buffer: int
+    everywhere: bool
 
 
 def matrix_shapes(layout: Layout) -> dict[str, Shape]:
@@ -130,8 +132,7 @@ class MatrixUpdater:
         self._shard = shard
         self._seed = seed
         self._layout = shard.layout.matrices(rules)
-        self.exchange = Exchange(self._layout, shard.rank, shard.group, device=device)
-        self._replicated = any(self._layout.is_replicated(name) for name in self._layout.shapes)
+        self.exchange = Exchange(self._layout, shard.rank, shard.group, device=device, replicas=shard.replicas)
         self.matrices = self._owned(rules)
         self.states: dict[str, State] = {}
         itemsize = shard.buffers[0].element_size()
@@ -237,7 +238,7 @@ class MatrixUpdater:
                 " x ".join(map(str, m.shape)),
                 m.rule.name,
                 str(m.rule.rank_of(m.shape) or "-"),
-                "all" if self._replicated and self._layout.world_size > 1 else str(m.owner),
+                "all" if m.everywhere else str(m.owner),
                 f"{m.rule.state_bytes(m.shape):,}",
             )
             for m in self.matrices
@@ -254,14 +255,15 @@ class MatrixUpdater:
 
         None where every rank keeps the same.
         """
-        if self._replicated or self._layout.world_size == 1:
+        owned = [m for m in self.matrices if not m.everywhere]
+        if not owned or self._layout.world_size == 1:
             return None
-        units = [Unit((m.name,), m.rule.state_bytes(m.shape)) for m in self.matrices]
-        return imbalance(units, [m.owner for m in self.matrices], self._layout), least_imbalance(units, self._layout)
+        units = [Unit((m.name,), m.rule.state_bytes(m.shape)) for m in owned]
+        return imbalance(units, [m.owner for m in owned], self._layout), least_imbalance(units, self._layout)
 
     def _keeps(self, matrix: Matrix) -> bool:
         """Whether this rank keeps the matrix's state, and runs the rule on it."""
-        return self._replicated or matrix.owner == self._shard.rank
+        return matrix.everywhere or matrix.owner == self._shard.rank
 
     def _owned(self, rules: Mapping[str, Rule]) -> list[Matrix]:
         shapes = matrix_shapes(self._layout)
@@ -270,7 +272,8 @@ class MatrixUpdater:
         for index, ((name, shape), owner) in enumerate(zip(shapes.items(), owners, strict=True)):
             rule = rules[_parameter(name)]
             phase = rule.phase(index, len(shapes))
-            matrices.append(Matrix(name, shape, rule, owner, phase, self._layout.of(name)[0].buffer))
+            everywhere = self._layout.is_replicated(name)
+            matrices.append(Matrix(name, shape, rule, owner, phase, self._layout.of(name)[0].buffer, everywhere))
         return matrices
 
     def _resting(self, updates: int) -> frozenset[str]:
@@ -291,7 +294,7 @@ class MatrixUpdater:
     def _plan(self, which: tuple[int, ...], resting: frozenset[str]) -> tuple[list[list[Matrix]], list[Matrix]]:
         """The rounds of cut matrices, the same on every rank, and the matrices that are whole here and updated here."""
         here = [m for m in self.matrices if m.buffer in which and m.name not in resting]
-        whole = {m.name for m in here if self._layout.is_whole_on(m.name, m.owner)}
+        whole = {m.name for m in here if m.everywhere or all(f.rank == m.owner for f in self._layout.of(m.name))}
         if (which, resting) not in self._rounds:
             cut = [m for m in here if m.name not in whole]
             units, owners = [Unit((m.name,), 0.0) for m in cut], [m.owner for m in cut]
@@ -303,9 +306,7 @@ class MatrixUpdater:
     def _bases(self, local: Sequence[Matrix], gradients: Field, updates: int) -> list[Basis | None]:
         """New bases of matrices that every rank holds; nothing where each has one owner, who computes its own."""
         bases: list[Basis | None] = [None] * len(local)
-        if not self._replicated or self._layout.world_size == 1:
-            return bases
-        due = [i for i, m in enumerate(local) if self._refresh_due(m, updates)]
+        due = [i for i, m in enumerate(local) if m.everywhere and self._refresh_due(m, updates)]
         for i in due:
             if local[i].owner == self._shard.rank:
                 (fragment,) = self._layout.on(local[i].name, self._shard.rank)
@@ -317,7 +318,6 @@ class MatrixUpdater:
                 basis = {key: torch.empty_like(state[key]) for key in local[i].rule.basis_keys(local[i].shape)}
                 bases[i] = basis
             for key in sorted(basis):
-                basis[key] = basis[key].contiguous()
                 self.exchange.share(basis[key], local[i].owner)
         return bases
 
@@ -336,7 +336,8 @@ class MatrixUpdater:
         return matrix.rule.refresh_due(self._state(matrix), updates, matrix.phase)
 
     def _new_basis(self, matrix: Matrix, grad: Tensor, updates: int) -> Basis:
-        return matrix.rule.new_basis(grad, self._state(matrix), updates=updates, seed=self._seed, name=matrix.name)
+        basis = matrix.rule.new_basis(grad, self._state(matrix), updates=updates, seed=self._seed, name=matrix.name)
+        return {key: self.exchange.agree(basis[key].contiguous()) for key in sorted(basis)}
 
     def _state(self, matrix: Matrix) -> State:
         if matrix.name not in self.states:

@@ -17,7 +17,7 @@ from megalr.optim.layer_events import LayerEvents, Step
 from megalr.optim.matrices import MatrixUpdater
 from megalr.optim.refactorization import OwnedPairs, refactorize_pairs
 from megalr.optim.routing import routing_table
-from megalr.partition import Exchange, Item, Shard, Unit, buckets, read_shard
+from megalr.partition import Exchange, Item, Shard, Unit, buckets, read_shards
 from megalr.partition.exchange import COPIES
 from megalr.rules.base import State
 
@@ -126,9 +126,9 @@ class MegalrOptimizer(torch.optim.Optimizer):
     def prepare(self) -> Shard:
         """Read what lies where, choose owners; done once, on first use after ``deepspeed.initialize``."""
         if self._shard is None:
-            shard = read_shard([group.parameters for group in self._groups], self._all_groups)
+            local, shard = read_shards([group.parameters for group in self._groups], self._all_groups)
             device = shard.message_device()
-            self._exchange = Exchange(shard.layout, shard.rank, shard.group, device=device)
+            self._exchange = Exchange(shard.layout, shard.rank, shard.group, device=device, replicas=shard.replicas)
             self._owned_pairs = OwnedPairs.of(self._pairs, shard.layout)
             factors = {name for pair in self._pairs for name in pair}
             self._factor_buffers = sorted({f.buffer for f in shard.layout.fragments if f.name in factors})
@@ -136,7 +136,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
             if rules:
                 self._matrices = MatrixUpdater(
                     rules,
-                    shard,
+                    shard if self.config.tp_update == "exact" else local,
                     device=device,
                     bucket_bytes=self.config.exchange_bucket_bytes,
                     seed=self.config.seed,

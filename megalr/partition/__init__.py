@@ -8,6 +8,7 @@ from megalr.partition.fragments import Shard, frozen_parts, planned_layout, read
 from megalr.partition.joining import join
 from megalr.partition.layout import Fragment, Layout
 from megalr.partition.placement import Unit, imbalance, least_imbalance, place
+from megalr.partition.tensor_parallel import read_shards
 
 __all__ = [
     "Exchange",
@@ -24,4 +25,5 @@ __all__ = [
     "place",
     "planned_layout",
     "read_shard",
+    "read_shards",
 ]

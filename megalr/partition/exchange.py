@@ -104,6 +104,7 @@ class Exchange:
         group: dist.ProcessGroup | None,
         *,
         device: torch.device | None = None,
+        replicas: dist.ProcessGroup | None = None,
     ) -> None:
         """
         Args:
@@ -111,11 +112,13 @@ class Exchange:
             rank: this process's rank in ``group``.
             group: the data-parallel group; may be None when the layout has one rank.
             device: where messages live: the accelerator under NCCL. None: where the first field lies.
+            replicas: see :class:`~megalr.partition.Shard`.
         """
         self.layout = layout
         self.rank = rank
         self.bytes_sent = self.bytes_moved = 0
         self._group = group
+        self._replicas = replicas
         self._device = device
         self._plans: dict[tuple[str, tuple[Item, ...]], _Plan] = {}
 
@@ -193,13 +196,15 @@ class Exchange:
         """Make the owner's tensor everyone's, in place."""
         if self.layout.world_size == 1:
             return
-        message = tensor if self._device is None else tensor.to(self._device)
-        dist.broadcast(message, group=self._group, group_src=owner)
-        if message is not tensor:
-            tensor.copy_(message)
-        size = message.numel() * message.element_size() * (self.layout.world_size - 1)
+        size = self._send(tensor, self._group, owner) * (self.layout.world_size - 1)
         self.bytes_moved += size
         self.bytes_sent += size if owner == self.rank else 0
+
+    def agree(self, tensor: Tensor) -> Tensor:
+        """Make the first replica's tensor that of all ranks which do the same work, in place; returned as well."""
+        if self._replicas is not None:
+            self._send(tensor, self._replicas, 0)
+        return tensor
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum of all ranks' tensors, in place, on every rank; returned as well."""
@@ -262,6 +267,14 @@ class Exchange:
                     position += fragment.length
 
         return arrive
+
+    def _send(self, tensor: Tensor, group: dist.ProcessGroup | None, source: int) -> int:
+        """Broadcast in place; the bytes of one message."""
+        message = tensor if self._device is None else tensor.to(self._device)
+        dist.broadcast(message, group=group, group_src=source)
+        if message is not tensor:
+            tensor.copy_(message)
+        return message.numel() * message.element_size()
 
     def _gather_plan(self, items: tuple[Item, ...]) -> _Plan:
         if ("gather", items) not in self._plans:

@@ -16,6 +16,7 @@ Only the layout of this rank's group is needed to know every rank's, so nothing 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,8 @@ class Shard:
         unseen_gradients: the gradients of this update that DeepSpeed has not yet handed to ``step()``, while the first
             call of the update runs. None: DeepSpeed makes no call at all when a gradient is not finite.
         dry_run: DeepSpeed's wrapper calls ``step()`` once, with zero gradients, while it is being built.
+        replicated: every data-parallel rank has all of what it trains (stage 0).
+        replicas: ranks outside ``layout`` that have the same as this one and do the same with it, if there are any.
     """
 
     layout: Layout
@@ -55,6 +58,8 @@ class Shard:
     publish: Callable[[int], None]
     unseen_gradients: Callable[[], list[Tensor]] | None = None
     dry_run: bool = False
+    replicated: bool = False
+    replicas: dist.ProcessGroup | None = None
 
     def message_device(self) -> torch.device:
         """Where messages have to lie: with the buffers, unless these are offloaded and NCCL wants them on a GPU."""
@@ -227,7 +232,7 @@ def _read_flat_groups(named_groups: Sequence[NamedGroup], param_groups: Sequence
 
 
 def _read_whole(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]]) -> Shard:
-    group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    group = _data_parallel_group()
     world_size = dist.get_world_size(group) if group is not None else 1
     rank = dist.get_rank(group) if group is not None else 0
     shapes: dict[str, tuple[int, ...]] = {}
@@ -252,7 +257,17 @@ def _read_whole(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[
     # Stage 0 has one step() for all groups and casts down after it: there is nothing to publish.
     # fp32 parameters are stepped without a look at their gradients; the wrapper of bf16 ones does look.
     unseen = None if separate else list
-    return Shard(layout, flat, keys, rank, group, lambda buffer: None, unseen, dry_run=separate)
+    return Shard(layout, flat, keys, rank, group, lambda buffer: None, unseen, dry_run=separate, replicated=True)
+
+
+def _data_parallel_group() -> dist.ProcessGroup | None:
+    """The ranks that have the same parameters: all of them, unless DeepSpeed was told of model parallelism."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    groups = sys.modules.get("deepspeed.utils.groups")  # not imported: there is no DeepSpeed to have been told
+    mpu = getattr(groups, "mpu", None)
+    group: dist.ProcessGroup | None = dist.group.WORLD if mpu is None else mpu.get_data_parallel_group()
+    return group
 
 
 def _master(masters: Sequence[Tensor], fragment: Fragment) -> Tensor:

@@ -74,8 +74,9 @@ def engine_of(config: dict[str, Any]) -> Any:
 
 
 def run_steps(engine: Any, data: list[Tensor]) -> None:
-    """One update for each global batch, of which this rank takes its rows."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    """One update for each global batch, of which this rank takes its rows; all tensor-parallel ranks the same."""
+    tensor = max(1, engine.autotp_size())
+    rank, world = dist.get_rank() // tensor, dist.get_world_size() // tensor
     micro = engine.train_micro_batch_size_per_gpu()
     for ids in data:
         for a in range(engine.gradient_accumulation_steps()):

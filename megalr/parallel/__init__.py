@@ -1,0 +1,10 @@
+"""Tensor parallelism of the layers that megalr makes; dense ones are DeepSpeed's AutoTP's.
+
+A column-parallel layer has rows of B and a copy of A, a row-parallel one columns of A and a copy of B: what crosses
+the network is r wide, once a layer, forward or backward.
+"""
+
+from megalr.parallel.layers import cut_layers, share_latents
+from megalr.parallel.plan import planned_cuts, start_tensor_parallel, tensor_parallel_size
+
+__all__ = ["cut_layers", "planned_cuts", "share_latents", "start_tensor_parallel", "tensor_parallel_size"]

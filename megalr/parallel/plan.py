@@ -1,0 +1,82 @@
+"""What DeepSpeed's "tensor_parallel" section asks for: how many ranks, their groups, and which layer is cut how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import nn
+
+from megalr.errors import UserError
+
+Cut = Literal["rows", "columns"]  # of the weight: column-parallel and row-parallel in Megatron-LM's words
+HEADS = ("num_attention_heads", "num_key_value_heads")
+
+
+def tensor_parallel_size(content: Mapping[str, Any]) -> int:
+    """How many ranks share each layer: the JSON's ``tensor_parallel.autotp_size``; 1 without it."""
+    section = content.get("tensor_parallel") or {}
+    return max(1, int(section.get("autotp_size", 0) or 0)) if isinstance(section, Mapping) else 1
+
+
+def start_tensor_parallel(model: nn.Module, size: int) -> Any:
+    """Make DeepSpeed's tensor-parallel groups; collective.
+
+    Args:
+        model: its configuration, if it has one, says how many attention heads there are.
+        size: ranks that share each layer.
+
+    Returns:
+        What ``deepspeed.initialize`` takes as ``mpu``: so told, it counts only ranks with data of their own in
+        "train_batch_size".
+
+    Raises:
+        UserError: the processes or the model's attention heads cannot be shared by so many.
+    """
+    import deepspeed  # noqa: PLC0415  (slow to import, and `import megalr` is cheap)
+    from deepspeed.utils import groups  # noqa: PLC0415
+
+    where = "tensor_parallel.autotp_size"
+    config = getattr(model, "config", None)
+    for key in HEADS:
+        heads = getattr(config, key, None)
+        if isinstance(heads, int) and heads % size:
+            raise UserError(
+                f"{where} is {size}, but the model has {key} {heads}, which so many ranks cannot share: write a "
+                f"divisor of {heads}"
+            )
+    deepspeed.init_distributed(verbose=False)
+    world = dist.get_world_size()
+    if world % size:
+        raise UserError(f"{where} is {size}, but there are {world} processes: start a multiple of {size}")
+    groups._init_tp_mesh_device(tensor_model_parallel_size=size)
+    return groups
+
+
+def planned_cuts(model: nn.Module, content: Mapping[str, Any]) -> dict[str, Cut]:
+    """How AutoTP would cut the weights of the model's modules, by the module's name; of those that it would cut.
+
+    As DeepSpeed has it: by the JSON's ``tensor_parallel.partition_config`` or preset, else by the plan that comes with
+    models of transformers.
+
+    Raises:
+        UserError: there is neither.
+    """
+    from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType  # noqa: PLC0415
+    from deepspeed.module_inject.tp_plan_converter import TPPlanConverter  # noqa: PLC0415
+    from deepspeed.runtime.tensor_parallel.config import _get_hf_tp_plan, get_tensor_parallel_config  # noqa: PLC0415
+
+    config = get_tensor_parallel_config(dict(content)).get_partition_config_object()
+    if config is None:
+        plan = _get_hf_tp_plan(model)
+        if not plan:
+            raise UserError(
+                "the model comes with no tensor-parallel plan, so nothing says which layers to cut by rows and which by "
+                'columns: write "tensor_parallel": {"partition_config": {"layer_specs": [...]}}, as DeepSpeed has it'
+            )
+        config = AutoTPConfig(layer_specs=TPPlanConverter.convert(plan))
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    words: dict[Any, Cut] = {PartitionType.COLUMN: "rows", PartitionType.ROW: "columns"}
+    found = {name: config.find_matching_spec(f"{name}.weight", kind) for name, _ in model.named_modules() if name}
+    return {name: words[spec.partition_type] for name, spec in found.items() if spec and spec.partition_type in words}

@@ -1,0 +1,88 @@
+"""Tensor parallelism: which parameters it cuts, and one layout for all ranks of tensor x data parallelism.
+
+Read from the marks that DeepSpeed's AutoTP leaves on what it has cut, or Megatron-LM's layers on theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megalr.errors import UserError
+from megalr.partition.fragments import NamedGroup, Shard, read_shard
+from megalr.partition.joining import join
+
+AUTOTP = "ds_autotp_universal_checkpoint_meta"
+
+
+def read_shards(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]]) -> tuple[Shard, Shard]:
+    """:func:`~megalr.partition.read_shard`, and the same in what all tensor-parallel ranks hold; collective if any are.
+
+    At stage 0, where data-parallel ranks all have the same, only tensor-parallel ranks are put together: every
+    replica does the same work, and what cannot be computed twice alike is agreed upon over the data-parallel group.
+
+    Returns:
+        ``(local, whole)``: the data-parallel group's, with this rank's parts of what tensor parallelism has cut, and
+        that of all ranks, with whole parameters; twice the same without tensor parallelism.
+    """
+    local = read_shard(named_groups, param_groups)
+    parameters = {name: p for named in named_groups for name, p in named.items()}
+    cuts = tensor_parallel_cuts({name: parameters[name] for name in local.layout.shapes})
+    if not cuts:
+        return local, local
+    from deepspeed.utils import groups  # noqa: PLC0415  (slow to import, and here it has been)
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_group  # noqa: PLC0415
+
+    tensor_group: dist.ProcessGroup = bwc_tensor_model_parallel_group(groups.mpu)
+    layout, group, replicas = local.layout, local.group, None
+    if local.replicated:
+        own = [replace(f, rank=0, copy=0) for f in layout.fragments if f.rank == local.rank]
+        layout, group, replicas = replace(layout, world_size=1, fragments=own), None, group
+    me = dist.get_rank()
+    mine = ([me] if group is None else dist.get_process_group_ranks(group), layout)
+    parts: list[Any] = [None] * dist.get_world_size(tensor_group)
+    dist.all_gather_object(parts, mine, group=tensor_group)
+    everyone = tensor_group if layout.world_size == 1 else _group_of(rank for ranks, _ in parts for rank in ranks)
+    index = {rank: i for i, rank in enumerate(dist.get_process_group_ranks(everyone))}
+    whole = join([part for _, part in parts], cuts, [[index[rank] for rank in ranks] for ranks, _ in parts])
+    return local, replace(local, layout=whole, rank=index[me], group=everyone, replicas=replicas)
+
+
+def tensor_parallel_cuts(parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """The dimension in which tensor parallelism cuts each parameter that it cuts; the others are copies.
+
+    Raises:
+        UserError: a parameter is cut in a way that is not one run of rows or columns a rank.
+    """
+    cuts: dict[str, int] = {}
+    for name, parameter in parameters.items():
+        marks: dict[str, Any] = getattr(parameter, AUTOTP, None) or {}
+        if any(marks.get(key) for key in ("unsupported_reason", "sub_param_shape", "sub_param_shard_widths")):
+            raise UserError(
+                f"tensor parallelism gives each rank several pieces of {name}, as of fused projections; rows or "
+                "columns in one piece are needed: use a model with separate projections"
+            )
+        megatron = getattr(parameter, "tensor_model_parallel", False)
+        dim = marks.get("partition_dim") if marks or not megatron else getattr(parameter, "partition_dim", None)
+        if dim is not None and not marks.get("replicated"):
+            cuts[name] = int(dim)
+    return cuts
+
+
+def mark_cut(parameter: Any, dim: int) -> None:
+    """Mark a parameter as this rank's part of one that tensor parallelism has cut, for DeepSpeed and for us."""
+    parameter.tensor_model_parallel, parameter.partition_dim = True, dim  # so its norm is counted on every rank
+    setattr(parameter, AUTOTP, {"partition_dim": dim, "replicated": False})
+
+
+def _group_of(ranks: Iterable[int]) -> dist.ProcessGroup:
+    """The group of all tensor- and data-parallel ranks; with pipeline stages they are not all there are."""
+    if sorted(ranks) != list(range(dist.get_world_size())):
+        raise UserError("tensor parallelism together with pipeline stages is not supported: use one of them")
+    group = dist.group.WORLD
+    assert group is not None
+    return group
