@@ -22,7 +22,8 @@ from megalr.optim.directions import Directions
 from megalr.optim.groups import parameter_groups
 from megalr.optim.optimizer import MegalrOptimizer
 from megalr.optim.registry import layer_events
-from megalr.parallel import cut_layers, planned_cuts, share_latents, start_tensor_parallel, tensor_parallel_size
+from megalr.parallel import cut_layers, planned_cuts, start_tensor_parallel, tensor_parallel_size
+from megalr.partition import whole_frozen
 
 
 def parametrize(model: nn.Module, config: Json | str | Path) -> nn.Module:
@@ -139,7 +140,6 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     optimizer = build_optimizer(model, content)
     _cut(model, content, kwargs)
     results = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_section(content), **kwargs)
-    share_latents(model)
     scheduler = results[3]
     if getattr(scheduler, "last_batch_iteration", None) == -1:
         scheduler.step()
@@ -157,7 +157,11 @@ def _cut(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> None:
         if mpu is not None:
             raise UserError("tensor_parallel.autotp_size makes the groups that mpu= brings: give one of the two")
         mpu = kwargs["mpu"] = start_tensor_parallel(model, size)
-    if bwc_tensor_model_parallel_world_size(mpu) > 1 and replaced_layers(model):
+    if bwc_tensor_model_parallel_world_size(mpu) == 1:
+        return
+    if compressed_layers(model):
+        raise UserError("compressed activations cannot be shared by tensor-parallel ranks: remove megalr.activations")
+    if replaced_layers(model):
         cut_layers(model, planned_cuts(model, content), bwc_tensor_model_parallel_group(mpu))
 
 
@@ -209,8 +213,9 @@ def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if name not in trained and not parameter.requires_grad:
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                whole = whole_frozen(name, parameter)
                 if state is not None:
-                    state[name] = parameter.detach().cpu().clone()
+                    state[name] = whole
     if state is not None:
         persistent = {name for name in module.state_dict() if name not in state}
         state.update({n: b.detach().cpu().clone() for n, b in module.named_buffers() if n in persistent})

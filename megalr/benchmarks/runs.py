@@ -27,6 +27,7 @@ from megalr.errors import UserError
 from megalr.layers import parametrize
 from megalr.layers.velora import compress_activations
 from megalr.optim.groups import ParameterGroup, Settings, parameter_groups
+from megalr.parallel import tensor_parallel_size
 from megalr.training.deepspeed_check import check_deepspeed_config
 from megalr.training.ds_config import resolve
 from megalr.training.models import empty_model, read_model_config
@@ -170,7 +171,7 @@ class Recipe:
         config = copy.deepcopy(method.config)
         config["optimizer"].setdefault("params", {})["lr"] = lr
         cuda = torch.cuda.is_available()
-        request = request_for(self.settings, self.model, seed=seed, world_size=self.world_size, on_gpu=cuda)
+        request = request_for(self.settings, self.model, seed=seed, world_size=self._data_size(config), on_gpu=cuda)
         resolved = resolve(config, request).config
         flags = [*self._flags(), "--seed", str(seed)]
         inputs = {**self._inputs, "device": "cuda" if cuda else "cpu", "processes": self.world_size}
@@ -195,6 +196,10 @@ class Recipe:
     def seeds(self, method: Method) -> tuple[int, ...]:
         """Over which the table averages a method."""
         return method.seeds or self.settings.seeds
+
+    def _data_size(self, config: Mapping[str, Any]) -> int:
+        """How many of a run's processes have data of their own."""
+        return max(1, self.world_size // tensor_parallel_size(config))
 
     def _flags(self) -> list[str]:
         settings = self.settings
@@ -232,7 +237,7 @@ class Recipe:
         for method in self.methods:
             for run in self.grid(method):
                 try:
-                    check_deepspeed_config(_of_one_process(run.resolved))
+                    check_deepspeed_config(run.resolved, self._data_size(run.resolved))
                     groups = run.groups(self.model)
                 except UserError as error:
                     raise UserError(f'method "{method.name}": {error}') from error
@@ -249,12 +254,6 @@ def _compare(group: ParameterGroup, section: str, run: Run, other: str, settings
                 f'the {key} of the group "{group.name}" would be {mine} with {run.title}, but {value} with {other}: '
                 f"write optimizer.params.{section}.{key} in the base, the same for all"
             )
-
-
-def _of_one_process(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON with a batch that suits this process; DeepSpeed multiplies by the processes that it finds."""
-    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    return {**config, **dict.fromkeys(sizes, 1)}
 
 
 def _beside(name: str, folder: Path) -> str:

@@ -70,6 +70,9 @@ def refactorize_pairs(
         for (b, _), code in zip(own, status.tolist(), strict=True):
             if code:
                 untouched.setdefault(code, []).append(b.removesuffix(".B"))
+        for tensors in whole.values():
+            for tensor in tensors:
+                exchange.agree(tensor)
         exchange.scatter(items, whole, fields)
         del whole  # not to be held through the next gather
     for code, names in sorted(untouched.items()):

@@ -4,7 +4,7 @@ A column-parallel layer has rows of B and a copy of A, a row-parallel one column
 the network is r wide, once a layer, forward or backward.
 """
 
-from megalr.parallel.layers import cut_layers, share_latents
-from megalr.parallel.plan import planned_cuts, start_tensor_parallel, tensor_parallel_size
+from megalr.parallel.layers import cut_layers
+from megalr.parallel.plan import check_tensor_parallel, planned_cuts, start_tensor_parallel, tensor_parallel_size
 
-__all__ = ["cut_layers", "planned_cuts", "share_latents", "start_tensor_parallel", "tensor_parallel_size"]
+__all__ = ["check_tensor_parallel", "cut_layers", "planned_cuts", "start_tensor_parallel", "tensor_parallel_size"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,9 @@ from megalr.layers.low_rank import LowRankLinear
 from megalr.layers.parametrize import replaced_layers
 from megalr.parallel.latent import SharedLatents, Sum
 from megalr.parallel.plan import Cut
-from megalr.partition.tensor_parallel import mark_cut
+from megalr.partition import mark_cut
+
+T = TypeVar("T", bound=LowRankLinear)
 
 
 class ColumnParallelLowRank(LowRankLinear):
@@ -60,7 +63,7 @@ def cut_layers(model: nn.Module, cuts: Mapping[str, Cut], group: dist.ProcessGro
     Raises:
         UserError: a layer is not of plain low-rank factors.
     """
-    siblings: dict[str, list[LowRankLinear]] = {}
+    siblings: dict[str, list[ColumnParallelLowRank]] = {}
     for name, layer in replaced_layers(model).items():
         if name not in cuts:
             continue
@@ -72,28 +75,21 @@ def cut_layers(model: nn.Module, cuts: Mapping[str, Cut], group: dist.ProcessGro
         if cuts[name] == "rows":
             _keep(layer, ("B", "bias"), 0, group)
             layer.out_features = len(layer.B)
-            layer.__class__ = ColumnParallelLowRank
-            siblings.setdefault(name.rpartition(".")[0], []).append(layer)
+            siblings.setdefault(name.rpartition(".")[0], []).append(_become(ColumnParallelLowRank, layer))
         else:
             _keep(layer, ("A",), 1, group)
             layer.in_features = layer.A.shape[1]
-            layer.__class__ = RowParallelLowRank
-            layer.group = group
+            _become(RowParallelLowRank, layer).group = group
     for layers in siblings.values():
         shared = SharedLatents(layers, group)
         for layer in layers:
             layer.latents = shared
 
 
-def share_latents(model: nn.Module) -> None:
-    """Tell ZeRO-3, if it has partitioned the model, which layers work with each other's factors."""
-    import deepspeed  # noqa: PLC0415  (slow to import, and `import megalr` is cheap)
-
-    for layer in model.modules():
-        if isinstance(layer, ColumnParallelLowRank) and hasattr(layer.A, "ds_id"):
-            for factor in layer.latents.factors:
-                if factor is not layer.A:
-                    deepspeed.zero.register_external_parameter(layer, factor)
+def _become(kind: type[T], layer: LowRankLinear) -> T:
+    """The same layer with the same parameters, of another class."""
+    layer.__class__ = kind
+    return cast(T, layer)
 
 
 def _keep(layer: nn.Module, names: tuple[str, ...], dim: int, group: dist.ProcessGroup) -> None:

@@ -20,6 +20,26 @@ def tensor_parallel_size(content: Mapping[str, Any]) -> int:
     return max(1, int(section.get("autotp_size", 0) or 0)) if isinstance(section, Mapping) else 1
 
 
+def check_tensor_parallel(config: Any, size: int, processes: int) -> None:
+    """Raise a UserError where so many ranks cannot share the processes, or the attention heads of a model.
+
+    Args:
+        config: the model's, of transformers; None if it has none.
+        size: ranks that share each layer.
+        processes: how many there are.
+    """
+    where = "tensor_parallel.autotp_size"
+    for key in HEADS:
+        heads = getattr(config, key, None)
+        if isinstance(heads, int) and heads % size:
+            raise UserError(
+                f"{where} is {size}, but the model has {key} = {heads}, which so many ranks cannot share: write a "
+                f"divisor of {heads}"
+            )
+    if processes % size:
+        raise UserError(f"{where} is {size}, but there are {processes} processes: start a multiple of {size}")
+
+
 def start_tensor_parallel(model: nn.Module, size: int) -> Any:
     """Make DeepSpeed's tensor-parallel groups; collective.
 
@@ -37,19 +57,8 @@ def start_tensor_parallel(model: nn.Module, size: int) -> Any:
     import deepspeed  # noqa: PLC0415  (slow to import, and `import megalr` is cheap)
     from deepspeed.utils import groups  # noqa: PLC0415
 
-    where = "tensor_parallel.autotp_size"
-    config = getattr(model, "config", None)
-    for key in HEADS:
-        heads = getattr(config, key, None)
-        if isinstance(heads, int) and heads % size:
-            raise UserError(
-                f"{where} is {size}, but the model has {key} {heads}, which so many ranks cannot share: write a "
-                f"divisor of {heads}"
-            )
     deepspeed.init_distributed(verbose=False)
-    world = dist.get_world_size()
-    if world % size:
-        raise UserError(f"{where} is {size}, but there are {world} processes: start a multiple of {size}")
+    check_tensor_parallel(getattr(model, "config", None), size, dist.get_world_size())
     groups._init_tp_mesh_device(tensor_model_parallel_size=size)
     return groups
 
@@ -72,8 +81,8 @@ def planned_cuts(model: nn.Module, content: Mapping[str, Any]) -> dict[str, Cut]
         plan = _get_hf_tp_plan(model)
         if not plan:
             raise UserError(
-                "the model comes with no tensor-parallel plan, so nothing says which layers to cut by rows and which by "
-                'columns: write "tensor_parallel": {"partition_config": {"layer_specs": [...]}}, as DeepSpeed has it'
+                "the model comes with no tensor-parallel plan, so nothing says which layers to cut by rows and which "
+                'by columns: write "tensor_parallel": {"partition_config": {"layer_specs": [...]}}, as DeepSpeed has it'
             )
         config = AutoTPConfig(layer_specs=TPPlanConverter.convert(plan))
     kind = getattr(getattr(model, "config", None), "model_type", None)

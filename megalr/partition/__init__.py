@@ -8,7 +8,7 @@ from megalr.partition.fragments import Shard, frozen_parts, planned_layout, read
 from megalr.partition.joining import join
 from megalr.partition.layout import Fragment, Layout
 from megalr.partition.placement import Unit, imbalance, least_imbalance, place
-from megalr.partition.tensor_parallel import read_shards
+from megalr.partition.tensor_parallel import mark_cut, read_shards, whole_frozen
 
 __all__ = [
     "Exchange",
@@ -22,8 +22,10 @@ __all__ = [
     "imbalance",
     "join",
     "least_imbalance",
+    "mark_cut",
     "place",
     "planned_layout",
     "read_shard",
     "read_shards",
+    "whole_frozen",
 ]

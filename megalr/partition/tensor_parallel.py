@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -34,10 +35,7 @@ def read_shards(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[
     cuts = tensor_parallel_cuts({name: parameters[name] for name in local.layout.shapes})
     if not cuts:
         return local, local
-    from deepspeed.utils import groups  # noqa: PLC0415  (slow to import, and here it has been)
-    from deepspeed.utils.bwc import bwc_tensor_model_parallel_group  # noqa: PLC0415
-
-    tensor_group: dist.ProcessGroup = bwc_tensor_model_parallel_group(groups.mpu)
+    tensor_group = _tensor_group()
     layout, group, replicas = local.layout, local.group, None
     if local.replicated:
         own = [replace(f, rank=0, copy=0) for f in layout.fragments if f.rank == local.rank]
@@ -73,10 +71,30 @@ def tensor_parallel_cuts(parameters: Mapping[str, Tensor]) -> dict[str, int]:
     return cuts
 
 
+def whole_frozen(name: str, parameter: Tensor) -> Tensor:
+    """A frozen parameter on the CPU, put together from the parts of all tensor-parallel ranks; collective."""
+    own, cut = parameter.detach().cpu().clone(), tensor_parallel_cuts({name: parameter})
+    if not cut:
+        return own
+    group = _tensor_group()
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, own, group=group)
+    return torch.cat(parts, dim=cut[name])
+
+
 def mark_cut(parameter: Any, dim: int) -> None:
     """Mark a parameter as this rank's part of one that tensor parallelism has cut, for DeepSpeed and for us."""
     parameter.tensor_model_parallel, parameter.partition_dim = True, dim  # so its norm is counted on every rank
     setattr(parameter, AUTOTP, {"partition_dim": dim, "replicated": False})
+
+
+def _tensor_group() -> dist.ProcessGroup:
+    """The tensor-parallel ranks that DeepSpeed was told of."""
+    from deepspeed.utils import groups  # noqa: PLC0415  (slow to import, and where it is needed it has been)
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_group  # noqa: PLC0415
+
+    group: dist.ProcessGroup = bwc_tensor_model_parallel_group(groups.mpu)
+    return group
 
 
 def _group_of(ranks: Iterable[int]) -> dist.ProcessGroup:

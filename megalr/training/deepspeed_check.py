@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from megalr.engine import deepspeed_section, refuse_unsupported
 from megalr.errors import UserError
 
 
-def check_deepspeed_config(config: Mapping[str, Any]) -> None:
+def check_deepspeed_config(config: Mapping[str, Any], data_size: int) -> None:
     """Let DeepSpeed read the configuration, and look at the scheduler, which it reads too late.
 
     Args:
         config: the JSON, without "auto".
+        data_size: number of processes that have data of their own.
 
     Raises:
         UserError: DeepSpeed's own words, shortened.
@@ -25,7 +27,7 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> None:
 
     refuse_unsupported(config)
     try:
-        DeepSpeedConfig(deepspeed_section(config))
+        DeepSpeedConfig(deepspeed_section(config), mpu=SimpleNamespace(get_data_parallel_world_size=lambda: data_size))
     except Exception as error:  # pydantic's, assertions and ValueErrors
         raise UserError(f"DeepSpeed refuses the configuration: {_in_short(error)}") from error
     if config.get("scheduler"):

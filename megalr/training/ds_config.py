@@ -25,7 +25,7 @@ class Request:
     """What, besides the JSON, decides; a None was not asked for.
 
     Attributes:
-        world_size: number of processes.
+        world_size: number of processes that have data of their own.
         bf16_is_fast: the accelerator computes in bf16 at least as fast as in fp32.
         batch_size, micro_batch_size, steps, seed: the flags.
         default_batch_size, default_steps: where neither the JSON nor a flag says.

@@ -65,7 +65,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
     batches = 0
     for batch in evaluation_batches(
-        examples, micro_batch_size=micro_batch_size, rank=ranks.rank, world_size=ranks.world_size
+        examples, micro_batch_size=micro_batch_size, rank=ranks.data_rank, world_size=ranks.data_size
     ):
         if give_up():
             model.train(training)
@@ -78,7 +78,7 @@ def evaluate(
         if tokens:
             sums += torch.stack([loss, loss.new_tensor(tokens), loss / tokens, loss.new_tensor(1)])
     model.train(training)
-    loss_sum, tokens_sum, means, count = ranks.sum_tensor(sums).tolist()
+    loss_sum, tokens_sum, means, count = ranks.sum_of_data(sums.tolist())
     return Evaluation(
         loss=loss_sum / tokens_sum,
         tokens=round(tokens_sum),

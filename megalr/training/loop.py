@@ -174,13 +174,14 @@ class Loop:
     @property
     def parameters(self) -> int:
         """How many the model has, over all ranks."""
-        return sum(math.prod(logical_shape(parameter)) for parameter in self.engine.module.parameters())
+        frozen = (p for p in self.engine.module.parameters() if not p.requires_grad)
+        return self.trained_parameters + sum(math.prod(logical_shape(parameter)) for parameter in frozen)
 
     @property
     def trained_parameters(self) -> int:
         """How many of them are not frozen."""
-        trained = (parameter for parameter in self.engine.module.parameters() if parameter.requires_grad)
-        return sum(math.prod(logical_shape(parameter)) for parameter in trained)
+        layout = self.engine.basic_optimizer.prepare().layout
+        return sum(map(layout.numel, layout.shapes))
 
     @property
     def tokens_per_second(self) -> float:
@@ -201,21 +202,21 @@ class Loop:
         with self._timed():
             micro_batches = [next(self._batches) for _ in range(batch.accumulation)]
             read = sum(int((b["labels"] != IGNORED).sum()) for b in micro_batches)
-            predicted, read_by_all = map(round, ranks.sum([sum(map(predicted_tokens, micro_batches)), read]))
+            predicted, read_by_all = map(round, ranks.sum_of_data([sum(map(predicted_tokens, micro_batches)), read]))
             # DeepSpeed averages over micro-batches and ranks. Dividing by the average count makes that the
             # mean over the tokens of the whole batch, however it is cut and however unevenly it is padded.
-            share = predicted / (batch.accumulation * ranks.world_size)
+            share = predicted / (batch.accumulation * ranks.data_size)
             losses: list[Tensor] = []
             for micro_batch in micro_batches:
                 loss = engine(**to_device(micro_batch, ranks.device), num_items_in_batch=share).loss
                 engine.backward(loss)
                 engine.step()
                 losses.append(loss.detach().double())
-            (total,) = ranks.sum([float(sum(losses))])
+            (total,) = ranks.sum_of_data([float(sum(losses))])
         self.step += 1
         self.tokens += read_by_all
         self._tokens_here += read_by_all
-        self._note_step(total / (batch.accumulation * ranks.world_size), lr)
+        self._note_step(total / (batch.accumulation * ranks.data_size), lr)
 
     def _note_step(self, loss: float, lr: float) -> None:
         speed = self.tokens_per_second

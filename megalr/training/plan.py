@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +14,7 @@ from megalr.errors import UserError
 from megalr.layers import parametrize
 from megalr.layers.velora import compress_activations
 from megalr.optim.groups import parameter_groups
+from megalr.parallel import check_tensor_parallel, tensor_parallel_size
 from megalr.training.arguments import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_STEPS,
@@ -68,6 +69,7 @@ class Plan:
 
     Attributes:
         arguments: the flags.
+        ranks: this process among the others, and who shares layers.
         resolved: the DeepSpeed JSON without "auto".
         megalr: its typed view.
         folder: where the run is written.
@@ -77,6 +79,7 @@ class Plan:
     """
 
     arguments: PretrainArguments
+    ranks: Ranks
     resolved: Resolved
     megalr: MegalrConfig
     folder: RunFolder
@@ -106,6 +109,9 @@ def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, s
     with ranks.together():
         content = read_json(arguments.deepspeed)
         model = read_model_config(arguments.model or _default_model(ranks), models_folder)
+        shared_by = tensor_parallel_size(content)
+        check_tensor_parallel(model, shared_by, ranks.world_size)
+        ranks = replace(ranks, tensor_parallel=shared_by)
         resolve(content, _request(arguments, model, ranks))  # its complaints come before those about folders and text
         if arguments.export is not None and ranks.is_first:
             check_export_folder(arguments.export, may_replace=arguments.overwrite)
@@ -113,7 +119,7 @@ def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, s
     with ranks.together():
         resolved = resolve(content, _request(arguments, model, ranks, output=str(folder.path)))
         megalr = MegalrConfig.from_json(resolved.config)
-        check_deepspeed_config(resolved.config)
+        check_deepspeed_config(resolved.config, ranks.data_size)
         if arguments.export is not None and megalr.parametrization.not_dense:
             raise UserError(
                 f'--export writes dense weights, and "{megalr.parametrization.type}" layers have none, because '
@@ -138,6 +144,7 @@ def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, s
     screen.say(data.description)
     return Plan(
         arguments=arguments,
+        ranks=ranks,
         resolved=resolved,
         megalr=megalr,
         folder=folder,
@@ -199,7 +206,7 @@ def _default_model(ranks: Ranks) -> str:
 
 def _request(arguments: PretrainArguments, model: LlamaConfig, ranks: Ranks, output: str = ".") -> Request:
     on_gpu = ranks.device.type == "cuda"
-    return request_for(arguments, model, seed=arguments.seed, world_size=ranks.world_size, on_gpu=on_gpu, output=output)
+    return request_for(arguments, model, seed=arguments.seed, world_size=ranks.data_size, on_gpu=on_gpu, output=output)
 
 
 def _folder_and_notes(arguments: PretrainArguments) -> tuple[RunFolder, Notes | None, bool]:
@@ -223,6 +230,7 @@ def _settings(resolved: Resolved, model: LlamaConfig, ranks: Ranks) -> tuple[dic
     fp16 = bool((config.get("fp16") or {}).get("enabled", False))
     required = {
         "processes": ranks.world_size,
+        **({"tensor_parallel.autotp_size": ranks.tensor_parallel} if ranks.tensor_parallel > 1 else {}),
         "zero_optimization.stage": (config.get("zero_optimization") or {}).get("stage", 0),
         "precision": "bf16" if resolved.bf16 else "fp16" if fp16 else "fp32",
         "train_batch_size": resolved.batch.total,

@@ -54,6 +54,7 @@ def pretrain(arguments: PretrainArguments, ranks: Ranks, models_folder: Path) ->
     """
     screen = Screen(enabled=ranks.is_first)
     plan = make_plan(arguments, ranks, models_folder, screen)
+    ranks = plan.ranks
     unigram = ranks.from_first(lambda: _unigram(plan))
     ranks.from_first(lambda: _prepare_folder(plan))
     loop = build_loop(plan, ranks, screen)
@@ -95,8 +96,8 @@ def build_loop(plan: Plan, ranks: Ranks, screen: Screen) -> Loop:
         plan.data.train,
         micro_batch_size=resolved.batch.micro,
         accumulation_steps=resolved.batch.accumulation,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=ranks.data_rank,
+        world_size=ranks.data_size,
         seed=resolved.seed,
     )
     settings = LoopSettings(
@@ -158,7 +159,9 @@ def _write_settings(plan: Plan, ranks: Ranks) -> None:
 
 def _introduce(plan: Plan, loop: Loop, ranks: Ranks, screen: Screen) -> None:
     batch = plan.resolved.batch
-    cut = f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''}"
+    cut = f"{ranks.data_size} process{'es' if ranks.data_size > 1 else ''}"
+    if ranks.tensor_parallel > 1:
+        cut = f"{ranks.data_size} x {ranks.tensor_parallel} tensor-parallel processes"
     cut += f" x {batch.accumulation} accumulation steps" if batch.accumulation > 1 else ""
     screen.say(
         f"model: {loop.parameters:,} parameters, ZeRO stage {loop.engine.zero_optimization_stage()}\n"

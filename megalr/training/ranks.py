@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megalr.errors import UserError
 
@@ -35,17 +34,29 @@ class Ranks:
     Attributes:
         rank, local_rank, world_size: as usual.
         device: where this rank computes.
+        tensor_parallel: how many ranks, one behind the other, share each layer and get the same data.
     """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    tensor_parallel: int = 1
 
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, which prints and writes."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the data is this rank's."""
+        return self.rank // self.tensor_parallel
+
+    @property
+    def data_size(self) -> int:
+        """Into how many shares the data is cut."""
+        return self.world_size // self.tensor_parallel
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -79,13 +90,14 @@ class Ranks:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over the ranks, in fp64. Collective."""
-        return self.sum_tensor(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
-
-    def sum_tensor(self, values: Tensor) -> Tensor:
-        """``values`` summed over the ranks, in place. Collective."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.world_size > 1:
-            dist.all_reduce(values)
-        return values
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def sum_of_data(self, values: Sequence[float]) -> list[float]:
+        """:meth:`sum` of what was found in the data, of which tensor-parallel ranks have the same. Collective."""
+        return [value / self.tensor_parallel for value in self.sum(values)]
 
     def gather(self, value: T) -> list[T]:
         """Every rank's picklable value, in rank order, on every rank. Collective."""

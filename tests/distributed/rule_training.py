@@ -85,6 +85,13 @@ def poison(
         What the bad update changed, by name; what the good one after it did not; updates skipped by the optimizer.
     """
     engine = engine_of(rule_configuration(stage, optimizer, **changes))
+    return poison_engine(engine, where, only_rank, value)
+
+
+def poison_engine(
+    engine: Any, where: str, only_rank: int | None, value: float = float("inf")
+) -> tuple[list[str], list[str], int]:
+    """:func:`poison` of a fresh engine."""
     data = batches(5)
     run_steps(engine, data[:3])
     before = everything(engine)

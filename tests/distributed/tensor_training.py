@@ -7,13 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from deepspeed.utils import groups, safe_get_full_grad
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import megalr
+from megalr.parallel import latent
+from megalr.partition.tensor_parallel import tensor_parallel_cuts
 from tests.distributed import rule_training
 from tests.distributed.rule_training import SEQUENCES
-from tests.distributed.training import MEGALR, VOCABULARY, configuration, finish, run_steps
+from tests.distributed.training import MEGALR, VOCABULARY, configuration, finish, lost_by_resuming, run_steps
 
 MODEL = {
     "hidden_size": 24,
@@ -46,7 +50,7 @@ def settings(optimizer: str) -> dict[str, Any]:
 
 def tensor_configuration(tensor: int, stage: int, optimizer: str, **changes: Any) -> dict[str, Any]:
     """A DeepSpeed JSON of one rule, with so many tensor-parallel ranks."""
-    data = torch.distributed.get_world_size() // tensor
+    data = dist.get_world_size() // tensor
     config = configuration(stage, **changes)
     config["train_batch_size"] = SEQUENCES
     config["train_micro_batch_size_per_gpu"] = SEQUENCES // data
@@ -83,8 +87,6 @@ def train_factors(tensor: int, stage: int, **changes: Any) -> dict[str, Tensor] 
 @contextmanager
 def tensor_parallel_groups() -> Iterator[None]:
     """DeepSpeed makes its tensor-parallel groups once a process; forget them, for engines of another size."""
-    from deepspeed.utils import groups
-
     try:
         yield
     finally:
@@ -92,3 +94,115 @@ def tensor_parallel_groups() -> Iterator[None]:
         groups._TENSOR_MODEL_PARALLEL_GROUP = groups._MODEL_PARALLEL_GROUP = groups._DATA_PARALLEL_GROUP = None
         groups.mesh_device = None
 
+
+def first_step(tensor: int, stage: int, kind: str) -> dict[str, Tensor] | None:
+    """Logits, loss and every gradient of one sequence batch before any update; whole, on rank 0."""
+    with tensor_parallel_groups():
+        megalr_section = LOW_RANK if kind == "low_rank" else {}
+        config = tensor_configuration(tensor, stage, "AdamW", megalr=megalr_section, gradient_clipping=0.0)
+        engine = megalr.initialize(model=dense_model(), config=config)[0]
+        ids = rule_training.batches(1)[0]
+        output = engine(input_ids=ids, labels=ids)
+        engine.backward(output.loss)
+        found = {"logits": output.logits.detach().clone(), "loss": output.loss.detach().clone()[None]}
+        for name, parameter in engine.module.named_parameters():
+            grad = safe_get_full_grad(parameter) if stage else parameter.grad
+            parts: list[Any] = [grad.clone()]
+            cut = tensor_parallel_cuts({name: parameter})
+            if cut:
+                parts = [None] * tensor
+                dist.all_gather_object(parts, grad.clone(), group=groups.get_tensor_model_parallel_group())
+            found[name] = torch.cat(parts, dim=cut.get(name, 0))
+        engine.destroy()
+    return found if dist.get_rank() == 0 else None
+
+
+def messages(stage: int) -> list[tuple[int, int]]:
+    """Of each message that low-rank layers send in a forward and a backward pass: its width, and its elements."""
+    with tensor_parallel_groups():
+        config = tensor_configuration(2, stage, "AdamW", megalr=LOW_RANK)
+        engine = megalr.initialize(model=dense_model(), config=config)[0]
+        sent: list[tuple[int, int]] = []
+        summed = latent._summed
+
+        def count(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+            sent.append((x.shape[-1], x.numel()))
+            return summed(x, group)
+
+        latent._summed = count
+        try:
+            run_steps(engine, rule_training.batches(1))
+        finally:
+            latent._summed = summed
+        engine.destroy()
+    return sent
+
+
+def poison(stage: int, optimizer: str, where: str, only_rank: int | None) -> tuple[list[str], list[str], int]:
+    """:func:`tests.distributed.rule_training.poison` with two tensor-parallel ranks."""
+    with tensor_parallel_groups():
+        engine = megalr.initialize(model=dense_model(SPREAD), config=tensor_configuration(2, stage, optimizer))[0]
+        return rule_training.poison_engine(engine, where, only_rank)
+
+
+def resume(tensor: int, stage: int, folder: str, optimizer: str | None = None) -> list[str]:
+    """Seven updates, a checkpoint, five more; the last five again from the checkpoint. Names of what differs."""
+    section = {} if optimizer else LOW_RANK
+    config = tensor_configuration(tensor, stage, optimizer or "AdamW", megalr=section)
+    with tensor_parallel_groups():
+        return lost_by_resuming(
+            lambda: megalr.initialize(model=dense_model(), config=config)[0],
+            rule_training.batches(rule_training.STEPS),
+            7,
+            folder,
+            rule_training.everything,
+        )
+
+
+def refused(tensor: int, model: dict[str, Any] | None = None, **megalr_section: Any) -> str:
+    """The message of a job that cannot work; empty where it starts."""
+    config = tensor_configuration(tensor, 1, "AdamW", megalr=megalr_section)
+    with tensor_parallel_groups():
+        try:
+            megalr.initialize(model=LlamaForCausalLM(LlamaConfig(**MODEL | (model or {}))), config=config)
+        except megalr.UserError as error:
+            return str(error)
+    return ""
+
+
+class Units:
+    """What Megatron-LM's ``mpu`` tells DeepSpeed, of two tensor-parallel ranks and the rest data-parallel."""
+
+    def __init__(self) -> None:
+        world = dist.get_world_size()
+        tensor = [dist.new_group([i, i + 1]) for i in range(0, world, 2)]
+        data = [dist.new_group(list(range(i, world, 2))) for i in range(2)]
+        self._tensor, self._data = tensor[dist.get_rank() // 2], data[dist.get_rank() % 2]
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self._tensor)
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._tensor)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._tensor
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._data)
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._data)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._data
+
+
+def train_with_units(stage: int) -> dict[str, Tensor] | None:
+    """:func:`train_factors` with groups of the user's own."""
+    with tensor_parallel_groups():
+        config = tensor_configuration(2, stage, "AdamW", megalr=LOW_RANK)
+        del config["tensor_parallel"]
+        engine = megalr.initialize(model=dense_model(), config=config, mpu=Units())[0]
+        run_steps(engine, rule_training.batches(FACTOR_STEPS), tensor=2)
+        return finish(engine, config)

@@ -73,9 +73,9 @@ def engine_of(config: dict[str, Any]) -> Any:
     return megalr.initialize(model=dense_model(), config=config)[0]
 
 
-def run_steps(engine: Any, data: list[Tensor]) -> None:
+def run_steps(engine: Any, data: list[Tensor], tensor: int | None = None) -> None:
     """One update for each global batch, of which this rank takes its rows; all tensor-parallel ranks the same."""
-    tensor = max(1, engine.autotp_size())
+    tensor = tensor or max(1, engine.autotp_size())
     rank, world = dist.get_rank() // tensor, dist.get_world_size() // tensor
     micro = engine.train_micro_batch_size_per_gpu()
     for ids in data:

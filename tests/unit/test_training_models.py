@@ -122,7 +122,7 @@ def test_the_shipped_configurations_are_valid(stage):
 
     config = resolve(content, request).config
 
-    check_deepspeed_config({**config, "train_batch_size": 6})  # no process group here: one process
+    check_deepspeed_config({**config, "train_batch_size": 6}, 1)
     parsed = MegalrConfig.from_json(config)
     assert config["zero_optimization"]["stage"] == stage
     assert parsed.parametrization.rank == 32
@@ -144,5 +144,5 @@ def test_the_shipped_configurations_are_valid(stage):
 def test_what_deepspeed_refuses_is_said_shortly(change, words):
     config = {"train_micro_batch_size_per_gpu": 2, **change}
     with pytest.raises(UserError, match=words) as error:
-        check_deepspeed_config(config)
+        check_deepspeed_config(config, 1)
     assert len(str(error.value)) < 400
