@@ -23,7 +23,7 @@ from megalr.optim.groups import parameter_groups
 from megalr.optim.optimizer import MegalrOptimizer
 from megalr.optim.registry import layer_events
 from megalr.parallel import cut_layers, planned_cuts, start_tensor_parallel, tensor_parallel_size
-from megalr.partition import whole_frozen
+from megalr.partition import places_in_whole, whole_frozen
 
 
 def parametrize(model: nn.Module, config: Json | str | Path) -> nn.Module:
@@ -209,6 +209,10 @@ def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
     state = optimizer.consolidate()
     module: nn.Module = engine.module
     trained = optimizer.prepare().layout.shapes
+    for name, parameter in module.named_parameters():
+        places = places_in_whole(parameter)
+        if places is not None and state is not None:
+            state[name] = torch.empty_like(state[name]).index_copy_(0, places, state[name])
     # Layers may share a frozen parameter, and each has its own name for it.
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if name not in trained and not parameter.requires_grad:

@@ -136,7 +136,7 @@ class SLTrainLinear(LowRankLinear):
         self.values = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
         self.register_buffer("support", torch.empty(count, dtype=torch.int32, device=device), persistent=False)
         self.register_buffer("support_key", torch.empty(KEY_PARTS, dtype=torch.int32, device=device))
-        self._rows = max(1, min(BLOCK // in_features, -(-out_features // BLOCKS)))
+        self._rows = 0
         self._bounds: list[int] = []
         if not self.values.is_meta:
             self.support_key.copy_(_parts_of(support_seed))
@@ -151,7 +151,11 @@ class SLTrainLinear(LowRankLinear):
         return self._output(x)
 
     def _output(self, x: Tensor) -> Tensor:  # the layer in x's dtype
-        y: Tensor = _SparsePlusLowRank.apply(x, self.B, self.A, self.values, self.bias, self)
+        return self._product(x, self.B, self.A, self.bias)
+
+    def _product(self, x: Tensor, b: Tensor, a: Tensor, bias: Tensor | None) -> Tensor:
+        """x Wᵀ + bias; gradients go to ``b`` and ``a``, which have to be this layer's, perhaps by way of others."""
+        y: Tensor = _SparsePlusLowRank.apply(x, b, a, self.values, bias, self)
         return y
 
     def materialized(self, dtype: torch.dtype) -> Tensor:
@@ -188,10 +192,19 @@ class SLTrainLinear(LowRankLinear):
             self._draw_support()
 
     def _draw_support(self) -> None:
-        shape = (self.out_features, self.in_features)
-        self.support.copy_(random_support(shape, self.support.numel(), _seed_in(self.support_key)))
+        self.support.copy_(self._places())
+        self._rows = max(1, min(BLOCK // self.in_features, -(-self.out_features // BLOCKS)))
         starts = torch.arange(0, self.out_features + self._rows, self._rows).clamp_(max=self.out_features)
         self._bounds = torch.searchsorted(self.support.cpu(), (starts * self.in_features).int()).tolist()
+
+    def _places(self) -> Tensor:
+        """The places that the key stands for."""
+        return random_support((self.out_features, self.in_features), self.support.numel(), self.support_seed)
+
+    @property
+    def support_seed(self) -> int:
+        """What the places are drawn with."""
+        return _seed_in(self.support_key)
 
 
 class _SparsePlusLowRank(torch.autograd.Function):
@@ -201,7 +214,7 @@ class _SparsePlusLowRank(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, b: Tensor, a: Tensor, values: Tensor, bias: Tensor | None, layer: SLTrainLinear
     ) -> Tensor:
-        ctx.layer = layer
+        ctx.layer, ctx.bias_dtype = layer, None if bias is None else bias.dtype
         ctx.save_for_backward(x)
         return nn.functional.linear(x, layer.materialized(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -221,8 +234,8 @@ class _SparsePlusLowRank(torch.autograd.Function):
             da = ((dy @ layer.B.to(dtype) * scale).T @ flat).to(layer.A.dtype)  # (r, n)
         if ctx.needs_input_grad[3]:
             dvalues = layer.at_support(dy, flat).to(layer.values.dtype)
-        if ctx.needs_input_grad[4] and layer.bias is not None:
-            dbias = dy.sum(0).to(layer.bias.dtype)
+        if ctx.needs_input_grad[4]:
+            dbias = dy.sum(0).to(ctx.bias_dtype)
         return dx, db, da, dvalues, dbias, None
 
 
@@ -235,6 +248,25 @@ def random_support(shape: torch.Size | tuple[int, int], count: int, seed: int) -
         found = torch.cat([found, torch.randint(math.prod(shape), (count,), generator=numbers)]).unique()
     kept = torch.randperm(found.numel(), generator=numbers)[:count]
     return found[kept].sort().values.to(torch.int32)
+
+
+def part_of_support(places: Tensor, columns: int, dim: int, first: int, size: int) -> tuple[Tensor, Tensor]:
+    """The places of a matrix that lie in some of its rows (``dim`` 0) or columns (1).
+
+    Args:
+        places: ascending, in the flattened matrix.
+        columns: of the matrix.
+        dim, first, size: which part.
+
+    Returns:
+        The places in the flattened part, ascending, int32; and which of all places they are, int64.
+    """
+    row, column = places.long() // columns, places.long() % columns
+    index = row if dim == 0 else column
+    chosen = ((index >= first) & (index < first + size)).nonzero().flatten()
+    row, column = row[chosen], column[chosen]
+    inside = (row - first) * columns + column if dim == 0 else row * size + column - first
+    return inside.to(torch.int32), chosen
 
 
 def _parts_of(seed: int) -> Tensor:

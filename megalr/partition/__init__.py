@@ -8,7 +8,7 @@ from megalr.partition.fragments import Shard, frozen_parts, planned_layout, read
 from megalr.partition.joining import join
 from megalr.partition.layout import Fragment, Layout
 from megalr.partition.placement import Unit, imbalance, least_imbalance, place
-from megalr.partition.tensor_parallel import mark_cut, read_shards, whole_frozen
+from megalr.partition.tensor_parallel import mark_cut, mark_places, places_in_whole, read_shards, whole_frozen
 
 __all__ = [
     "Exchange",
@@ -23,7 +23,9 @@ __all__ = [
     "join",
     "least_imbalance",
     "mark_cut",
+    "mark_places",
     "place",
+    "places_in_whole",
     "planned_layout",
     "read_shard",
     "read_shards",

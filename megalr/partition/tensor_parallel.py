@@ -88,6 +88,25 @@ def mark_cut(parameter: Any, dim: int) -> None:
     setattr(parameter, AUTOTP, {"partition_dim": dim, "replicated": False})
 
 
+def mark_places(parameter: Any, places: Tensor) -> None:
+    """Mark a cut vector whose elements are not one run of the whole with the places, int64, that they have there."""
+    parameter.megalr_places = places
+
+
+def places_in_whole(parameter: Tensor) -> Tensor | None:
+    """Where in the whole the elements of a cut vector belong, of all ranks' parts behind each other; collective.
+
+    None where they are in their order.
+    """
+    mine = getattr(parameter, "megalr_places", None)
+    if mine is None:
+        return None
+    group = _tensor_group()
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, mine, group=group)
+    return torch.cat(parts)
+
+
 def _tensor_group() -> dist.ProcessGroup:
     """The tensor-parallel ranks that DeepSpeed was told of."""
     from deepspeed.utils import groups  # noqa: PLC0415  (slow to import, and where it is needed it has been)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import megalr
-from megalr.parallel import latent
+from megalr.parallel import messages as sending
 from megalr.partition.tensor_parallel import tensor_parallel_cuts
 from tests.distributed import rule_training
 from tests.distributed.rule_training import SEQUENCES
@@ -75,10 +75,18 @@ def train(
     return weights, counts
 
 
-def train_factors(tensor: int, stage: int, **changes: Any) -> dict[str, Tensor] | None:
+SLTRAIN = {**LOW_RANK, "parametrization": {"type": "sltrain", "rank": 5, "density": 0.1, "init": "variance_matched"}}
+
+
+def train_sltrain(tensor: int, stage: int) -> dict[str, Tensor] | None:
+    """:func:`train_factors` of SLTrain's layers."""
+    return train_factors(tensor, stage, SLTRAIN)
+
+
+def train_factors(tensor: int, stage: int, section: dict[str, Any] = LOW_RANK) -> dict[str, Tensor] | None:
     """Train low-rank factors with refactorizations and momentum resets; rank 0 returns a dense model's weights."""
     with tensor_parallel_groups():
-        config = tensor_configuration(tensor, stage, "AdamW", megalr=LOW_RANK, **changes)
+        config = tensor_configuration(tensor, stage, "AdamW", megalr=section)
         engine = megalr.initialize(model=dense_model(), config=config)[0]
         run_steps(engine, rule_training.batches(FACTOR_STEPS))
         return finish(engine, config)
@@ -123,17 +131,17 @@ def messages(stage: int) -> list[tuple[int, int]]:
         config = tensor_configuration(2, stage, "AdamW", megalr=LOW_RANK)
         engine = megalr.initialize(model=dense_model(), config=config)[0]
         sent: list[tuple[int, int]] = []
-        summed = latent._summed
+        summed = sending._summed
 
         def count(x: Tensor, group: dist.ProcessGroup) -> Tensor:
             sent.append((x.shape[-1], x.numel()))
             return summed(x, group)
 
-        latent._summed = count
+        sending._summed = count
         try:
             run_steps(engine, rule_training.batches(1))
         finally:
-            latent._summed = summed
+            sending._summed = summed
         engine.destroy()
     return sent
 

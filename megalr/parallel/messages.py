@@ -1,4 +1,4 @@
-"""What crosses the network between tensor-parallel ranks: activations as wide as the rank, and nothing else."""
+"""What the layers' tensor-parallel ranks send each other: sums, of which autograd sees one direction each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from megalr.layers.low_rank import LowRankLinear
@@ -72,6 +72,31 @@ class SharedLatents:
         stacked = functional.linear(x, factors[0] if len(factors) == 1 else torch.cat(list(factors)))
         shared: Tensor = SumGradient.apply(stacked, self._group)
         return shared.split([len(a) for a in factors], dim=-1)
+
+
+class SharedInput:
+    """x of layers that get the same one, whose gradients are added up before they are summed over the ranks."""
+
+    def __init__(self, members: int, group: dist.ProcessGroup) -> None:
+        """
+        Args:
+            members: how many layers there are.
+            group: the tensor-parallel ranks.
+        """
+        self._members = members
+        self._group = group
+        self._served: set[int] = set()
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def of(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """x itself, for one of the layers."""
+        if self._held is None or x is not self._held[0] or id(layer) in self._served:
+            self._held, self._served = (x, SumGradient.apply(x, self._group)), set()
+        shared = self._held[1]
+        self._served.add(id(layer))
+        if len(self._served) == self._members:
+            self._held = None  # not to be held
+        return shared
 
 
 def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
