@@ -10,11 +10,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from megalr.benchmarks import methods, ops, optimizer, projected
+from megalr.benchmarks import methods, ops, optimizer, projected, tensor_parallel
 from megalr.errors import UserError
 
 # Modules of megalr.benchmarks, each of which declares its flags and runs.
-BENCHMARKS = {"optimizer": optimizer, "projected": projected, "methods": methods, "ops": ops}
+BENCHMARKS = {
+    "optimizer": optimizer,
+    "projected": projected,
+    "tensor_parallel": tensor_parallel,
+    "methods": methods,
+    "ops": ops,
+}
 
 
 def main() -> int:
