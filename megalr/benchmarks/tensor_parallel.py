@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
 def count(shape: Mapping[str, Any], processes: int) -> dict[str, float]:
     """Bytes that a rank sends for a layer and token, by contender, in fp32.
 
-    Counted, but for Megatron-LM's, whose layers send one message where AutoTP's q, k and v, or gate and up, send theirs.
+    Counted, but for Megatron-LM's, which sends one message where AutoTP's q, k and v, or gate and up, send one each.
 
     Args:
         shape: of a LLaMA, as its configuration has it; the rank is a quarter of its width.
