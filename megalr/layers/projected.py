@@ -190,8 +190,12 @@ class ProjectedLinear(nn.Module):
         return self._output(x)
 
     def _output(self, x: Tensor) -> Tensor:  # the layer in x's dtype
+        return self._product(x, self.R, self.bias)
+
+    def _product(self, x: Tensor, r: Tensor, bias: Tensor | None) -> Tensor:
+        """x Wᵀ + bias; the gradient goes to ``r``, which has to be this layer's R, perhaps by way of something."""
         materialize = self.materializes(x.numel() // self.in_features)
-        y: Tensor = _Projected.apply(x, self.R, self.bias, self._latent(x, materialize), self, materialize)
+        y: Tensor = _Projected.apply(x, r, bias, self._latent(x, materialize), self, materialize)
         if self.collecting and torch.is_grad_enabled() and y.requires_grad:
             y = _Collect.apply(y, x.detach(), self)
         return y
@@ -288,6 +292,7 @@ class _Projected(torch.autograd.Function):
         if bias is not None:
             y += bias.to(dtype)
         ctx.layer, ctx.materialize, ctx.shape = layer, materialize, x.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(*saved)
         return y.view(*x.shape[:-1], layer.out_features)
 
@@ -310,8 +315,8 @@ class _Projected(torch.autograd.Function):
             dx = dx.view(ctx.shape)
         if ctx.needs_input_grad[1]:
             dr = (dy.T @ kept if low is None else low.T @ kept.reshape(-1, layer.in_features)).to(layer.R.dtype)
-        if ctx.needs_input_grad[2] and layer.bias is not None:
-            dbias = dy.sum(0).to(layer.bias.dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.sum(0).to(ctx.bias_dtype)
         return dx, dr, dbias, None, None, None
 
 

@@ -140,7 +140,7 @@ class SLTrainLinear(LowRankLinear):
         self._bounds: list[int] = []
         if not self.values.is_meta:
             self.support_key.copy_(_parts_of(support_seed))
-            self._draw_support()
+            self.draw_support()
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (..., in_features)."""
@@ -189,9 +189,10 @@ class SLTrainLinear(LowRankLinear):
         before = self.support_key.clone()
         super()._load_from_state_dict(*args, **kwargs)
         if not torch.equal(before, self.support_key):  # the checkpoint of a run with another seed
-            self._draw_support()
+            self.draw_support()
 
-    def _draw_support(self) -> None:
+    def draw_support(self) -> None:
+        """Find the places again that the key stands for."""
         self.support.copy_(self._places())
         self._rows = max(1, min(BLOCK // self.in_features, -(-self.out_features // BLOCKS)))
         starts = torch.arange(0, self.out_features + self._rows, self._rows).clamp_(max=self.out_features)

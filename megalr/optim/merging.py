@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megalr.errors import UserError
 from megalr.optim.groups import logical_shape
-from megalr.partition import Exchange, Shard, frozen_parts
+from megalr.partition import Exchange, Shard, frozen_parts, own_part
 from megalr.seeding import generator
 
 DROPPED_BITS = 16  # of fp32 that bf16 does not have
@@ -53,7 +53,7 @@ class Merging:
             UserError: stochastic rounding of a dtype other than bf16.
         """
         parts = frozen_parts(weight)
-        delta = learnt.reshape(-1)
+        delta = own_part(weight, learnt).reshape(-1)
         if weight.dtype == torch.float32 or self._rounding == "nearest":
             for start, part in parts:
                 part.copy_(torch.add(delta[start : start + part.numel()].to(part.device), part, alpha=decay))
@@ -64,12 +64,18 @@ class Merging:
             )
         elif self._rounding == "stochastic":
             noise = torch.randint(
-                2**DROPPED_BITS, delta.shape, generator=generator(self._seed, name, "merge", count), dtype=torch.int32
+                2**DROPPED_BITS, learnt.shape, generator=generator(self._seed, name, "merge", count), dtype=torch.int32
             )
+            noise = own_part(weight, noise).reshape(-1)
             for start, part in parts:
                 run = slice(start, start + part.numel())
                 total = torch.add(delta[run].to(part.device), part, alpha=decay)
                 part.copy_(_stochastically(total, noise[run].to(part.device)))
+        elif delta.numel() < learnt.numel():
+            raise UserError(
+                'megalr.parametrization.merge_rounding is "remainder", which tensor-parallel ranks cannot share: write '
+                '"nearest" or "stochastic"'
+            )
         else:
             self._with_remainder(name, weight, delta, decay)
 

@@ -28,7 +28,7 @@ from megalr.ops import low_rank_adam, momentum_reset
 from megalr.optim.groups import logical_shape
 from megalr.optim.layer_events import LayerEvents, Moments, Step
 from megalr.optim.merging import Merging
-from megalr.partition import Exchange, Fragment, Shard, frozen_parts
+from megalr.partition import Exchange, Fragment, Shard, frozen_parts, in_whole, own_part
 from megalr.partition.exchange import Field, run_of, write
 from megalr.rules.adam import rotate_moments
 from megalr.rules.base import State, tensor
@@ -236,11 +236,11 @@ class Projections(LayerEvents):
         if not due:
             return
         full = {basis: {name: _take_gradient(layer) for name, layer in basis.layers.items()} for basis in due}
-        finite = [all(bool(torch.isfinite(grad).all()) for grad in parts.values()) for parts in full.values()]
-        agreed = self._exchange.add_up(torch.tensor(finite, dtype=torch.float32)) == self._shard.layout.world_size
+        spoilt = [not all(bool(torch.isfinite(grad).all()) for grad in parts.values()) for parts in full.values()]
+        agreed = self._exchange.add_up_all(torch.tensor(spoilt, dtype=torch.float32)) == 0
         if self._config.projector not in SKETCHING:
             for grad in (grad for parts in full.values() for grad in parts.values()):
-                self._exchange.add_up(grad)
+                self._exchange.add_up_all(grad)
         fresh: list[tuple[Basis, float | None, Tensor, Tensor]] = []
         for basis, usable in zip(due, agreed.tolist(), strict=True):
             old = self._whole(basis.any_layer.basis).to(next(iter(full[basis].values())).device)
@@ -270,7 +270,7 @@ class Projections(LayerEvents):
         for name, product in low.items():
             if self._buffer(name) not in which:
                 continue
-            expected = product.reshape(-1)
+            expected = self._flat(name, product)
             for f in self._shard.layout.on(f"{name}.R", self._shard.rank):
                 delivered = run_of(gradients, f).float()  # of the model's dtype where the masters are
                 part = expected[f.start : f.start + f.length].to(delivered.device)
@@ -289,7 +289,7 @@ class Projections(LayerEvents):
     def _low(self, grad: Tensor, basis: Tensor, side: Side) -> Tensor:
         """G Q or Pᵀ G of the gradient of all ranks."""
         low = grad @ basis if side == "right" else basis.T @ grad
-        return self._exchange.add_up(low) if self._config.projector in SKETCHING else low
+        return self._exchange.add_up_all(low) if self._config.projector in SKETCHING else low
 
     def _new_basis(self, basis: Basis, old: Tensor, parts: list[tuple[Tensor, Tensor]] | None, updates: int) -> Tensor:
         """A new basis where this rank is the owner, or all have to work on it; else memory for it.
@@ -304,7 +304,7 @@ class Projections(LayerEvents):
         previous = old if basis.refreshes else None
         projector = self._projector(updates)
         if parts is not None and projector in SKETCHING:
-            summed = SummedMatrix(_stack([grad for grad, _ in parts]), self._exchange.add_up)
+            summed = SummedMatrix(_stack([grad for grad, _ in parts]), self._exchange.add_up_all)
             product = _stack([low if basis.side == "right" else low.T for _, low in parts])
             found = sketched_basis(
                 summed, rank, basis.side, projector, previous=previous, product=product, generator=random
@@ -323,6 +323,7 @@ class Projections(LayerEvents):
     def _adopt(self, basis: Basis, old: Tensor, found: Tensor) -> Tensor:
         """Make the owner's basis everyone's: W0 takes over R, R becomes zero, moments follow; returns the new basis."""
         self._exchange.share(found, basis.owner)
+        self._exchange.agree(found)
         new = found.to(basis.any_layer.basis.dtype).float()  # as the model has it
         right = basis.side == "right"
         for name, layer in basis.layers.items():
@@ -334,8 +335,9 @@ class Projections(LayerEvents):
                 run_of(self._shard.buffers, fragment).zero_()
             if basis.count:
                 self._carry_moments(name, own, new.T @ old, left=not right)
+        own_rows = own_part(basis.any_layer.basis, new).reshape(-1)
         for start, part in frozen_parts(basis.any_layer.basis):
-            part.copy_(new.reshape(-1)[start : start + part.numel()])
+            part.copy_(own_rows[start : start + part.numel()])
         if self._config.moments == "reset":
             basis.count = 0
         basis.refreshes, basis.decay, basis.due, basis.waits = basis.refreshes + 1, 1.0, False, 0
@@ -361,19 +363,24 @@ class Projections(LayerEvents):
         """A frozen parameter, whole, fp32, new."""
         start, part = frozen_parts(parameter)[-1]
         shape = logical_shape(parameter)
-        if part.numel() == math.prod(shape):
-            return part.float().view(shape).clone()
-        whole = torch.zeros(math.prod(shape), device=part.device)
-        whole[start : start + part.numel()] = part
-        return self._exchange.add_up(whole).view(shape)
+        own = torch.zeros(math.prod(shape), device=part.device)
+        own[start : start + part.numel()] = part
+        whole = in_whole(parameter, own.view(shape))
+        is_cut, is_chunk = whole.numel() > own.numel(), part.numel() < own.numel()
+        if not is_cut and not is_chunk:
+            return whole
+        # Every element from one rank, so that the sum is exact.
+        if not (is_cut or self._shard.is_first_copy) or not (is_chunk or self._shard.is_first_replica):
+            whole.zero_()
+        return self._exchange.add_up(whole)
 
 
 def _take_gradient(layer: ProjectedLinear) -> Tensor:
-    """The full gradient that a layer has added up; zeros where no backward pass came by."""
+    """The full gradient that a layer has added up; zeros where no backward pass came by, and in other ranks' parts."""
     grad, layer.full_gradient = layer.full_gradient, None
     if grad is None:
-        return torch.zeros(layer.out_features, layer.in_features, device=frozen_parts(layer.weight)[0][1].device)
-    return grad
+        grad = torch.zeros(layer.out_features, layer.in_features, device=frozen_parts(layer.weight)[0][1].device)
+    return in_whole(layer.weight, grad)
 
 
 def _stack(matrices: list[Tensor]) -> Tensor:

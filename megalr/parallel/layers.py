@@ -17,12 +17,13 @@ from torch.nn import functional
 from megalr.errors import UserError
 from megalr.layers.low_rank import LowRankLinear
 from megalr.layers.parametrize import replaced_layers
+from megalr.layers.projected import ProjectedLinear
 from megalr.layers.sltrain import SLTrainLinear, part_of_support, random_support
 from megalr.parallel.messages import SharedInput, SharedLatents, Sum, SumGradient
 from megalr.parallel.plan import Cut
 from megalr.partition import mark_cut, mark_places
 
-T = TypeVar("T", bound=LowRankLinear)
+T = TypeVar("T", bound=nn.Module)
 
 
 class ColumnParallelLowRank(LowRankLinear):
@@ -100,6 +101,41 @@ class RowParallelSLTrain(CutSLTrain):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+class CutProjected(ProjectedLinear):
+    """A part of a layer.
+
+    Attributes:
+        group: the tensor-parallel ranks.
+        replaced: AutoTP's mark, which else takes what has a weight for a dense layer.
+    """
+
+    group: dist.ProcessGroup
+    replaced = True
+
+
+class ColumnParallelProjected(CutProjected):
+    """Rows of W0, of the bias, and of R, or with a basis of the output of that: x whole, y in parts.
+
+    Attributes:
+        inputs: of this layer and those that get the same x.
+    """
+
+    inputs: SharedInput
+
+    def _output(self, x: Tensor) -> Tensor:
+        r: Tensor = self.R if self.side == "right" else SumGradient.apply(self.R, self.group)
+        return self._product(self.inputs.of(self, x), r, self.bias)
+
+
+class RowParallelProjected(CutProjected):
+    """Columns of W0 and of R, or with a basis of the input rows of that; all of the bias: x in parts, y whole."""
+
+    def _output(self, x: Tensor) -> Tensor:
+        r: Tensor = self.R if self.side == "left" else SumGradient.apply(self.R, self.group)
+        y: Tensor = Sum.apply(self._product(x, r, None), self.group)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
 @torch.no_grad()
 def cut_layers(model: nn.Module, cuts: Mapping[str, Cut], group: dist.ProcessGroup) -> None:
     """Leave this rank its part of every factorized layer that is to be cut, in place.
@@ -114,54 +150,76 @@ def cut_layers(model: nn.Module, cuts: Mapping[str, Cut], group: dist.ProcessGro
     Raises:
         UserError: a layer is of a kind that cannot be cut.
     """
-    siblings: dict[str, list[LowRankLinear]] = {}
+    siblings: dict[str, list[nn.Module]] = {}
     for name, layer in replaced_layers(model).items():
         if name not in cuts:
             continue
-        if type(layer) not in (LowRankLinear, SLTrainLinear):
-            raise UserError(
-                f'{name} is a {type(layer).__name__}, which cannot be cut between tensor-parallel ranks: write "type": '
-                '"low_rank" or "sltrain", or leave out megalr.parametrization'
-            )
-        assert isinstance(layer, LowRankLinear)
         rows = cuts[name] == "rows"
-        if isinstance(layer, SLTrainLinear):
-            _keep_values(layer, rows, group)
-        _keep(layer, ("B", "bias") if rows else ("A",), 0 if rows else 1, group)
-        layer.out_features, layer.in_features = len(layer.B), layer.A.shape[1]
+        match layer:  # of these classes, not of others that derive from them
+            case LowRankLinear() if type(layer) is LowRankLinear:
+                _cut_low_rank(layer, rows, group)
+            case SLTrainLinear() if type(layer) is SLTrainLinear:
+                _cut_sltrain(layer, rows, group)
+            case ProjectedLinear() if type(layer) is ProjectedLinear:
+                _cut_projected(layer, rows, group)
+            case _:
+                raise UserError(
+                    f"{name} is a {type(layer).__name__}, which cannot be cut between tensor-parallel ranks: write "
+                    '"type": "low_rank", "sltrain" or "projected", or leave out megalr.parametrization'
+                )
         if rows:
             siblings.setdefault(name.rpartition(".")[0], []).append(layer)
-        elif not isinstance(layer, SLTrainLinear):
-            _become(RowParallelLowRank, layer).group = group
-        if isinstance(layer, CutSLTrain):
-            layer.group = group
-            layer._draw_support()
     for layers in siblings.values():
-        low_rank = [layer for layer in layers if not isinstance(layer, SLTrainLinear)]
-        latents, inputs = SharedLatents(low_rank, group), SharedInput(len(layers) - len(low_rank), group)
+        low_rank = [layer for layer in layers if isinstance(layer, ColumnParallelLowRank)]
+        wide = [layer for layer in layers if isinstance(layer, ColumnParallelSLTrain | ColumnParallelProjected)]
+        latents, inputs = SharedLatents(low_rank, group), SharedInput(len(wide), group)
         for layer in low_rank:
-            _become(ColumnParallelLowRank, layer).latents = latents
-        for layer in layers:
-            if isinstance(layer, ColumnParallelSLTrain):
-                layer.inputs = inputs
+            layer.latents = latents
+        for layer in wide:
+            layer.inputs = inputs
 
 
-def _keep_values(layer: SLTrainLinear, rows: bool, group: dist.ProcessGroup) -> None:
-    """The values of this rank's rows or columns, and where they are; before the factors are cut."""
-    whole_shape, whole_count = (layer.out_features, layer.in_features), layer.values.numel()
-    dim = 0 if rows else 1
-    sizes = [len(part) for part in torch.arange(whole_shape[dim]).tensor_split(dist.get_world_size(group))]
-    me = dist.get_rank(group)
+def _cut_low_rank(layer: LowRankLinear, rows: bool, group: dist.ProcessGroup) -> None:
+    _keep_factors(layer, rows, group)
+    if rows:
+        _become(ColumnParallelLowRank, layer)
+    else:
+        _become(RowParallelLowRank, layer).group = group
+
+
+def _cut_sltrain(layer: SLTrainLinear, rows: bool, group: dist.ProcessGroup) -> None:
     cut: CutSLTrain = _become(ColumnParallelSLTrain if rows else RowParallelSLTrain, layer)
-    cut.whole_shape, cut.whole_count, cut.part = whole_shape, whole_count, (dim, sum(sizes[:me]), sizes[me])
+    cut.group = group
+    cut.whole_shape, cut.whole_count = (layer.out_features, layer.in_features), layer.values.numel()
+    dim = 0 if rows else 1
+    cut.part = (dim, *_part(cut.whole_shape[dim], group))
     places, chosen = cut.choose()
     cut.values.data = cut.values.data[chosen.to(cut.values.device)]
-    cut.support = places.to(cut.support.device)
     mark_cut(cut.values, 0)
     mark_places(cut.values, chosen)
+    cut.support = places.to(cut.support.device)
+    _keep_factors(cut, rows, group)
+    cut.draw_support()
 
 
-def _become(kind: type[T], layer: LowRankLinear) -> T:
+def _cut_projected(layer: ProjectedLinear, rows: bool, group: dist.ProcessGroup) -> None:
+    cut: CutProjected = _become(ColumnParallelProjected if rows else RowParallelProjected, layer)
+    cut.group = group
+    _keep(layer, ("weight", "bias") if rows else ("weight",), 0 if rows else 1, group)
+    # Of R and the basis, the one on the side that is cut.
+    if rows == (layer.side == "right"):
+        _keep(layer, ("R",), 0 if rows else 1, group)
+    else:
+        _keep(layer, ("basis",), 0, group)
+    layer.out_features, layer.in_features = layer.weight.shape
+
+
+def _keep_factors(layer: LowRankLinear, rows: bool, group: dist.ProcessGroup) -> None:
+    _keep(layer, ("B", "bias") if rows else ("A",), 0 if rows else 1, group)
+    layer.out_features, layer.in_features = len(layer.B), layer.A.shape[1]
+
+
+def _become(kind: type[T], layer: nn.Module) -> T:
     """The same layer with the same parameters, of another class."""
     layer.__class__ = kind
     return cast(T, layer)
@@ -172,7 +230,17 @@ def _keep(layer: nn.Module, names: tuple[str, ...], dim: int, group: dist.Proces
     for name in names:
         parameter = getattr(layer, name)
         if parameter is not None:
-            # As evenly as can be, larger parts first: AutoTP does the same, and activations of both have to meet.
-            own = parameter.data.tensor_split(dist.get_world_size(group), dim=dim)[dist.get_rank(group)]
-            parameter.data = own.clone()
-            mark_cut(parameter, dim)
+            whole = parameter.shape[dim]
+            first, size = _part(whole, group)
+            parameter.data = parameter.data.narrow(dim, first, size).clone()
+            mark_cut(parameter, dim, (first, whole))
+
+
+def _part(whole: int, group: dist.ProcessGroup) -> tuple[int, int]:
+    """Where this rank's part begins, and how much it is.
+
+    As evenly as can be, larger parts first: AutoTP does the same, and activations of both have to meet.
+    """
+    size, rest = divmod(whole, dist.get_world_size(group))
+    rank = dist.get_rank(group)
+    return rank * size + min(rank, rest), size + (rank < rest)

@@ -8,7 +8,15 @@ from megalr.partition.fragments import Shard, frozen_parts, planned_layout, read
 from megalr.partition.joining import join
 from megalr.partition.layout import Fragment, Layout
 from megalr.partition.placement import Unit, imbalance, least_imbalance, place
-from megalr.partition.tensor_parallel import mark_cut, mark_places, places_in_whole, read_shards, whole_frozen
+from megalr.partition.tensor_parallel import (
+    in_whole,
+    mark_cut,
+    mark_places,
+    own_part,
+    places_in_whole,
+    read_shards,
+    whole_frozen,
+)
 
 __all__ = [
     "Exchange",
@@ -20,10 +28,12 @@ __all__ = [
     "buckets",
     "frozen_parts",
     "imbalance",
+    "in_whole",
     "join",
     "least_imbalance",
     "mark_cut",
     "mark_places",
+    "own_part",
     "place",
     "places_in_whole",
     "planned_layout",

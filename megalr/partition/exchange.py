@@ -220,6 +220,16 @@ class Exchange:
         self.bytes_sent += 2 * size * (world_size - 1) // world_size
         return tensor
 
+    def add_up_all(self, tensor: Tensor) -> Tensor:
+        """:meth:`add_up` of what each replica has seen other data for: over them, too."""
+        self.add_up(tensor)
+        if self._replicas is not None:
+            message = tensor if self._device is None else tensor.to(self._device)
+            dist.all_reduce(message, group=self._replicas)
+            if message is not tensor:
+                tensor.copy_(message)
+        return tensor
+
     def everywhere(self, name: str, field: Field) -> Tensor:
         """A parameter's whole tensor, new, on every rank."""
         whole = torch.zeros(self.layout.numel(name), dtype=field[0].dtype, device=field[0].device)

@@ -48,6 +48,8 @@ class Shard:
         dry_run: DeepSpeed's wrapper calls ``step()`` once, with zero gradients, while it is being built.
         replicated: every data-parallel rank has all of what it trains (stage 0).
         replicas: ranks outside ``layout`` that have the same as this one and do the same with it, if there are any.
+        is_first_copy, is_first_replica: of those in ``layout`` that have the same of what is not trained, whether this
+            is the first tensor-parallel and the first data-parallel rank.
     """
 
     layout: Layout
@@ -60,6 +62,12 @@ class Shard:
     dry_run: bool = False
     replicated: bool = False
     replicas: dist.ProcessGroup | None = None
+    is_first_copy: bool = True
+    is_first_replica: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.is_first_replica is None:
+            object.__setattr__(self, "is_first_replica", self.rank == 0)
 
     def message_device(self) -> torch.device:
         """Where messages have to lie: with the buffers, unless these are offloaded and NCCL wants them on a GPU."""

@@ -47,7 +47,15 @@ def read_shards(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[
     everyone = tensor_group if layout.world_size == 1 else _group_of(rank for ranks, _ in parts for rank in ranks)
     index = {rank: i for i, rank in enumerate(dist.get_process_group_ranks(everyone))}
     whole = join([part for _, part in parts], cuts, [[index[rank] for rank in ranks] for ranks, _ in parts])
-    return local, replace(local, layout=whole, rank=index[me], group=everyone, replicas=replicas)
+    return local, replace(
+        local,
+        layout=whole,
+        rank=index[me],
+        group=everyone,
+        replicas=replicas,
+        is_first_copy=dist.get_rank(tensor_group) == 0,
+        is_first_replica=replicas is not None or local.rank == 0,
+    )
 
 
 def tensor_parallel_cuts(parameters: Mapping[str, Tensor]) -> dict[str, int]:
@@ -82,10 +90,36 @@ def whole_frozen(name: str, parameter: Tensor) -> Tensor:
     return torch.cat(parts, dim=cut[name])
 
 
-def mark_cut(parameter: Any, dim: int) -> None:
-    """Mark a parameter as this rank's part of one that tensor parallelism has cut, for DeepSpeed and for us."""
+def mark_cut(parameter: Any, dim: int, part: tuple[int, int] | None = None) -> None:
+    """Mark a parameter as this rank's part of one that tensor parallelism has cut, for DeepSpeed and for us.
+
+    Args:
+        parameter: the part.
+        dim: the dimension that is cut.
+        part: where it begins there, and how many the whole has; None where it is not one run.
+    """
     parameter.tensor_model_parallel, parameter.partition_dim = True, dim  # so its norm is counted on every rank
     setattr(parameter, AUTOTP, {"partition_dim": dim, "replicated": False})
+    if part is not None:
+        parameter.megalr_part = (dim, *part)
+
+
+def own_part(parameter: Any, whole: Tensor) -> Tensor:
+    """A view of this rank's part of a tensor that is cut as a parameter is; all of it where that is not cut."""
+    if not hasattr(parameter, "megalr_part"):
+        return whole
+    dim, first, _ = parameter.megalr_part
+    return whole.narrow(dim, first, _size(parameter)[dim])
+
+
+def in_whole(parameter: Any, own: Tensor) -> Tensor:
+    """The opposite: zeros but for this rank's part."""
+    if not hasattr(parameter, "megalr_part"):
+        return own
+    dim, _, size = parameter.megalr_part
+    whole = own.new_zeros([size if d == dim else n for d, n in enumerate(own.shape)])
+    own_part(parameter, whole).copy_(own)
+    return whole
 
 
 def mark_places(parameter: Any, places: Tensor) -> None:
@@ -105,6 +139,10 @@ def places_in_whole(parameter: Tensor) -> Tensor | None:
     parts: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(parts, mine, group=group)
     return torch.cat(parts)
+
+
+def _size(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _tensor_group() -> dist.ProcessGroup:

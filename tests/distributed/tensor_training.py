@@ -83,6 +83,25 @@ def train_sltrain(tensor: int, stage: int) -> dict[str, Tensor] | None:
     return train_factors(tensor, stage, SLTRAIN)
 
 
+# Name: the "parametrization" section of projected layers, every way of cutting them among them.
+PROJECTED = {
+    "input": {"projector": "power"},
+    "output": {"side": "output", "projector": "svd", "moments": "transport"},
+    "std": {"side": "std", "stagger": False, "moments": "reset"},
+    "random": {"projector": "random"},
+}
+
+
+def train_projected(tensor: int, stage: int, case: str) -> dict[str, Tensor] | None:
+    """:func:`train` of projected layers; rank 0 returns a dense model's weights."""
+    section = {"type": "projected", "rank": 5, "update_proj_gap": 5, **PROJECTED[case]}
+    with tensor_parallel_groups():
+        config = tensor_configuration(tensor, stage, "AdamW", megalr={"parametrization": section})
+        engine = megalr.initialize(model=dense_model(SPREAD), config=config)[0]
+        run_steps(engine, rule_training.batches(rule_training.STEPS))
+        return finish(engine, config)
+
+
 def train_factors(tensor: int, stage: int, section: dict[str, Any] = LOW_RANK) -> dict[str, Tensor] | None:
     """Train low-rank factors with refactorizations and momentum resets; rank 0 returns a dense model's weights."""
     with tensor_parallel_groups():
