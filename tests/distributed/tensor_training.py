@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import megalr
 from megalr.parallel import messages as sending
+from megalr.partition import places_in_whole
 from megalr.partition.tensor_parallel import tensor_parallel_cuts
 from tests.distributed import rule_training
 from tests.distributed.rule_training import SEQUENCES
@@ -83,20 +84,49 @@ def train_sltrain(tensor: int, stage: int) -> dict[str, Tensor] | None:
     return train_factors(tensor, stage, SLTRAIN)
 
 
+def train_grouped(tensor: int, stage: int, kind: str) -> dict[str, Tensor] | None:
+    """Twelve updates of a model with grouped-query attention."""
+    with tensor_parallel_groups():
+        config = tensor_configuration(
+            tensor, stage, "GaLoreAdamW" if kind == "full" else "AdamW", megalr=SECTIONS[kind]
+        )
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**MODEL | {"num_key_value_heads": 2}, initializer_range=SPREAD))
+        engine = megalr.initialize(model=model, config=config)[0]
+        run_steps(engine, rule_training.batches(rule_training.STEPS))
+        return finish(engine, config)
+
+
 # Name: the "parametrization" section of projected layers, every way of cutting them among them.
 PROJECTED = {
-    "input": {"projector": "power"},
+    "input": {},
+    "power": {"projector": "power"},
     "output": {"side": "output", "projector": "svd", "moments": "transport"},
     "std": {"side": "std", "stagger": False, "moments": "reset"},
     "random": {"projector": "random"},
 }
 
 
+def projected(case: str) -> dict[str, Any]:
+    """The JSON's "parametrization" section."""
+    section = {"type": "projected", "rank": 5, "update_proj_gap": 5, "target_modules": ["attn", "mlp"]}
+    return section | PROJECTED[case]
+
+
+# Name: the "megalr" section of what a first step is compared of.
+SECTIONS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "low_rank": LOW_RANK,
+    "sltrain": SLTRAIN,
+    "projected, input": {"parametrization": projected("input")},
+    "projected, output": {"parametrization": projected("output")},
+}
+
+
 def train_projected(tensor: int, stage: int, case: str) -> dict[str, Tensor] | None:
     """:func:`train` of projected layers; rank 0 returns a dense model's weights."""
-    section = {"type": "projected", "rank": 5, "update_proj_gap": 5, **PROJECTED[case]}
     with tensor_parallel_groups():
-        config = tensor_configuration(tensor, stage, "AdamW", megalr={"parametrization": section})
+        config = tensor_configuration(tensor, stage, "AdamW", megalr={"parametrization": projected(case)})
         engine = megalr.initialize(model=dense_model(SPREAD), config=config)[0]
         run_steps(engine, rule_training.batches(rule_training.STEPS))
         return finish(engine, config)
@@ -125,14 +155,15 @@ def tensor_parallel_groups() -> Iterator[None]:
 def first_step(tensor: int, stage: int, kind: str) -> dict[str, Tensor] | None:
     """Logits, loss and every gradient of one sequence batch before any update; whole, on rank 0."""
     with tensor_parallel_groups():
-        megalr_section = LOW_RANK if kind == "low_rank" else {}
-        config = tensor_configuration(tensor, stage, "AdamW", megalr=megalr_section, gradient_clipping=0.0)
+        config = tensor_configuration(tensor, stage, "AdamW", megalr=SECTIONS[kind], gradient_clipping=0.0)
         engine = megalr.initialize(model=dense_model(), config=config)[0]
         ids = rule_training.batches(1)[0]
         output = engine(input_ids=ids, labels=ids)
         engine.backward(output.loss)
         found = {"logits": output.logits.detach().clone(), "loss": output.loss.detach().clone()[None]}
         for name, parameter in engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             grad = safe_get_full_grad(parameter) if stage else parameter.grad
             parts: list[Any] = [grad.clone()]
             cut = tensor_parallel_cuts({name: parameter})
@@ -140,6 +171,9 @@ def first_step(tensor: int, stage: int, kind: str) -> dict[str, Tensor] | None:
                 parts = [None] * tensor
                 dist.all_gather_object(parts, grad.clone(), group=groups.get_tensor_model_parallel_group())
             found[name] = torch.cat(parts, dim=cut.get(name, 0))
+            places = places_in_whole(parameter)
+            if places is not None:
+                found[name] = torch.empty_like(found[name]).index_copy_(0, places, found[name])
         engine.destroy()
     return found if dist.get_rank() == 0 else None
 

@@ -13,6 +13,7 @@ from megalr.layers import densify
 from tests.distributed import rule_training, tensor_training
 from tests.distributed.test_rules import assert_same_weights, largest_error
 from tests.distributed.training import CLIPPING
+from tests.plain_projected import plain_projected
 from tests.plain_training import plain_training
 from tests.reference import Recipe, Reference
 
@@ -86,13 +87,49 @@ def test_low_rank_factors_equal_one_process(ranks, layout, stage):
     assert_same_weights(got, plain_factors())
 
 
+@pytest.mark.parametrize(("kind", "layout", "stage"), covering([*tensor_training.PROJECTED]))
+def test_projected_layers_equal_one_process(ranks, kind, layout, stage):
+    """With two refreshes of every basis."""
+    tensor, data = layout
+    got = ranks(tensor * data).run(f"{MODULE}:train_projected", tensor, stage, kind)[0]
+    # One subspace step is not in the plain reference; its own single process is.
+    one = kind == "power"
+    assert_same_weights(
+        got, ranks(1).run(f"{MODULE}:train_projected", 1, 0, kind)[0] if one else projected_weights(kind)
+    )
+
+
+@functools.cache
+def projected_weights(kind: str) -> dict[str, torch.Tensor]:
+    """What tests/plain_projected.py makes of the same model, data and settings."""
+    model, data = tensor_training.dense_model(tensor_training.SPREAD), rule_training.batches(rule_training.STEPS)
+    section = tensor_training.projected(kind)
+    return plain_projected(model, data, section, rule_training.RULES["AdamW"], clip=CLIPPING)
+
+
+@pytest.mark.parametrize(("layout", "stage"), [((2, 1), 1), ((2, 2), 0), ((2, 2), 3), ((4, 1), 2)])
+def test_sltrain_equals_one_process(ranks, layout, stage):
+    """With two refactorizations and two momentum resets."""
+    tensor, data = layout
+    got = ranks(tensor * data).run(f"{MODULE}:train_sltrain", tensor, stage)[0]
+    assert_same_weights(got, ranks(1).run(f"{MODULE}:train_sltrain", 1, 0)[0])
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_groups_of_the_users_own(ranks, stage):
     """An ``mpu`` object, as Megatron-LM has one."""
     assert_same_weights(ranks(4).run(f"{MODULE}:train_with_units", stage)[0], plain_factors())
 
 
-@pytest.mark.parametrize("kind", ["low_rank", "full"])
+@pytest.mark.parametrize("kind", ["full", "low_rank"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_grouped_query_attention(ranks, kind, stage):
+    """Two key-value heads for four queries: one for each rank."""
+    one, two = (ranks(t).run(f"{MODULE}:train_grouped", t, stage, kind)[0] for t in (1, 2))
+    assert_same_weights(two, one)
+
+
+@pytest.mark.parametrize("kind", tensor_training.SECTIONS)
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize("stage", [0, 2])
 def test_logits_loss_and_gradients_equal_one_process(ranks, kind, tensor, stage):
@@ -105,12 +142,11 @@ def test_logits_loss_and_gradients_equal_one_process(ranks, kind, tensor, stage)
 @functools.cache
 def first_step(kind: str) -> dict[str, torch.Tensor]:
     model = tensor_training.dense_model()
-    if kind == "low_rank":
-        megalr.parametrize(model, {"megalr": tensor_training.LOW_RANK})
+    megalr.parametrize(model, {"megalr": tensor_training.SECTIONS[kind]})
     ids = rule_training.batches(1)[0]
     output = model(input_ids=ids, labels=ids)
     output.loss.backward()
-    grads = {name: p.grad for name, p in model.named_parameters()}
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return {"logits": output.logits.detach(), "loss": output.loss.detach()[None], **grads}
 
 
@@ -156,8 +192,8 @@ def test_a_local_update_is_another_method_and_sends_nothing(ranks):
     [
         (2, {"num_attention_heads": 3, "num_key_value_heads": 3}, {}, "num_attention_heads = 3, which so many ranks"),
         (2, {"num_key_value_heads": 1}, {}, "num_key_value_heads = 1, which so many ranks"),
-        (2, {}, {"parametrization": {"type": "sltrain", "rank": 4}}, "q_proj is a SLTrainLinear, which cannot be cut"),
-        (2, {}, {"parametrization": {"type": "projected", "rank": 4}}, "is a ProjectedLinear, which cannot be cut"),
+        (2, {}, {"parametrization": {"type": "cola", "rank": 4}}, "q_proj is a ColaLinear, which cannot be cut"),
+        (2, {}, {"parametrization": {"type": "lora", "rank": 4}}, "q_proj is a LoraLinear, which cannot be cut"),
         (2, {}, {"activations": {"groups": 6, "target_modules": ["attn"]}}, "remove megalr.activations"),
     ],
 )

@@ -1,0 +1,23 @@
+"""Pipeline stages: each has a data-parallel group of its own, in which the rules see whole matrices."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed import pipelining, rule_training
+from tests.distributed.test_rules import assert_same_weights
+from tests.distributed.training import CLIPPING
+from tests.plain_training import plain_training
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("optimizer", ["GaLoreAdamW", "Muon"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_two_stages_equal_one_process(ranks, stage, optimizer):
+    results = ranks(4).run("tests.distributed.pipelining:train", stage, optimizer)
+    got = {name: w for weights in results if weights is not None for name, w in weights.items()}
+    data = rule_training.batches(rule_training.STEPS)
+    expected = plain_training(pipelining.Plain(), data, optimizer, pipelining.settings(optimizer), clip=CLIPPING)
+    assert got.keys() == expected.keys()
+    assert_same_weights(got, expected)
