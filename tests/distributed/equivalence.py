@@ -10,7 +10,15 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from tests.distributed import factoring, rule_training, test_factors, test_projected, test_rules, test_velora
+from tests.distributed import (
+    factoring,
+    rule_training,
+    test_factors,
+    test_projected,
+    test_rules,
+    test_tensor_parallel,
+    test_velora,
+)
 from tests.distributed.harness import RankPool
 from tests.distributed.test_training import STAGES, reference_weights, relative_errors
 
@@ -59,6 +67,13 @@ VELORA_HEAD = """
 Twelve updates of a rule, with VeLoRA on the tall and on the square matrix of the same model. The reference is
 `tests/plain_velora.py`, whose weights have the compressed gradient by autograd.
 """
+TENSOR_HEAD = """
+## Tensor parallelism
+
+Columns: tensor-parallel x data-parallel ranks. A LLaMA of which AutoTP cuts the dense layers; twelve updates with at
+least two refreshes, of low-rank and SLTrain layers twenty with two refactorizations and two momentum resets. Q-GaLore
+keeps eight bits of a moment, which turn over where a sum in another order lies on the other side of a half.
+"""
 FACTORS_HEAD = """
 ## Low-rank factors
 
@@ -75,6 +90,7 @@ def main(path: Path) -> None:
     layers: dict[tuple[str, int, int, int], float] = {}
     velora: dict[tuple[str, int, int, int], float] = {}
     factors: dict[tuple[int, int, int], float] = {}
+    tensor = tensor_errors()
     for world in WORLDS:
         with RankPool(world) as pool:
             for stage in STAGES:
@@ -109,9 +125,30 @@ def main(path: Path) -> None:
         print(VELORA_HEAD)
         lines = [(rule, stage) for rule in test_velora.RULES for stage in STAGES]
         _table(("rule", "ZeRO stage"), lines, columns, lambda line, column: velora[*line, *column])
+        print(TENSOR_HEAD)
+        cases = [(title, stage) for title in test_tensor_parallel.KINDS for stage in STAGES]
+        _table(
+            ("method", "ZeRO stage"),
+            cases,
+            test_tensor_parallel.LAYOUTS,
+            lambda line, column: tensor[*line, *column],
+        )
         print(FACTORS_HEAD)
         known = [column for column in columns if (0, *column) in factors]
         _table(("ZeRO stage",), [(stage,) for stage in STAGES], known, lambda line, column: factors[*line, *column])
+
+
+def tensor_errors() -> dict[tuple[str, int, int, int], float]:
+    """The figures of tensor parallelism, by method, stage, and ranks of either kind."""
+    found: dict[tuple[str, int, int, int], float] = {}
+    for tensor, data in test_tensor_parallel.LAYOUTS:
+        with RankPool(tensor * data) as pool:
+            for title in test_tensor_parallel.KINDS:
+                for stage in STAGES:
+                    got, _ = test_tensor_parallel.trained(pool, title, tensor, stage)
+                    error = max(relative_errors(got, test_tensor_parallel.expected(title)).values())
+                    found[title, stage, tensor, data] = error
+    return found
 
 
 def layers_error(pool: RankPool, title: str, stage: int, accumulation: int) -> float:

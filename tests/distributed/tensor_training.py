@@ -79,11 +79,6 @@ def train(
 SLTRAIN = {**LOW_RANK, "parametrization": {"type": "sltrain", "rank": 5, "density": 0.1, "init": "variance_matched"}}
 
 
-def train_sltrain(tensor: int, stage: int) -> dict[str, Tensor] | None:
-    """:func:`train_factors` of SLTrain's layers."""
-    return train_factors(tensor, stage, SLTRAIN)
-
-
 def train_grouped(tensor: int, stage: int, kind: str) -> dict[str, Tensor] | None:
     """Twelve updates of a model with grouped-query attention."""
     with tensor_parallel_groups():

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
 
 import megalr
-from megalr.config import MegalrConfig
-from megalr.layers import densify
 from tests.distributed import rule_training, tensor_training
+from tests.distributed.harness import RankPool
 from tests.distributed.test_rules import assert_same_weights, largest_error
 from tests.distributed.training import CLIPPING
+from tests.plain_factors import plain_factors
 from tests.plain_projected import plain_projected
 from tests.plain_training import plain_training
-from tests.reference import Recipe, Reference
 
 pytestmark = pytest.mark.distributed
 MODULE = "tests.distributed.tensor_training"
@@ -23,102 +23,75 @@ STAGES = (0, 1, 2, 3)
 LAYOUTS = ((2, 1), (2, 2), (4, 1), (1, 4))  # tensor-parallel x data-parallel ranks
 # Eight bits of a moment or a basis turn over where a sum in another order lies on the other side of a half.
 TOLERANCE = {"QGaLoreAdamW": 1e-2}
-RULES = list(rule_training.RULES)
 MATRICES = {"AdamW": 0, "SCALE": 16}  # the others have the 14 of two layers
+RULES = list(rule_training.RULES)
+PROJECTED = {f"projected layers, {name}": name for name in tensor_training.PROJECTED}
+LAYERS = {"low-rank layers": tensor_training.LOW_RANK, "SLTrain": tensor_training.SLTRAIN}
+KINDS = [*RULES, *LAYERS, *PROJECTED]
+
+
+def is_daily(kind: str, layout: tuple[int, int], stage: int) -> bool:
+    """Each kind at one layout and stage, low-rank layers at every stage; all layouts and stages are among them."""
+    i, j = KINDS.index(kind), LAYOUTS.index(layout)
+    if kind == "low-rank layers":
+        return j == stage
+    return j == i % len(LAYOUTS) and stage == (i + i // len(LAYOUTS)) % len(STAGES)
+
+
+COMBINATIONS = [
+    pytest.param(*row, marks=[] if is_daily(*row) else [pytest.mark.slow])
+    for row in itertools.product(KINDS, LAYOUTS, STAGES)
+]
+
+
+@pytest.mark.parametrize(("kind", "layout", "stage"), COMBINATIONS)
+def test_equals_one_process(ranks, kind, layout, stage):
+    """Two refreshes of every basis are in it, or two refactorizations and two momentum resets."""
+    tensor, data = layout
+    got, calls = trained(ranks(tensor * data), kind, tensor, stage)
+    assert_same_weights(got, expected(kind), TOLERANCE.get(kind, 1e-4))
+    if kind in RULES and kind != "BAdam":  # which lets most matrices rest
+        made = MATRICES.get(kind, 14) * rule_training.STEPS
+        assert calls == made * (data if stage == 0 else 1)
+
+
+def trained(pool: RankPool, kind: str, tensor: int, stage: int) -> tuple[dict[str, torch.Tensor], int]:
+    """The masters after training with so many tensor-parallel ranks, and the rule's calls on all ranks."""
+    if kind in PROJECTED:
+        return pool.run(f"{MODULE}:train_projected", tensor, stage, PROJECTED[kind])[0], 0
+    if kind in LAYERS:
+        return pool.run(f"{MODULE}:train_factors", tensor, stage, LAYERS[kind])[0], 0
+    results = pool.run(f"{MODULE}:train", tensor, stage, kind)
+    return results[0][0], sum(counts["calls"] for _, counts in results)
 
 
 @functools.cache
-def plain_weights(optimizer: str) -> dict[str, torch.Tensor]:
-    """What tests/references make of the same model, data and settings."""
-    model, data = tensor_training.dense_model(tensor_training.SPREAD), rule_training.batches(rule_training.STEPS)
-    return plain_training(model, data, optimizer, tensor_training.settings(optimizer), clip=CLIPPING)
-
-
-def covering(names):
-    """Each name once at one stage and layout for every day, all stages and layouts among them; the rest is slow."""
-    rows = []
-    for i, name in enumerate(names):
-        for j, layout in enumerate(LAYOUTS):
-            for stage in STAGES:
-                daily = j == i % len(LAYOUTS) and stage == (i + i // len(LAYOUTS)) % len(STAGES)
-                rows.append(pytest.param(name, layout, stage, marks=[] if daily else [pytest.mark.slow]))
-    return rows
-
-
-@pytest.mark.parametrize(("optimizer", "layout", "stage"), covering(RULES))
-def test_rules_equal_one_process(ranks, optimizer, layout, stage):
-    tensor, data = layout
-    results = ranks(tensor * data).run(f"{MODULE}:train", tensor, stage, optimizer)
-    assert_same_weights(results[0][0], plain_weights(optimizer), TOLERANCE.get(optimizer, 1e-4))
-    if optimizer != "BAdam":  # which lets most matrices rest
-        made = MATRICES.get(optimizer, 14) * rule_training.STEPS
-        assert sum(counts["calls"] for _, counts in results) == made * (data if stage == 0 else 1)
-
-
-@functools.cache
-def plain_factors() -> dict[str, torch.Tensor]:
-    """What tests/reference.py makes of the same low-rank model, data and recipe."""
-    section, params = tensor_training.LOW_RANK, rule_training.RULES["AdamW"]
-    model = megalr.parametrize(tensor_training.dense_model(), {"megalr": section})
-    recipe = Recipe(
-        lr=lambda step: params["lr"],
-        embedding_lr=lambda step: params["embedding"]["lr"],
-        weight_decay=params["weight_decay"],
-        clip=CLIPPING,
-        refactorize_every=section["refactorization"]["interval"],
-        refactorization_resets=True,
-        reset_every=section["momentum_reset"]["interval"],
-        reset_all=False,
-        ramp_steps=section["momentum_reset"]["warmup_steps"],
-    )
-    reference = Reference(model, recipe)
-    for ids in rule_training.batches(tensor_training.FACTOR_STEPS):
-        reference.step([ids])
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    return densify(weights, MegalrConfig.from_json({"megalr": section}).parametrization)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_low_rank_factors_equal_one_process(ranks, layout, stage):
-    """With two refactorizations and two momentum resets."""
-    tensor, data = layout
-    got = ranks(tensor * data).run(f"{MODULE}:train_factors", tensor, stage)[0]
-    assert_same_weights(got, plain_factors())
-
-
-@pytest.mark.parametrize(("kind", "layout", "stage"), covering([*tensor_training.PROJECTED]))
-def test_projected_layers_equal_one_process(ranks, kind, layout, stage):
-    """With two refreshes of every basis."""
-    tensor, data = layout
-    got = ranks(tensor * data).run(f"{MODULE}:train_projected", tensor, stage, kind)[0]
-    # One subspace step is not in the plain reference; its own single process is.
-    one = kind == "power"
-    assert_same_weights(
-        got, ranks(1).run(f"{MODULE}:train_projected", 1, 0, kind)[0] if one else projected_weights(kind)
-    )
-
-
-@functools.cache
-def projected_weights(kind: str) -> dict[str, torch.Tensor]:
-    """What tests/plain_projected.py makes of the same model, data and settings."""
-    model, data = tensor_training.dense_model(tensor_training.SPREAD), rule_training.batches(rule_training.STEPS)
-    section = tensor_training.projected(kind)
-    return plain_projected(model, data, section, rule_training.RULES["AdamW"], clip=CLIPPING)
-
-
-@pytest.mark.parametrize(("layout", "stage"), [((2, 1), 1), ((2, 2), 0), ((2, 2), 3), ((4, 1), 2)])
-def test_sltrain_equals_one_process(ranks, layout, stage):
-    """With two refactorizations and two momentum resets."""
-    tensor, data = layout
-    got = ranks(tensor * data).run(f"{MODULE}:train_sltrain", tensor, stage)[0]
-    assert_same_weights(got, ranks(1).run(f"{MODULE}:train_sltrain", 1, 0)[0])
+def expected(kind: str) -> dict[str, torch.Tensor]:
+    """What plain references make of the same model, data and settings in one process without DeepSpeed."""
+    params, data = rule_training.RULES["AdamW"], rule_training.batches(rule_training.STEPS)
+    model = tensor_training.dense_model(tensor_training.SPREAD)
+    if kind in RULES:
+        return plain_training(model, data, kind, tensor_training.settings(kind), clip=CLIPPING)
+    if kind in PROJECTED:
+        section = tensor_training.projected(PROJECTED[kind])
+        if section.get("projector") != "power":
+            return plain_projected(model, data, section, params, clip=CLIPPING)
+        with RankPool(1) as pool:  # a subspace step, which the plain reference has not
+            return trained(pool, kind, 1, 0)[0]
+    model, data = tensor_training.dense_model(), rule_training.batches(tensor_training.FACTOR_STEPS)
+    section = {**LAYERS[kind]["parametrization"], "target_modules": ["attn", "mlp"]}
+    section["restarts"] = {
+        "refactorize_every": LAYERS[kind]["refactorization"]["interval"],
+        "reset_every": LAYERS[kind]["momentum_reset"]["interval"],
+        "warmup": LAYERS[kind]["momentum_reset"]["warmup_steps"],
+    }
+    return plain_factors(model, data, section, params, clip=CLIPPING)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_groups_of_the_users_own(ranks, stage):
     """An ``mpu`` object, as Megatron-LM has one."""
-    assert_same_weights(ranks(4).run(f"{MODULE}:train_with_units", stage)[0], plain_factors())
+    assert_same_weights(ranks(4).run(f"{MODULE}:train_with_units", stage)[0], expected("low-rank layers"))
 
 
 @pytest.mark.parametrize("kind", ["full", "low_rank"])
@@ -130,13 +103,12 @@ def test_grouped_query_attention(ranks, kind, stage):
 
 
 @pytest.mark.parametrize("kind", tensor_training.SECTIONS)
-@pytest.mark.parametrize("tensor", [1, 2, 4])
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize(("tensor", "stage"), [(1, 0), (2, 0), (2, 2), (4, 2)])
 def test_logits_loss_and_gradients_equal_one_process(ranks, kind, tensor, stage):
-    expected = first_step(kind)
+    one = first_step(kind)
     got = ranks(tensor).run(f"{MODULE}:first_step", tensor, stage, kind)[0]
-    assert got.keys() == expected.keys()
-    assert_same_weights(got, expected, 1e-5)
+    assert got.keys() == one.keys()
+    assert_same_weights(got, one, 1e-5)
 
 
 @functools.cache
@@ -184,7 +156,7 @@ def test_a_local_update_is_another_method_and_sends_nothing(ranks):
     results = ranks(2).run(f"{MODULE}:train", 2, 1, "GaLoreAdamW", megalr={"tp_update": "local"})
     counts = results[0][1]
     assert counts["bytes"] == ranks(2).run(f"{MODULE}:train", 2, 1, "AdamW")[0][1]["bytes"]  # of the last gathering
-    assert largest_error(results[0][0], plain_weights("GaLoreAdamW"))[0] > 1e-2
+    assert largest_error(results[0][0], expected("GaLoreAdamW"))[0] > 1e-2
 
 
 @pytest.mark.parametrize(
