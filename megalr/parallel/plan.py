@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,9 +16,19 @@ HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
 def tensor_parallel_size(content: Mapping[str, Any]) -> int:
-    """How many ranks share each layer: the JSON's ``tensor_parallel.autotp_size``; 1 without it."""
+    """How many ranks share each layer: the JSON's ``tensor_parallel.autotp_size``; 1 without it.
+
+    Raises:
+        UserError: it is no number.
+    """
     section = content.get("tensor_parallel") or {}
-    return max(1, int(section.get("autotp_size", 0) or 0)) if isinstance(section, Mapping) else 1
+    size = section.get("autotp_size", 1) if isinstance(section, Mapping) else None
+    if not isinstance(size, int) or size < 0:
+        raise UserError(
+            f'"tensor_parallel" is {json.dumps(section)}: write "tensor_parallel": {{"autotp_size": 2}}, with how many '
+            "ranks share each layer"
+        )
+    return max(1, size)
 
 
 def check_tensor_parallel(config: Any, size: int, processes: int) -> None:
