@@ -9,6 +9,7 @@ from megalr.errors import UserError
 from megalr.training.arguments import parse_arguments
 from megalr.training.pretrain import pretrain
 from megalr.training.ranks import AgreedError, start_ranks
+from tests.distributed.tensor_training import tensor_parallel_groups
 
 MODELS = Path(__file__).parents[2] / "launchers" / "models"
 
@@ -16,7 +17,8 @@ MODELS = Path(__file__).parents[2] / "launchers" / "models"
 def train(flags: list[str], folder: str) -> None:
     """``launchers/pretrain.py`` with these flags, started in ``folder``."""
     os.chdir(folder)
-    pretrain(parse_arguments(flags), start_ranks(), MODELS)
+    with tensor_parallel_groups():
+        pretrain(parse_arguments(flags), start_ranks(), MODELS)
 
 
 def fail_together(failing: int, after_barrier: bool) -> str:

@@ -9,7 +9,9 @@ from tests.end_to_end.commands import ROOT, assert_same_checkpoints, losses, met
 
 TRAIN = "tests.distributed.pretraining:train"
 STEPS = 8
-CONFIGS = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json") if "lowrank" not in path.name)
+OTHERS = ("lowrank", "_tp2")  # have tests of their own
+READY = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
+CONFIGS = [name for name in READY if not any(part in name for part in OTHERS)]
 
 
 @pytest.fixture(scope="module")
