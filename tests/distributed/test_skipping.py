@@ -8,7 +8,9 @@ import pytest
 
 pytestmark = pytest.mark.distributed
 POISON = "tests.distributed.rule_training:poison"
-CASES = list(itertools.product([0, 1, 2, 3], [None, 1], ["mlp_tall.weight", "norm.weight"]))
+CASES = [
+    (s, *case) for s in range(4) for case in ((None, "mlp_tall.weight"), (1, "mlp_tall.weight"), (1, "norm.weight"))
+]
 # Who skips: DeepSpeed calls no step() where it has looked at the gradients itself.
 OURS = {"fp32": {0: 1, 1: 0, 2: 0, 3: 0}, "bf16": {0: 0, 1: 0, 2: 0, 3: 0}, "bf16, unchecked": {0: 0, 1: 1, 2: 1, 3: 0}}
 PRECISION = {
@@ -29,16 +31,30 @@ def test_infinite_gradient_changes_nothing(ranks, stage, rank, where, precision)
 
 
 # Each rule whose state is of a form of its own, at one stage; at the others in the slow selection.
-NEWER = ["StableSPAM", "SPAM", "SCALE", "AdamMini", "CAME", "FRUGAL", "BAdam", "QGaLoreAdamW", "AdaRankGrad"]
+FORMS = [
+    "AdamW",
+    "LDAdamW",
+    "OnlineSubspaceDescent",
+    "Muon",
+    "StableSPAM",
+    "SPAM",
+    "SCALE",
+    "AdamMini",
+    "CAME",
+    "FRUGAL",
+    "BAdam",
+    "QGaLoreAdamW",
+    "AdaRankGrad",
+]
 
 
 @pytest.mark.parametrize(
     ("optimizer", "stage"),
     [
-        *itertools.product(["AdamW", "FiraAdamW", "LDAdamW", "OnlineSubspaceDescent", "Muon"], [0, 2, 3]),
+        *(("FiraAdamW", stage) for stage in (0, 2, 3)),
         *(
             pytest.param(rule, stage, marks=() if stage == (0, 2, 3)[i % 3] else pytest.mark.slow)
-            for (i, rule), stage in itertools.product(enumerate(NEWER), (0, 2, 3))
+            for (i, rule), stage in itertools.product(enumerate(FORMS), (0, 2, 3))
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -53,9 +54,14 @@ def assert_same_weights(got, expected, tolerance=1e-4):
     assert errors[worst] < tolerance, f"{worst}: {errors[worst]:.1e}"
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("accumulation", [1, 4])
+# Every stage with every world size, each with one of the two accumulations; the other is for the slow selection.
+COMBINATIONS = [
+    pytest.param(world, stage, steps, marks=[] if steps == (1, 4)[(world + stage) % 2] else [pytest.mark.slow])
+    for world, stage, steps in itertools.product(WORLDS, STAGES, (1, 4))
+]
+
+
+@pytest.mark.parametrize(("world", "stage", "accumulation"), COMBINATIONS)
 def test_equals_one_plain_process(ranks, world, stage, accumulation):
     got = ranks(world).run("tests.distributed.training:train", stage, accumulation)[0]
     assert_same_weights(got, reference_weights())
