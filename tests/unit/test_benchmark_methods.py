@@ -147,6 +147,7 @@ def test_every_shipped_recipe_is_tested():
         "paper_60m",
         "paper_smoke",
         "paper_tiny",
+        "paper_tiny_long",
         "projected",
     }
 
