@@ -88,7 +88,7 @@ def test_numbers_without_a_dot_are_numbers(write, launchers):
         ("projected", 11, {None, 16, 32}),
         ("merge_rounding", 3, {32}),
         ("paper_tiny", 19, {None, 32}),
-        ("paper_tiny_long", 4, {None, 32}),
+        ("paper_tiny_long", 2, {32}),
         ("paper_smoke", 8, {None, 32}),
         ("paper_60m", 19, {None, 1, 128}),
         ("paper_130m", 19, {None, 1, 256}),
