@@ -237,7 +237,7 @@ class Recipe:
         for method in self.methods:
             for run in self.grid(method):
                 try:
-                    check_deepspeed_config(run.resolved, self._data_size(run.resolved))
+                    check_deepspeed_config(_of_one_process(run.resolved), 1)
                     groups = run.groups(self.model)
                 except UserError as error:
                     raise UserError(f'method "{method.name}": {error}') from error
@@ -254,6 +254,12 @@ def _compare(group: ParameterGroup, section: str, run: Run, other: str, settings
                 f'the {key} of the group "{group.name}" would be {mine} with {run.title}, but {value} with {other}: '
                 f"write optimizer.params.{section}.{key} in the base, the same for all"
             )
+
+
+def _of_one_process(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON with a batch that suits this process: outside of a process group DeepSpeed takes it for the only one."""
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {**config, **dict.fromkeys(sizes, 1)}
 
 
 def _beside(name: str, folder: Path) -> str:
