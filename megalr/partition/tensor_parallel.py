@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from torch import Tensor
 from megalr.errors import UserError
 from megalr.partition.fragments import NamedGroup, Shard, read_shard
 from megalr.partition.joining import join
+
+T = TypeVar("T")
 
 AUTOTP = "ds_autotp_universal_checkpoint_meta"
 
@@ -41,9 +43,7 @@ def read_shards(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[
         own = [replace(f, rank=0, copy=0) for f in layout.fragments if f.rank == local.rank]
         layout, group, replicas = replace(layout, world_size=1, fragments=own), None, group
     me = dist.get_rank()
-    mine = ([me] if group is None else dist.get_process_group_ranks(group), layout)
-    parts: list[Any] = [None] * dist.get_world_size(tensor_group)
-    dist.all_gather_object(parts, mine, group=tensor_group)
+    parts = _of_all(([me] if group is None else dist.get_process_group_ranks(group), layout), tensor_group)
     everyone = tensor_group if layout.world_size == 1 else _group_of(rank for ranks, _ in parts for rank in ranks)
     index = {rank: i for i, rank in enumerate(dist.get_process_group_ranks(everyone))}
     whole = join([part for _, part in parts], cuts, [[index[rank] for rank in ranks] for ranks, _ in parts])
@@ -84,10 +84,7 @@ def whole_frozen(name: str, parameter: Tensor) -> Tensor:
     own, cut = parameter.detach().cpu().clone(), tensor_parallel_cuts({name: parameter})
     if not cut:
         return own
-    group = _tensor_group()
-    parts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, own, group=group)
-    return torch.cat(parts, dim=cut[name])
+    return torch.cat(_of_all(own, _tensor_group()), dim=cut[name])
 
 
 def mark_cut(parameter: Any, dim: int, part: tuple[int, int] | None = None) -> None:
@@ -135,14 +132,18 @@ def places_in_whole(parameter: Tensor) -> Tensor | None:
     mine = getattr(parameter, "megalr_places", None)
     if mine is None:
         return None
-    group = _tensor_group()
-    parts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, mine, group=group)
-    return torch.cat(parts)
+    return torch.cat(_of_all(mine, _tensor_group()))
 
 
 def _size(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _of_all(mine: T, group: dist.ProcessGroup) -> list[T]:
+    """Every rank's picklable value, in the group's order; collective."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, mine, group=group)
+    return values
 
 
 def _tensor_group() -> dist.ProcessGroup:
