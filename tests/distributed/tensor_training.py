@@ -79,15 +79,18 @@ def train(
 SLTRAIN = {**LOW_RANK, "parametrization": {"type": "sltrain", "rank": 5, "density": 0.1, "init": "variance_matched"}}
 
 
-def train_grouped(tensor: int, stage: int, kind: str) -> dict[str, Tensor] | None:
-    """Twelve updates of a model with grouped-query attention."""
+def train_variant(
+    tensor: int, stage: int, kind: str, model: dict[str, Any], section: dict[str, Any]
+) -> dict[str, Tensor] | None:
+    """Twelve updates of another model, or with more in the "tensor_parallel" section."""
     with tensor_parallel_groups():
-        config = tensor_configuration(
-            tensor, stage, "GaLoreAdamW" if kind == "full" else "AdamW", megalr=SECTIONS[kind]
-        )
+        optimizer = "GaLoreAdamW" if kind == "full" else "AdamW"
+        config = tensor_configuration(tensor, stage, optimizer, megalr=SECTIONS[kind])
+        config["tensor_parallel"].update(section)
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**MODEL | {"num_key_value_heads": 2}, initializer_range=SPREAD))
-        engine = megalr.initialize(model=model, config=config)[0]
+        spread = SPREAD if kind == "full" else 0.02
+        variant = LlamaForCausalLM(LlamaConfig(**MODEL | model, initializer_range=spread))
+        engine = megalr.initialize(model=variant, config=config)[0]
         run_steps(engine, rule_training.batches(rule_training.STEPS))
         return finish(engine, config)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -94,11 +95,18 @@ def test_groups_of_the_users_own(ranks, stage):
     assert_same_weights(ranks(4).run(f"{MODULE}:train_with_units", stage)[0], expected("low-rank layers"))
 
 
-@pytest.mark.parametrize("kind", ["full", "low_rank"])
-@pytest.mark.parametrize("stage", [0, 3])
-def test_grouped_query_attention(ranks, kind, stage):
-    """Two key-value heads for four queries: one for each rank."""
-    one, two = (ranks(t).run(f"{MODULE}:train_grouped", t, stage, kind)[0] for t in (1, 2))
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "two key-value heads for four queries, one a rank": ({"num_key_value_heads": 2}, {}),
+    "head cut by vocabulary": ({}, {"vocab_parallel_lm_head": True}),
+    "tied head cut by vocabulary": ({"tie_word_embeddings": True}, {"vocab_parallel_lm_head": True}),
+    "tied head": ({"tie_word_embeddings": True}, {}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("kind", "stage"), [("full", 0), ("low_rank", 3)])
+def test_variants_of_models_and_cuts(ranks, variant, kind, stage):
+    one, two = (ranks(t).run(f"{MODULE}:train_variant", t, stage, kind, *VARIANTS[variant])[0] for t in (1, 2))
     assert_same_weights(two, one)
 
 
