@@ -39,7 +39,7 @@ boundaries cut matrices in mid-row. Columns: processes x accumulation steps.
 
 `python -m tests.distributed.equivalence docs/equivalence.md` makes the tables. `make test` holds selections of
 them below 1e-4, and `make test-all` all that they show: `tests/distributed/test_rules.py`, `test_projected.py`,
-`test_factors.py`, `test_velora.py` and `test_training.py`.
+`test_factors.py`, `test_velora.py`, `test_tensor_parallel.py` and `test_training.py`.
 """
 RULES_HEAD = """
 ## Rules on dense matrices
