@@ -3,6 +3,8 @@
 Importing is cheap: nothing is compiled, and DeepSpeed is imported when an engine is made.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from megalr.config import MegalrConfig
 from megalr.engine import build_optimizer, consolidated_state_dict, initialize, parametrize, trainer_optimizer
 from megalr.errors import UserError
@@ -11,6 +13,9 @@ from megalr.optim import MegalrOptimizer
 from megalr.optim.registry import register_events
 from megalr.rules.registry import register_rule
 
+if TYPE_CHECKING:
+    from megalr.checkpoint import load_checkpoint, save_checkpoint, wait_for_checkpoint
+
 __all__ = [
     "MegalrConfig",
     "MegalrOptimizer",
@@ -18,9 +23,21 @@ __all__ = [
     "build_optimizer",
     "consolidated_state_dict",
     "initialize",
+    "load_checkpoint",
     "parametrize",
     "register_events",
     "register_parametrization",
     "register_rule",
+    "save_checkpoint",
     "trainer_optimizer",
+    "wait_for_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Functions of checkpoints on first use: torch.distributed.checkpoint takes a second to import."""
+    if name in ("load_checkpoint", "save_checkpoint", "wait_for_checkpoint"):
+        from megalr import checkpoint  # noqa: PLC0415
+
+        return getattr(checkpoint, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -79,6 +79,7 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
         pairs=list(factor_pairs(model)),
         events=layer_events(parsed.parametrization, layers, parsed.seed),
         activations=Directions(compressed) if compressed else None,
+        sections={key: content[key] for key in ("optimizer", "megalr") if key in content},
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from megalr.layers.velora import VeloraLinear
 from megalr.optim.layer_events import LayerEvents
+from megalr.partition.pieces import Entry
 
 
 class Directions(LayerEvents):
@@ -38,6 +39,23 @@ class Directions(LayerEvents):
 
     def forget_gradients(self) -> None:
         for layer in self._layers.values():
+            layer.total = None
+
+    def numbers(self) -> dict[str, Any]:
+        return {}
+
+    def load_numbers(self, numbers: Mapping[str, Any]) -> None:
+        pass
+
+    def entries(self) -> dict[str, Entry]:
+        known = {name: layer.direction for name, layer in self._layers.items() if layer.direction is not None}
+        return {f"directions/{name}": Entry.of(direction) for name, direction in known.items()}
+
+    def make_room(self, saved: Collection[str]) -> None:
+        for name, layer in self._layers.items():
+            size = layer.in_features // layer.groups
+            known = f"directions/{name}" in saved
+            layer.direction = torch.empty(size, device=layer.weight.device) if known else None
             layer.total = None
 
     def state_dict(self) -> dict[str, Any]:

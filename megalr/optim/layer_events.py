@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from megalr.optim.merging import Merging
 from megalr.partition import Exchange, Shard
 from megalr.partition.exchange import Field
+from megalr.partition.pieces import Entry
 
 # Gives the flat buffers of "exp_avg" or "exp_avg_sq", in the masters' layout.
 Moments = Callable[[str], Field]
@@ -47,6 +49,7 @@ class LayerEvents(ABC):
         restart_warmup_steps: length of the learning rate's ramp after what :meth:`restarts_due` names.
         remainders: what this rank keeps of frozen weights beside the model's, by layer; see
             :class:`~megalr.optim.merging.Merging`.
+        merging: what keeps them, where frozen weights are merged into.
     """
 
     key: ClassVar[str] = "layers"
@@ -54,6 +57,7 @@ class LayerEvents(ABC):
 
     restart_warmup_steps: int = 0
     remainders: dict[str, Tensor]
+    merging: Merging
 
     @property
     def made(self) -> int:
@@ -111,9 +115,37 @@ class LayerEvents(ABC):
         return ""
 
     @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Counts, and what this rank keeps of frozen weights: plain numbers and tensors, by name."""
+    def numbers(self) -> dict[str, Any]:
+        """Counts, as JSON has them; the same on every rank."""
 
     @abstractmethod
+    def load_numbers(self, numbers: Mapping[str, Any]) -> None:
+        """Take over what :meth:`numbers` gave, or a dictionary that has it among others."""
+
+    def merged(self) -> Mapping[str, Tensor]:
+        """The frozen weights that :attr:`remainders` belong to, by layer."""
+        return {}
+
+    def entries(self) -> dict[str, Entry]:
+        """What this rank keeps beside the model's weights and the moments, in rectangles of logical tensors."""
+        return {f"remainders/{name}": self.merging.remainder(name, weight) for name, weight in self._with_remainder()}
+
+    def make_room(self, saved: Collection[str]) -> None:
+        """Have exactly those of its tensors whose keys are among some of :meth:`entries`, to be read into."""
+        self.remainders.clear()
+        for name, weight in self.merged().items():
+            if f"remainders/{name}" in saved:
+                self.merging.make_room(name, weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, and what this rank keeps of frozen weights: plain numbers and tensors, by name."""
+        return self.numbers() | {"remainders": dict(self.remainders)}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave, at the same stage and world size."""
+        self.load_numbers(state)
+        self.remainders.clear()
+        self.remainders.update(state.get("remainders", {}))
+
+    def _with_remainder(self) -> list[tuple[str, Tensor]]:
+        return [(name, weight) for name, weight in self.merged().items() if name in self.remainders]

@@ -12,6 +12,7 @@ from torch import Tensor
 from megalr.errors import UserError
 from megalr.partition import Exchange, Fragment, Item, Layout, Shard, Unit, buckets, imbalance, least_imbalance, place
 from megalr.partition.exchange import Field, Scattering, run_of
+from megalr.partition.pieces import Entry
 from megalr.rules.base import Basis, Rule, Shape, State, tensors_of
 
 # While one round is computed there may be, each as large as a round: its gradients, one after the other replaced by its
@@ -224,6 +225,27 @@ class MatrixUpdater:
                 else:
                     state[key] = value
             self.states[name] = state
+
+    def numbers(self) -> dict[str, dict[str, int]]:
+        """The numbers in the states of this rank's matrices."""
+        return {
+            name: {key: value for key, value in state.items() if isinstance(value, int)}
+            for name, state in self.states.items()
+        }
+
+    def entries(self) -> dict[str, Entry]:
+        """The tensors in them."""
+        return {
+            f"rule/{name}/{key}": Entry.of(value)
+            for name, state in self.states.items()
+            for key, value in tensors_of(state).items()
+        }
+
+    def make_room(self, numbers: Mapping[str, Mapping[str, int]]) -> None:
+        """Have the states of exactly those matrices that are among all ranks' numbers; tensors are to be read into."""
+        device = self._shard.buffers[0].device
+        mine = [m for m in self.matrices if self._keeps(m) and m.name in numbers]
+        self.states = {m.name: m.rule.init_state(m.shape, device) | dict(numbers[m.name]) for m in mine}
 
     @property
     def rule_name(self) -> str:

@@ -38,7 +38,7 @@ class Merges(LayerEvents):
 
     def attach(self, shard: Shard, exchange: Exchange, moments: Moments) -> None:
         super().attach(shard, exchange, moments)
-        self._merging = Merging(self._config.merge_rounding, shard, exchange, self._seed, self.remainders, "B")
+        self.merging = Merging(self._config.merge_rounding, shard, exchange, self._seed, self.remainders, "B")
 
     def resets_due(self, updates: int) -> set[str]:
         return {"factors"} if self._due(updates) and self._config.moments == "reset" else set()
@@ -59,13 +59,14 @@ class Merges(LayerEvents):
             changed |= {f.buffer for factor in layer.factors for f in self._shard.layout.of(f"{name}.{factor}")}
         return sorted(changed)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"merges": self._merges, "remainders": dict(self.remainders)}
+    def numbers(self) -> dict[str, Any]:
+        return {"merges": self._merges}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._merges = state["merges"]
-        self.remainders.clear()
-        self.remainders.update(state["remainders"])
+    def load_numbers(self, numbers: Mapping[str, Any]) -> None:
+        self._merges = numbers["merges"]
+
+    def merged(self) -> dict[str, Tensor]:
+        return {name: layer.weight for name, layer in self._layers.items()}
 
     def _due(self, updates: int) -> bool:
         return updates % self._config.merge_every == 0
@@ -74,7 +75,7 @@ class Merges(LayerEvents):
         masters = self._shard.buffers
         b, a = (self._exchange.everywhere(f"{name}.{factor}", masters) for factor in ("B", "A"))
         # Of the masters: what the model's dtype has cut off the factors is not lost as well.
-        self._merging.take(name, layer.weight, (b.float() * layer.scale) @ a.float(), decay=1.0, count=self._merges)
+        self.merging.take(name, layer.weight, (b.float() * layer.scale) @ a.float(), decay=1.0, count=self._merges)
         for fragment in self._own(f"{name}.B"):
             run_of(masters, fragment).zero_()
         draw_a_(a, self._seed, name, self._merges)

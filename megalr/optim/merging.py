@@ -10,6 +10,7 @@ from torch import Tensor
 from megalr.errors import UserError
 from megalr.optim.groups import logical_shape
 from megalr.partition import Exchange, Shard, frozen_parts, own_part
+from megalr.partition.pieces import Entry, folded, rectangles
 from megalr.seeding import generator
 
 DROPPED_BITS = 16  # of fp32 that bf16 does not have
@@ -78,6 +79,17 @@ class Merging:
             )
         else:
             self._with_remainder(name, weight, delta, decay)
+
+    def remainder(self, name: str, weight: Tensor) -> Entry:
+        """This rank's share of a weight's remainder, by where it lies in the weight."""
+        first, _ = self._share(name, weight, *frozen_parts(weight)[0])
+        shape, flat = logical_shape(weight), self.remainders[name]
+        return Entry(folded(shape), flat.dtype, tuple(rectangles(shape, first, flat)))
+
+    def make_room(self, name: str, weight: Tensor) -> None:
+        """A remainder to be read into :meth:`remainder`'s pieces."""
+        first, last = self._share(name, weight, *frozen_parts(weight)[0])
+        self.remainders[name] = torch.zeros(last - first, dtype=weight.dtype, device=weight.device)
 
     def _with_remainder(self, name: str, weight: Tensor, delta: Tensor, decay: float) -> None:
         parts = frozen_parts(weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,12 @@ class MegalrOptimizer(torch.optim.Optimizer):
         updates: updates made so far, skipped ones not counted.
         skipped: updates skipped so far in this process.
         last_events: what the last update ended with, in order: "refactorization", "momentum_reset", or "skipped".
+        clocks: of the factors' moments, and of all others that AdamW keeps.
+        matrices: what runs the rule, once :meth:`prepare` has been called; None without a rule.
+        exchange: over all masters' ranks, once :meth:`prepare` has been called.
+        updates_parts: whether tensor-parallel ranks run the rule each on what it has; known after :meth:`prepare`.
+        all_events: what the layers have done beside the update.
+        all_groups: torch's parameter groups; in :meth:`step` ZeRO shows one at a time in ``param_groups``.
     """
 
     def __init__(
@@ -48,6 +54,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         pairs: Sequence[tuple[str, str]] = (),
         events: LayerEvents | None = None,
         activations: LayerEvents | None = None,
+        sections: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -56,18 +63,21 @@ class MegalrOptimizer(torch.optim.Optimizer):
             pairs: qualified names of the low-rank factors, as (B, A).
             events: what the parametrization does beside; see :func:`megalr.optim.registry.layer_events`.
             activations: what the compression of saved activations does beside.
+            sections: what the JSON says of the method, to be kept with checkpoints.
         """
         self.config = config
+        self.sections = dict(sections or {})
         self.updates = 0
         self.skipped = 0
+        self.updates_parts = False
         self.last_events: list[str] = []
-        self._clocks = {"factors": Clock(), "dense": Clock()}
+        self.clocks = {"factors": Clock(), "dense": Clock()}
         self._groups = list(groups)
         self._pairs = list(pairs)
         self._shard: Shard | None = None
-        self._matrices: MatrixUpdater | None = None
+        self.matrices: MatrixUpdater | None = None
         self._events = events
-        self._all_events = [each for each in (events, activations) if each is not None]
+        self.all_events = [each for each in (events, activations) if each is not None]
         self._loaded: dict[str, Any] | None = None
         self._stepped: set[int] = set()
         self._skipping = False
@@ -83,8 +93,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         ]
         # accelerate reads a learning rate from the defaults when the JSON has a schedule.
         super().__init__(param_groups, defaults={"lr": config.optimizer.lr})
-        # ZeRO shows step() one group at a time; the layout needs them all.
-        self._all_groups = self.param_groups
+        self.all_groups = self.param_groups
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -97,7 +106,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         self._began = True
         if not self._stepped:
             self._skipping = not self._gradients_are_finite(shard)
-        index = {key: buffer for buffer, key in enumerate(shard.keys)}
+        index = {id(parameter): buffer for buffer, parameter in enumerate(shard.parameters)}
         for group in self.param_groups:
             # A parameter without a buffer is frozen.
             here = {index[id(p)]: p for p in group["params"] if id(p) in index}
@@ -110,7 +119,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
                 self._update_by_events(here, group)
             else:
                 self._update(list(here.values()), group)
-        if len(self._stepped) == len(shard.keys):
+        if len(self._stepped) == len(shard.parameters):
             self._stepped.clear()
             self.last_events = self._end_update()
 
@@ -120,29 +129,37 @@ class MegalrOptimizer(torch.optim.Optimizer):
         To be called before the first backward pass of an update where somebody else skips updates, as DeepSpeed does;
         without it a refresh that meets such remains is put off by one update.
         """
-        for events in self._all_events:
+        for events in self.all_events:
             events.forget_gradients()
+
+    def forget_update(self) -> None:
+        """Forget an update that has begun, or the gradients for one: another state is to be loaded."""
+        self._stepped.clear()
+        self._skipping, self._began, self._loaded = False, True, None
+        self.begin_update()
 
     def prepare(self) -> Shard:
         """Read what lies where, choose owners; done once, on first use after ``deepspeed.initialize``."""
         if self._shard is None:
-            local, shard = read_shards([group.parameters for group in self._groups], self._all_groups)
+            local, shard = read_shards([group.parameters for group in self._groups], self.all_groups)
             device = shard.message_device()
-            self._exchange = Exchange(shard.layout, shard.rank, shard.group, device=device, replicas=shard.replicas)
+            self.exchange = Exchange(shard.layout, shard.rank, shard.group, device=device, replicas=shard.replicas)
             self._owned_pairs = OwnedPairs.of(self._pairs, shard.layout)
             factors = {name for pair in self._pairs for name in pair}
             self._factor_buffers = sorted({f.buffer for f in shard.layout.fragments if f.name in factors})
+            exact = self.config.tp_update == "exact"
+            self.updates_parts = not exact and local is not shard
             rules = {n: g.rule for g in self._groups if g.rule for n in g.parameters if n in shard.layout.shapes}
             if rules:
-                self._matrices = MatrixUpdater(
+                self.matrices = MatrixUpdater(
                     rules,
-                    shard if self.config.tp_update == "exact" else local,
+                    shard if exact else local,
                     device=device,
                     bucket_bytes=self.config.exchange_bucket_bytes,
                     seed=self.config.seed,
                 )
-            for events in self._all_events:
-                events.attach(shard, self._exchange, self._moments)
+            for events in self.all_events:
+                events.attach(shard, self.exchange, self.moments)
             self._shard = shard
             self._load_matrices()
         return self._shard
@@ -150,13 +167,13 @@ class MegalrOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict with a "megalr" entry: the update count, the clocks, and this rank's matrices by name."""
         state = super().state_dict()
-        clocks = {name: vars(clock).copy() for name, clock in self._clocks.items()}
-        state["megalr"] = {"updates": self.updates, "clocks": clocks, "form": self._form()}
-        if self._matrices is not None:
-            state["megalr"]["matrices"] = self._matrices.state_dict()
+        clocks = {name: vars(clock).copy() for name, clock in self.clocks.items()}
+        state["megalr"] = {"updates": self.updates, "clocks": clocks, "form": self.rule_form() | self.layer_form()}
+        if self.matrices is not None:
+            state["megalr"]["matrices"] = self.matrices.state_dict()
         elif self._loaded is not None:  # loaded, and no update since
             state["megalr"]["matrices"] = self._loaded
-        state["megalr"] |= {events.key: events.state_dict() for events in self._all_events}
+        state["megalr"] |= {events.key: events.state_dict() for events in self.all_events}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -166,22 +183,22 @@ class MegalrOptimizer(torch.optim.Optimizer):
         """
         if "megalr" not in state_dict:
             raise ValueError("this optimizer state was not written by megalr: it has no update counts")
-        saved, form = state_dict["megalr"].get("form", {}), self._form()
+        saved, form = state_dict["megalr"].get("form", {}), self.rule_form() | self.layer_form()
         if saved != form:  # the same on all ranks, so that none goes on alone
             raise UserError(
-                f"the checkpoint was written with {_words(saved)}, the configuration has {_words(form)}: "
+                f"the checkpoint was written with {words(saved)}, the configuration has {words(form)}: "
                 "resume with the optimizer settings that it was written with"
             )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "megalr"})
-        self._all_groups = self.param_groups
+        self.all_groups = self.param_groups
         for group, given in zip(self.param_groups, self._groups, strict=True):
             group.update({key: value for key, value in vars(given.settings).items() if key != "lr"})
         self._loaded = state_dict["megalr"].get("matrices", {})
         self._load_matrices()
-        for events in self._all_events:
+        for events in self.all_events:
             events.load_state_dict(state_dict["megalr"][events.key])
         self.updates = state_dict["megalr"]["updates"]
-        self._clocks = {name: Clock(**values) for name, values in state_dict["megalr"]["clocks"].items()}
+        self.clocks = {name: Clock(**values) for name, values in state_dict["megalr"]["clocks"].items()}
 
     def routing_table(self) -> str:
         """One line a parameter or matrix: shape, group, rule, its rank, learning rate, owner, bytes of state.
@@ -193,21 +210,21 @@ class MegalrOptimizer(torch.optim.Optimizer):
         pairs = zip(self._owned_pairs.units, self._owned_pairs.owners, strict=True)
         looked_after: dict[str, tuple[int | None, int | None]] = {n: (None, rank) for u, rank in pairs for n in u.names}
         looked_after |= {} if self._events is None else self._events.routes()
-        return routing_table(self._groups, shard.layout, looked_after, self._matrices)
+        return routing_table(self._groups, shard.layout, looked_after, self.matrices)
 
     def summary(self) -> str:
         """One line for each rule: how many parameters or matrices it updates, and with how many elements."""
         shard = self.prepare()
         lines = []
-        if self._matrices is not None:
-            matrices = self._matrices.matrices
+        if self.matrices is not None:
+            matrices = self.matrices.matrices
             ranks = sorted({rank for m in matrices if (rank := m.rule.rank_of(m.shape)) is not None})
             projected = f" projected to rank {'-'.join(map(str, sorted({ranks[0], ranks[-1]})))}" if ranks else ""
             size = sum(m.shape[0] * m.shape[1] for m in matrices)
-            lines.append(f"{self._matrices.rule_name}: {len(matrices)} matrices with {size:,} elements{projected}")
+            lines.append(f"{self.matrices.rule_name}: {len(matrices)} matrices with {size:,} elements{projected}")
         if self._events is not None and self._events.summary():
             lines.append(self._events.summary())
-        owned = {n for g in self._groups if g.rule for n in g.parameters} if self._matrices else set()
+        owned = {n for g in self._groups if g.rule for n in g.parameters} if self.matrices else set()
         rest = [name for name in shard.layout.shapes if name not in owned]
         lines.append(f"adamw: {len(rest)} parameters with {sum(map(shard.layout.numel, rest)):,} elements")
         return "\n".join(lines)
@@ -215,13 +232,13 @@ class MegalrOptimizer(torch.optim.Optimizer):
     @property
     def matrix_states(self) -> dict[str, State]:
         """The rule's states of the matrices that this rank updates, by name; not copies."""
-        return {} if self._matrices is None else self._matrices.states
+        return {} if self.matrices is None else self.matrices.states
 
     @property
     def matrix_state_bytes(self) -> int:
         """Bytes of what :attr:`matrix_states` holds, before the first update after it; scalars left out."""
         self.prepare()
-        return 0 if self._matrices is None else self._matrices.state_bytes(self.updates)
+        return 0 if self.matrices is None else self.matrices.state_bytes(self.updates)
 
     @property
     def matrix_parameters(self) -> list[nn.Parameter]:
@@ -241,13 +258,13 @@ class MegalrOptimizer(torch.optim.Optimizer):
     @property
     def rule_calls(self) -> int:
         """Matrices that this rank has updated by the rule since the start of the process, once for each update."""
-        return 0 if self._matrices is None else self._matrices.calls
+        return 0 if self.matrices is None else self.matrices.calls
 
     @property
     def bytes_moved(self) -> int:
         """Bytes that all ranks together have sent each other for whole-matrix work since the start of the process."""
-        exchanges = [] if self._shard is None else [self._exchange]
-        exchanges += [] if self._matrices is None else [self._matrices.exchange]
+        exchanges = [] if self._shard is None else [self.exchange]
+        exchanges += [] if self.matrices is None else [self.matrices.exchange]
         return sum(exchange.bytes_moved for exchange in exchanges)
 
     def consolidate(self, owner: int = 0) -> dict[str, Tensor] | None:
@@ -259,7 +276,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         whole: dict[str, Tensor] = {}
         for bucket in buckets(units, owners, shard.layout, limit):
             items = [Item(units[i].names[0], owner) for i in bucket]
-            gathered = self._exchange.gather(items, [shard.buffers])
+            gathered = self.exchange.gather(items, [shard.buffers])
             whole.update({name: tensors[0].cpu() for name, tensors in gathered.items()})
         return whole if shard.rank == owner else None
 
@@ -267,31 +284,35 @@ class MegalrOptimizer(torch.optim.Optimizer):
         grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
         return not any(grad.any() for grad in grads)
 
-    def _form(self) -> dict[str, Any]:
+    def rule_form(self) -> dict[str, Any]:
+        """What decides what the rule's state looks like, beside the parameters' shapes."""
         rule = self.config.optimizer.rule
         form: dict[str, Any] = {"rule": "adamw"} if rule is None else dict(rule.form())
-        form |= {key: True for key in ("head", "embeddings") if getattr(self.config.optimizer, key)}
-        form |= self.config.parametrization.form()
+        return form | {key: True for key in ("head", "embeddings") if getattr(self.config.optimizer, key)}
+
+    def layer_form(self) -> dict[str, Any]:
+        """The same of what the layers keep."""
+        form: dict[str, Any] = dict(self.config.parametrization.form())
         return form if self.config.activations is None else form | self.config.activations.form()
 
     def _load_matrices(self) -> None:
         """Hand over what was loaded, once the layout is known: DeepSpeed loads this state before its own masters."""
         if self._loaded is not None and self._shard is not None:
-            if self._matrices is not None:
-                self._matrices.load_state_dict(self._loaded)
+            if self.matrices is not None:
+                self.matrices.load_state_dict(self._loaded)
             self._loaded = None
 
     def _gradients_are_finite(self, shard: Shard) -> bool:
         """Whether all gradients of this update are, on all ranks; answered by DeepSpeed where it looks at them."""
         if shard.unseen_gradients is None:
             return True
-        own = [p.grad for group in self._all_groups for p in group["params"] if p.grad is not None]
+        own = [p.grad for group in self.all_groups for p in group["params"] if p.grad is not None]
         gradients = [grad for grad in own + shard.unseen_gradients() if grad.numel()]
-        return self._exchange.all_agree(_all_finite(gradients))
+        return self.exchange.all_agree(_all_finite(gradients))
 
     def _update_matrices(self, here: dict[int, Tensor], group: dict[str, Any]) -> None:
-        assert self._matrices is not None
-        self._matrices.update(
+        assert self.matrices is not None
+        self.matrices.update(
             sorted(here),
             self._flat_gradients(here),
             lr=group["lr"] * self._ramp(_clock_of(group["name"])),
@@ -303,10 +324,10 @@ class MegalrOptimizer(torch.optim.Optimizer):
         assert self._events is not None
         clock = _clock_of(group["name"])
         for parameter in here.values():
-            self._moments_of(parameter)
+            self.moments_of(parameter)
         step = Step(
             updates=self.updates,
-            count=self._clocks[clock].count + 1,
+            count=self.clocks[clock].count + 1,
             lr=group["lr"] * self._ramp(clock),
             **{key: group[key] for key in ("betas", "eps", "weight_decay")},
         )
@@ -320,7 +341,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
             gradients[buffer] = grad.reshape(-1)
         return gradients
 
-    def _moments_of(self, parameter: Tensor) -> dict[str, Tensor]:
+    def moments_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """AdamW's moments of what DeepSpeed hands to :meth:`step`; zeros if there were none."""
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state["exp_avg"] = torch.zeros_like(parameter)
@@ -334,20 +356,20 @@ class MegalrOptimizer(torch.optim.Optimizer):
             self.begin_update()
             return ["skipped"]
         self.updates += 1
-        for clock in self._clocks.values():
+        for clock in self.clocks.values():
             clock.advance()
         return self._run_events()
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         clock = _clock_of(group["name"])
-        states = [self._moments_of(parameter) for parameter in parameters]
+        states = [self.moments_of(parameter) for parameter in parameters]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         low_rank_adam(
             [parameter.data.view(-1) for parameter in parameters],
             [grad.reshape(-1) for grad in grads],
             [state["exp_avg"].view(-1) for state in states],
             [state["exp_avg_sq"].view(-1) for state in states],
-            steps=[self._clocks[clock].count + 1] * len(parameters),
+            steps=[self.clocks[clock].count + 1] * len(parameters),
             lr=group["lr"] * self._ramp(clock),
             betas=group["betas"],
             eps=group["eps"],
@@ -359,8 +381,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
         """What a restart leaves of the learning rate at this update."""
         reset = self.config.momentum_reset
         if reset is None:
-            return 1.0 if self._events is None else self._clocks[clock].ramp(self._events.restart_warmup_steps)
-        return self._clocks[clock].ramp(reset.warmup_steps)
+            return 1.0 if self._events is None else self.clocks[clock].ramp(self._events.restart_warmup_steps)
+        return self.clocks[clock].ramp(reset.warmup_steps)
 
     def _resets_due(self, updates: int) -> set[str]:
         """The clocks whose moments become zero at the end of an update, which stores zeros right away."""
@@ -378,45 +400,45 @@ class MegalrOptimizer(torch.optim.Optimizer):
         refactorization, reset = self.config.refactorization, self.config.momentum_reset
         zeroed = self._resets_due(self.updates)
         for name in zeroed:
-            self._clocks[name].count = 0
-        if self._matrices is not None:
-            self._matrices.reset(n for g in self._groups if _clock_of(g.name) in zeroed for n in g.parameters)
+            self.clocks[name].count = 0
+        if self.matrices is not None:
+            self.matrices.reset(n for g in self._groups if _clock_of(g.name) in zeroed for n in g.parameters)
         if refactorization and self._pairs and self.updates % refactorization.interval == 0:
             self._refactorize(transport=refactorization.moments == "transport" and "factors" not in zeroed)
             events.append("refactorization")
         if reset and self.updates % reset.interval == 0:
             for name in ("factors", "dense") if reset.scope == "all" else ("factors",):
-                self._clocks[name].since_reset = 0
+                self.clocks[name].since_reset = 0
             events.append("momentum_reset")
         if self._events is not None:
             for name in self._events.restarts_due(self.updates):
-                self._clocks[name].since_reset = 0
-        for each in self._all_events:
+                self.clocks[name].since_reset = 0
+        for each in self.all_events:
             for buffer in each.end_update(self.updates):
                 self.prepare().publish(buffer)
         return events
 
     def _refactorize(self, *, transport: bool) -> None:
         shard = self.prepare()
-        moments = (self._moments("exp_avg"), self._moments("exp_avg_sq")) if transport else None
+        moments = (self.moments("exp_avg"), self.moments("exp_avg_sq")) if transport else None
         bucket_bytes = self.config.exchange_bucket_bytes
-        refactorize_pairs(self._owned_pairs, self._exchange, shard.buffers, moments, bucket_bytes)
+        refactorize_pairs(self._owned_pairs, self.exchange, shard.buffers, moments, bucket_bytes)
         for buffer in self._factor_buffers:
             shard.publish(buffer)
 
-    def _moments(self, key: str) -> list[Tensor]:
+    def moments(self, key: str) -> list[Tensor]:
         """First or second moments of all buffers, flat; empty where a buffer has none."""
-        by_id = {id(parameter): state[key] for parameter, state in self.state.items() if key in state}
         shard = self.prepare()
-        found = zip(shard.keys, shard.buffers, strict=True)
-        return [by_id[buffer_id].view(-1) if buffer_id in by_id else buffer[:0] for buffer_id, buffer in found]
+        states = [self.state.get(parameter, {}) for parameter in shard.parameters]
+        return [s[key].view(-1) if key in s else b[:0] for s, b in zip(states, shard.buffers, strict=True)]
 
 
 def _clock_of(group: str) -> str:
     return "factors" if group == "factors" else "dense"
 
 
-def _words(form: dict[str, Any]) -> str:
+def words(form: Mapping[str, Any]) -> str:
+    """A form for the reader."""
     return ", ".join(f"{key} {value}" for key, value in form.items()) or "no rule"
 
 

@@ -132,7 +132,7 @@ class Projections(LayerEvents):
         super().attach(shard, exchange, moments)
         for index, basis in enumerate(self.bases):
             basis.owner = index % shard.layout.world_size
-        self._merging = Merging(self._config.merge_rounding, shard, exchange, self._seed, self.remainders, "R")
+        self.merging = Merging(self._config.merge_rounding, shard, exchange, self._seed, self.remainders, "R")
 
     def update(self, which: Sequence[int], gradients: Field, step: Step) -> None:
         """Refresh the bases that are due, then AdamW on all R that lie in some of the flat buffers; collective."""
@@ -203,19 +203,17 @@ class Projections(LayerEvents):
         ranks = "-".join(map(str, sorted({chosen[0], chosen[-1]})))
         return f"projected: {len(layers)} matrices with {size:,} elements and {len(self.bases)} bases of rank {ranks}"
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "bases": {basis.name: {key: getattr(basis, key) for key in COUNTS} for basis in self.bases},
-            "remainders": dict(self.remainders),
-        }
+    def numbers(self) -> dict[str, Any]:
+        return {"bases": {basis.name: {key: getattr(basis, key) for key in COUNTS} for basis in self.bases}}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_numbers(self, numbers: Mapping[str, Any]) -> None:
         for basis in self.bases:
             for key in COUNTS:
-                setattr(basis, key, state["bases"][basis.name][key])
+                setattr(basis, key, numbers["bases"][basis.name][key])
         self.forget_gradients()
-        self.remainders.clear()
-        self.remainders.update(state["remainders"])
+
+    def merged(self) -> dict[str, Tensor]:
+        return {name: layer.weight for basis in self.bases for name, layer in basis.layers.items()}
 
     def _plan(self, updates: int) -> None:
         """Note whose turn it is at the next update."""
@@ -329,7 +327,7 @@ class Projections(LayerEvents):
         for name, layer in basis.layers.items():
             r = self._exchange.everywhere(f"{name}.R", self._shard.buffers).to(old.device).float()
             learnt = r @ old.T if right else old @ r
-            self._merging.take(name, layer.weight, learnt, decay=basis.decay, count=basis.refreshes)
+            self.merging.take(name, layer.weight, learnt, decay=basis.decay, count=basis.refreshes)
             own = self._shard.layout.on(f"{name}.R", self._shard.rank)
             for fragment in own:
                 run_of(self._shard.buffers, fragment).zero_()

@@ -114,11 +114,11 @@ class RiemannianSteps(LayerEvents):
                 run_of(field, fragment).zero_()
         return sorted({f.buffer for unit in self._pairs.units for n in unit.names for f in self._shard.layout.of(n)})
 
-    def state_dict(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {"exact_steps": self._steps}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._steps = state["exact_steps"]
+    def load_numbers(self, numbers: Mapping[str, Any]) -> None:
+        self._steps = numbers["exact_steps"]
 
     def _due(self, updates: int) -> bool:
         return updates % self._config.exact_every == 0

@@ -7,7 +7,7 @@ out waits for its turn in CPU memory, at one rank; what an update needs of all l
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from megalr.optim.layer_events import LayerEvents, Moments, Step
 from megalr.optim.merging import Merging
 from megalr.partition import Exchange, Fragment, Shard
 from megalr.partition.exchange import Field
+from megalr.partition.pieces import Entry
 from megalr.seeding import generator
 
 OTHER = {"A": "B", "B": "A"}
@@ -70,7 +71,7 @@ class Switches(LayerEvents):
 
     def attach(self, shard: Shard, exchange: Exchange, moments: Moments) -> None:
         super().attach(shard, exchange, moments)
-        self._merging = Merging(self._config.merge_rounding, shard, exchange, self._seed, self.remainders, "B")
+        self.merging = Merging(self._config.merge_rounding, shard, exchange, self._seed, self.remainders, "B")
 
     def update(self, which: Sequence[int], gradients: Field, step: Step) -> None:
         """AdamW on all rows but those that rest."""
@@ -105,23 +106,43 @@ class Switches(LayerEvents):
                 changed |= {f.buffer for s in both for f in self._shard.layout.of(s.factor)}
         return sorted(changed)
 
-    def state_dict(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
             "made": dict(self._made),
             "starts": {name: list(starts) for name, starts in self._starts.items()},
-            "waiting": {f"{name} {number}": row for (name, number), row in self._waiting.items()},
-            "remainders": dict(self.remainders),
         }
 
+    def load_numbers(self, numbers: Mapping[str, Any]) -> None:
+        self._made = dict(numbers["made"])
+        self._starts = {name: list(starts) for name, starts in numbers["starts"].items()}
+
+    def merged(self) -> dict[str, Tensor]:
+        return {name: layer.weight for name, layer in self._layers.items()}
+
+    def entries(self) -> dict[str, Entry]:
+        waiting = {f"waiting/{name} {number}": Entry.of(row) for (name, number), row in self._waiting.items()}
+        return super().entries() | waiting
+
+    def make_room(self, saved: Collection[str]) -> None:
+        super().make_room(saved)
+        self._waiting = {}
+        for key in saved:
+            kind, _, which = key.partition("/")
+            name, _, number = which.rpartition(" ")
+            if kind == "waiting" and self._keeps(name, int(number)):
+                dtype = self._layers[name.rpartition(".")[0]].weight.dtype
+                self._waiting[name, int(number)] = torch.empty(self._width(name), dtype=dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        waiting = {f"{name} {number}": row for (name, number), row in self._waiting.items()}
+        return super().state_dict() | {"waiting": waiting}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._made = dict(state["made"])
-        self._starts = {name: list(starts) for name, starts in state["starts"].items()}
+        super().load_state_dict(state)
         self._waiting = {}
         for key, row in state["waiting"].items():
             name, _, number = key.rpartition(" ")
             self._waiting[name, int(number)] = row
-        self.remainders.clear()
-        self.remainders.update(state["remainders"])
 
     def _queue(self, factor: str) -> int:
         """How many candidates wait."""
@@ -168,7 +189,7 @@ class Switches(LayerEvents):
                     # In the model's dtype: when its turn comes W0 takes the difference to what is kept.
                     kept = rows[switch.factor, row, False].to(layer.weight.dtype)
                     self._waiting[switch.factor, number] = kept.cpu().clone()
-        self._merging.take(name, layer.weight, change, decay=1.0, count=updates)
+        self.merging.take(name, layer.weight, change, decay=1.0, count=updates)
 
     def _candidate(
         self, layer: SwitchLoraLinear, factor: str, number: int, rows: Mapping[tuple[str, int, bool], Tensor]

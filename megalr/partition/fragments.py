@@ -38,7 +38,7 @@ class Shard:
     Attributes:
         layout: what lies where on every rank.
         buffers: this rank's flat master tensors (1-D views), in the layout's order.
-        keys: for each buffer, the ``id`` of the tensor that DeepSpeed hands to ``step()``.
+        parameters: for each buffer, the tensor that DeepSpeed hands to ``step()``.
         rank: this process's rank in ``group``.
         group: the data-parallel group, None for a single process.
         publish: copies one buffer's masters into the low-precision weights that the model computes with, as
@@ -54,7 +54,7 @@ class Shard:
 
     layout: Layout
     buffers: list[Tensor]
-    keys: list[int]
+    parameters: list[Tensor]
     rank: int
     group: dist.ProcessGroup | None
     publish: Callable[[int], None]
@@ -195,7 +195,7 @@ def _read_stage_3(named_groups: Sequence[NamedGroup], first: Any) -> Shard:
             own = parameters[fragment.name].ds_tensor.data.view(-1)[: fragment.length]
             _verify(fragment, own, _master(buffers, fragment))
     layout = Layout(world_size, shapes, fragments)
-    return Shard(layout, [b.data for b in buffers], [id(b) for b in buffers], rank, group, publish)
+    return Shard(layout, [b.data for b in buffers], buffers, rank, group, publish)
 
 
 def _read_flat_groups(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]], first: Any) -> Shard:
@@ -236,7 +236,7 @@ def _read_flat_groups(named_groups: Sequence[NamedGroup], param_groups: Sequence
         groups = [] if mapping is None else mapping.gradient_dict.values()
         return [grad for grads in groups if grads is not None for grad in grads if grad is not None]
 
-    return Shard(layout, [m.data for m in masters], [id(m) for m in masters], rank, group, publish, unseen)
+    return Shard(layout, [m.data for m in masters], masters, rank, group, publish, unseen)
 
 
 def _read_whole(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]]) -> Shard:
@@ -246,6 +246,7 @@ def _read_whole(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[
     shapes: dict[str, tuple[int, ...]] = {}
     fragments: list[Fragment] = []
     buffers: list[Tensor] = []
+    weights: list[Tensor] = []
     separate = False
     for named, param_group in zip(named_groups, param_groups, strict=True):
         trainable = {name: p for name, p in named.items() if p.requires_grad}
@@ -260,12 +261,17 @@ def _read_whole(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[
             shapes[name] = tuple(parameter.shape)
             fragments += [Fragment(name, 0, parameter.numel(), r, len(buffers), 0, copy=r) for r in range(world_size)]
             buffers.append(tensor)
+            weights.append(parameter)
     layout = Layout(world_size, shapes, fragments)
-    flat, keys = [b.data.view(-1) for b in buffers], [id(b) for b in buffers]
-    # Stage 0 has one step() for all groups and casts down after it: there is nothing to publish.
+    flat = [b.data.view(-1) for b in buffers]
     # fp32 parameters are stepped without a look at their gradients; the wrapper of bf16 ones does look.
     unseen = None if separate else list
-    return Shard(layout, flat, keys, rank, group, lambda buffer: None, unseen, dry_run=separate, replicated=True)
+
+    def publish(buffer: int) -> None:
+        if weights[buffer] is not buffers[buffer]:
+            weights[buffer].data.copy_(buffers[buffer].data)
+
+    return Shard(layout, flat, buffers, rank, group, publish, unseen, dry_run=separate, replicated=True)
 
 
 def _data_parallel_group() -> dist.ProcessGroup | None:

@@ -87,6 +87,25 @@ def whole_frozen(name: str, parameter: Tensor) -> Tensor:
     return torch.cat(_of_all(own, _tensor_group()), dim=cut[name])
 
 
+def place_of_part(name: str, parameter: Tensor) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Where this rank's part of a parameter begins in the whole, and the whole's shape; collective if it is cut.
+
+    Returns:
+        ``((first row, first column), shape)``; of a vector the first element.
+    """
+    size, cut = list(_size(parameter)), tensor_parallel_cuts({name: parameter})
+    if not cut:
+        return (0, 0), tuple(size)
+    dim = cut[name]
+    if hasattr(parameter, "megalr_part"):
+        _, first, size[dim] = parameter.megalr_part
+    else:
+        group = _tensor_group()
+        parts = _of_all(size[dim], group)
+        first, size[dim] = sum(parts[: dist.get_rank(group)]), sum(parts)
+    return (first, 0) if dim == 0 else (0, first), tuple(size)
+
+
 def mark_cut(parameter: Any, dim: int, part: tuple[int, int] | None = None) -> None:
     """Mark a parameter as this rank's part of one that tensor parallelism has cut, for DeepSpeed and for us.
 

@@ -118,7 +118,7 @@ def zeroed(stage: int, case: str, updates: int, **changes: Any) -> dict[str, flo
     shard, shares = optimizer.prepare(), {}
     factors = [name for name in shard.layout.shapes if name.endswith((".A", ".B"))]
     for key in ("exp_avg", "exp_avg_sq"):
-        whole = torch.cat([optimizer._exchange.everywhere(name, optimizer._moments(key)).view(-1) for name in factors])
+        whole = torch.cat([optimizer.exchange.everywhere(name, optimizer.moments(key)).view(-1) for name in factors])
         shares[key] = (whole == 0).float().mean().item()
     engine.destroy()
     return shares

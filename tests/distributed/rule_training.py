@@ -179,12 +179,11 @@ def everything(engine: Any) -> dict[str, Any]:
         held = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
         seen[f"weight {name}"] = held.detach().clone()
     seen.update({f"master {i}": buffer.clone() for i, buffer in enumerate(shard.buffers)})
-    by_id = {id(p): state for p, state in optimizer.state.items()}
-    for i, key in enumerate(shard.keys):
-        seen.update({f"moment {i} {k}": v.clone() for k, v in by_id.get(key, {}).items()})
+    for i, parameter in enumerate(shard.parameters):
+        seen.update({f"moment {i} {k}": v.clone() for k, v in optimizer.state.get(parameter, {}).items()})
     for name, state in optimizer.matrix_states.items():
         for key, value in state.items():
             seen[f"state {name} {key}"] = value.clone() if isinstance(value, Tensor) else value
-    clocks = {name: vars(clock).copy() for name, clock in optimizer._clocks.items()}
+    clocks = {name: vars(clock).copy() for name, clock in optimizer.clocks.items()}
     seen["counts"] = (optimizer.updates, clocks)
     return seen

@@ -107,7 +107,7 @@ def count_updates(stage: int, steps: int, **changes: Any) -> list[int]:
     engine = engine_of(configuration(stage, megalr={"refactorization": None, "momentum_reset": None}, **changes))
     run_steps(engine, batches(steps))
     optimizer = engine.basic_optimizer
-    counts = [optimizer.updates, *(clock.count for clock in optimizer._clocks.values())]
+    counts = [optimizer.updates, *(clock.count for clock in optimizer.clocks.values())]
     engine.destroy()
     return counts
 
@@ -216,8 +216,8 @@ def everything(engine: Any) -> dict[str, Any]:
         seen = {f"weight {n}": p.ds_tensor.detach().clone() for n, p in engine.module.named_parameters()}
     seen.update({f"master {i}": buffer.clone() for i, buffer in enumerate(shard.buffers)})
     for key in ("exp_avg", "exp_avg_sq"):
-        seen.update({f"{key} {i}": moment.clone() for i, moment in enumerate(optimizer._moments(key))})
-    seen["counts"] = (optimizer.updates, {name: vars(clock).copy() for name, clock in optimizer._clocks.items()})
+        seen.update({f"{key} {i}": moment.clone() for i, moment in enumerate(optimizer.moments(key))})
+    seen["counts"] = (optimizer.updates, {name: vars(clock).copy() for name, clock in optimizer.clocks.items()})
     seen["rates"] = engine.get_lr()
     seen["schedule"] = copy.deepcopy(engine.lr_scheduler.state_dict())
     seen["steps"] = engine.global_steps

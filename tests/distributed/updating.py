@@ -89,7 +89,8 @@ def shard_of(shapes: dict[str, tuple[int, ...]], stage: int) -> tuple[Shard, lis
     layout = planned_layout([shapes], stage=stage, world_size=dist.get_world_size())
     rank = dist.get_rank()
     size = max((f.offset + f.length for f in layout.fragments if f.rank == rank), default=0)
-    return Shard(layout, [torch.randn(size)], [0], rank, dist.group.WORLD, lambda buffer: None), [torch.randn(size)]
+    masters = [torch.randn(size)]
+    return Shard(layout, masters, masters, rank, dist.group.WORLD, lambda buffer: None), [torch.randn(size)]
 
 
 def memory(shapes: dict[str, tuple[int, ...]], stage: int, bucket_bytes: int) -> tuple[int, int, int]:
@@ -185,7 +186,7 @@ def state_bytes(stage: int, optimizer: str, **params: Any) -> tuple[int, int, st
     kept = [t for state in base.matrix_states.values() for t in state.values() if isinstance(t, Tensor)]
     counted = (
         sum(t.numel() * t.element_size() for t in kept),
-        sum(m.rule.state_bytes(m.shape) for m in base._matrices.matrices),
+        sum(m.rule.state_bytes(m.shape) for m in base.matrices.matrices),
         base.routing_table(),
         measured_bytes(engine),
         expected_bytes(engine),
@@ -212,7 +213,7 @@ def traffic(stage: int) -> Traffic:
     before = optimizer.bytes_moved
     run_steps(engine, batches(1))
     moved = optimizer.bytes_moved - before
-    shard, updater = optimizer.prepare(), optimizer._matrices
+    shard, updater = optimizer.prepare(), optimizer.matrices
     layout = shard.layout.matrices([n for g in optimizer._groups if g.rule for n in g.parameters])
     away = sum(f.length for m in updater.matrices for f in layout.cover(m.name, m.owner) if f.rank != m.owner)
     shapes = [{n: tuple(shard.layout.shapes[n]) for n in g.parameters} for g in optimizer._groups]

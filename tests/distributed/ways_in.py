@@ -218,10 +218,10 @@ def _state(engine: Any) -> dict[str, Any]:
     moments = {id(parameter): state for parameter, state in optimizer.state.items()}
     found: dict[str, Any] = {
         "masters": shard.buffers,
-        "moments": [moments.get(key, {}) for key in shard.keys],
-        "matrices": {} if optimizer._matrices is None else optimizer._matrices.state_dict(),
+        "moments": [moments.get(id(p), {}) for p in shard.parameters],
+        "matrices": {} if optimizer.matrices is None else optimizer.matrices.state_dict(),
         "layers": {} if optimizer._events is None else optimizer._events.state_dict(),
-        "clocks": {name: vars(clock) for name, clock in optimizer._clocks.items()},
+        "clocks": {name: vars(clock) for name, clock in optimizer.clocks.items()},
         "updates": optimizer.updates,
         "settings": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
     }

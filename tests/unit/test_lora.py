@@ -100,7 +100,7 @@ def test_a_merge_changes_no_output_and_restarts_the_factors():
             assert all(not optimizer.state[f]["exp_avg"].any() for f in (layer.B, layer.A))
     assert rates == pytest.approx([1, 1, 1, 0.001, 0.5005, 1])
     assert optimizer.refreshes == 2
-    assert optimizer._clocks["factors"].count == 0 and optimizer._clocks["dense"].count == 6
+    assert optimizer.clocks["factors"].count == 0 and optimizer.clocks["dense"].count == 6
 
 
 @pytest.mark.parametrize(

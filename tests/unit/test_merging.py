@@ -18,7 +18,7 @@ NAME = "attn"
 def merging(rounding, seed=0):
     """On one process that holds everything."""
     layout = Layout(1, {f"{NAME}.R": (M, 2)}, [Fragment(f"{NAME}.R", 0, 2 * M, 0, 0, 0)])
-    shard = Shard(layout, [torch.zeros(2 * M)], [0], 0, None, lambda buffer: None)
+    shard = Shard(layout, [torch.zeros(2 * M)], [torch.zeros(2 * M)], 0, None, lambda buffer: None)
     return Merging(rounding, shard, Exchange(layout, 0, None), seed, {}, "R")
 
 

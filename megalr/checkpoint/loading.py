@@ -1,0 +1,119 @@
+"""Reading a checkpoint into an engine of any layout."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from megalr.checkpoint.contents import Contents
+from megalr.checkpoint.manifest import Manifest, candidates, newest_valid, problems, read_manifest
+from megalr.checkpoint.planners import EntryLoader
+from megalr.checkpoint.saving import Saver
+from megalr.checkpoint.storage import FolderReader
+from megalr.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What :func:`load_checkpoint` did.
+
+    Attributes:
+        folder: what was loaded.
+        updates: made before it was written.
+        client_state: what it was written with.
+        skipped: newer checkpoints that were passed over, and why.
+        dropped: saved state that the engine's optimizer has no use for, in words; empty if all was loaded.
+    """
+
+    folder: Path
+    updates: int
+    client_state: Mapping[str, Any]
+    skipped: list[str] = field(default_factory=list)
+    dropped: str = ""
+
+
+@torch.no_grad()
+def load_checkpoint(engine: Any, directory: str | Path, tag: str | None = None) -> Loaded:
+    """Load what :func:`megalr.save_checkpoint` wrote, whatever stage, processes and tensor parallelism wrote it.
+
+    All files are checked before anything is changed. Where the optimizer's rule is another one than the checkpoint's,
+    and its layers keep nothing beside their weights, the weights and counts are loaded and moments start at zero; what
+    was dropped is said, as a warning and in what is returned. Collective.
+
+    Args:
+        engine: made with the model, and the settings that decide what its state looks like, of the one that saved.
+        directory: what ``save_checkpoint`` was given.
+        tag: which checkpoint; None for the newest whose files are as they were written.
+
+    Raises:
+        UserError: there is none, it is damaged (naming the file, the parameters, and the newest one that is not), or of
+            another model.
+    """
+    saver = Saver.current()
+    saver.wait()
+    place = Path(directory).expanduser().absolute()
+    manifest, skipped = _from_first(saver.group, lambda: _find(place, tag))
+    for line in skipped:
+        logger.warning("passed over: %s", line)
+    contents, numbers = Contents(engine), manifest.content["numbers"]
+    dropped = contents.make_room(numbers, manifest.shapes)
+    wanted = contents.targets()
+    missing = [key for key in wanted if key not in manifest.tensors]
+    if missing:
+        raise UserError(f"{manifest.folder} lacks {', '.join(missing[:3])}: another version of megalr has written it")
+    dcp.load(
+        {},
+        storage_reader=FolderReader(manifest),
+        planner=EntryLoader(wanted),
+        process_group=saver.group,
+        no_dist=saver.group is None,
+    )
+    contents.settle(numbers)
+    if dropped:
+        logger.warning("%s: %s were dropped; they start anew", manifest.folder, dropped)
+    return Loaded(manifest.folder, manifest.updates, manifest.content["client"], skipped, dropped)
+
+
+def _find(place: Path, tag: str | None) -> tuple[Manifest, list[str]]:
+    """The checkpoint to load, its files checked."""
+    if tag is None:
+        manifest, skipped = newest_valid(place)
+        if manifest is None:
+            reasons = "".join(f"\n  {line}" for line in skipped)
+            raise UserError(f"there is no checkpoint in {place} that could be loaded{':' if reasons else ''}{reasons}")
+        return manifest, skipped
+    try:
+        manifest = read_manifest(place / tag)
+        wrong = problems(manifest)
+        if wrong:
+            raise UserError("\n  ".join([f"{manifest.folder} is damaged:", *wrong]))
+    except UserError as error:
+        others = [other for other in candidates(place)[0] if other.folder != place / tag and not problems(other)]
+        offer = f'load tag="{others[0].folder.name}" instead, the newest that is not' if others else "there is no other"
+        raise UserError(f"{error}\nNothing was loaded; {offer}") from error
+    return manifest, []
+
+
+def _from_first(group: dist.ProcessGroup | None, find: Callable[[], Any]) -> Any:
+    """What the first process finds, on all of them; or what it raises."""
+    if group is None:
+        return find()
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [find()]
+        except UserError as error:
+            found = [error]
+    dist.broadcast_object_list(found, src=0, group=group)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]

@@ -1,0 +1,249 @@
+"""A checkpoint's folder: the manifest that says what has to be in it, and whether it is.
+
+``DIR/<tag>/manifest.json`` is written last of all, when every file that it names is on the disk, into a folder whose
+name begins with a dot; then the folder is renamed, and then ``DIR/latest`` names it. So whatever was interrupted, a
+folder with a manifest is whole, or its checksums tell. No file is a pickle: tensors are safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalr.errors import UserError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+READ_AT_ONCE = 1 << 24  # bytes
+READERS = 8  # threads
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        folder: where it is.
+        content: "numbers", "client", "layout", "config", "model", "versions", "written"; and of the data "files", by
+            name {"bytes", "header"}, and "tensors", by key {"shape", "dtype", "pieces"}, a piece being
+            [offsets, sizes, file, first byte in the file, checksum].
+    """
+
+    folder: Path
+    content: Mapping[str, Any]
+
+    @property
+    def updates(self) -> int:
+        """Made before it was written."""
+        return int(self.content["numbers"]["optimizer"]["updates"])
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Of two manifests the newer one has the greater."""
+        return self.updates, int(self.content["written"])
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """By key."""
+        tensors: Mapping[str, Any] = self.content["tensors"]
+        return tensors
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the logical tensors, by key."""
+        return {key: tuple(found["shape"]) for key, found in self.tensors.items()}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files but the manifest's own."""
+        return sum(file["bytes"] for file in self.content["files"].values())
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write it, with its own checksum, to the disk."""
+    outer = {"version": VERSION, "checksum": _checksum(content), "content": content}
+    write_and_sync(folder / MANIFEST, json.dumps(outer))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read it, and make sure that it is as it was written.
+
+    Raises:
+        UserError: there is none, it is damaged, or it is of another version.
+    """
+    path = folder / MANIFEST
+    try:
+        outer = json.loads(path.read_text(encoding="utf-8"))
+        version, content = outer["version"], outer["content"]
+        if version != VERSION:
+            raise UserError(
+                f"{path} is of version {version}, and this megalr reads version {VERSION}: load the checkpoint with "
+                "the megalr that wrote it"
+            )
+        if _checksum(content) != outer["checksum"]:
+            raise ValueError("its checksum does not match")
+        return Manifest(folder, content)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the checkpoint was never finished, or is no megalr checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}. Load another checkpoint") from error
+
+
+def problems(manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:
+    """What is wrong with a checkpoint's files: each missing, cut short, too long or changed, and which tensor it hits.
+
+    Args:
+        manifest: of the checkpoint.
+        names: of the files to look at; None for all.
+    """
+    pieces: dict[str, list[tuple[int, int, int, str]]] = {name: [] for name in manifest.content["files"]}
+    for key, tensor in manifest.tensors.items():
+        for _, sizes, file, begin, checksum in tensor["pieces"]:
+            pieces[file].append((begin, _bytes(sizes, tensor["dtype"]), checksum, key))
+    chosen = list(pieces if names is None else names)
+    with ThreadPoolExecutor(READERS) as pool:
+        return [line for found in pool.map(lambda name: _check(manifest, name, pieces[name]), chosen) for line in found]
+
+
+def candidates(directory: Path) -> tuple[list[Manifest], list[str]]:
+    """The checkpoints in a folder, newest first, their data not yet looked at; and what is none, and why.
+
+    Args:
+        directory: what :func:`megalr.save_checkpoint` was given.
+    """
+    found, refused = [], []
+    for folder in sorted(directory.iterdir()) if directory.is_dir() else []:
+        if not folder.is_dir() or (folder.name.startswith(".") and not (folder / MANIFEST).is_file()):
+            continue  # an interrupted save or deletion leaves such a folder, and the next save removes it
+        try:
+            found.append(read_manifest(folder))
+        except UserError as error:
+            refused.append(str(error))
+    return sorted(found, key=lambda manifest: manifest.order, reverse=True), refused
+
+
+def newest_valid(directory: Path) -> tuple[Manifest | None, list[str]]:
+    """The newest checkpoint whose data is as it was written, and what was passed over and why."""
+    found, skipped = candidates(directory)
+    for manifest in found:
+        wrong = problems(manifest)
+        if not wrong:
+            return manifest, skipped
+        skipped.append(f"{manifest.folder}: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""))
+    return None, skipped
+
+
+def unfinished(directory: Path, tag: str) -> Path:
+    """Where a checkpoint is written."""
+    return directory / f".{tag}.part"
+
+
+def publish(directory: Path, tag: str) -> Path:
+    """Give a written checkpoint its name, and make it the latest."""
+    place, old = directory / tag, directory / f".{tag}.old"
+    if place.exists():
+        _remove(old)
+        os.rename(place, old)
+    os.rename(unfinished(directory, tag), place)
+    sync_folder(directory)
+    new = directory / f".{LATEST}.part"
+    write_and_sync(new, tag + "\n")
+    os.replace(new, directory / LATEST)
+    sync_folder(directory)
+    _remove(old)
+    return place
+
+
+def prune(directory: Path, keep: int | None) -> None:
+    """Remove what interrupted saves have left, and all but the newest ``keep`` checkpoints if that is not None."""
+    for leftover in directory.glob(".*"):
+        if leftover.is_dir() and leftover.suffix in (".part", ".old"):
+            _remove(leftover)
+    for manifest in [] if keep is None else candidates(directory)[0][max(1, keep) :]:
+        # Without its manifest it is no checkpoint any more, however far the deletion comes.
+        (manifest.folder / MANIFEST).unlink()
+        hidden = directory / f".{manifest.folder.name}.old"
+        os.rename(manifest.folder, hidden)
+        _remove(hidden)
+
+
+def write_and_sync(path: Path, text: str) -> None:
+    """Write a file, and wait until the disk has it."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has a folder's names."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check(manifest: Manifest, name: str, pieces: Sequence[tuple[int, int, int, str]]) -> list[str]:
+    """What is wrong with one file; pieces: (first byte, bytes, checksum, key)."""
+    path, expected = manifest.folder / name, manifest.content["files"][name]
+    hit = f"it holds {_some(sorted({key for _, _, _, key in pieces}))}"
+    try:
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            return [f"{path} has {size:,} bytes instead of {expected['bytes']:,}; {hit}"]
+        first = min((begin for begin, _, _, _ in pieces), default=size)
+        with path.open("rb") as file:
+            if _checksum_of(file.read, first) != expected["header"]:
+                return [f"{path} has another header than the one that was written (another file's?); {hit}"]
+            changed = []
+            for begin, length, checksum, key in sorted(pieces):
+                file.seek(begin)
+                if _checksum_of(file.read, length) != checksum:
+                    changed.append(key)
+        return [f"{path} has other values of {_some(changed)} than were written"] if changed else []
+    except FileNotFoundError:
+        return [f"{path} is missing; {hit}"]
+    except OSError as error:
+        return [f"{path} cannot be read ({error}); {hit}"]
+
+
+def _checksum(content: Any) -> int:
+    return zlib.crc32(json.dumps(content).encode())  # as JSON gives it back, so does it write it
+
+
+def _checksum_of(read: Callable[[int], bytes], length: int) -> int:
+    value = 0
+    while length > 0:
+        block = read(min(length, READ_AT_ONCE))
+        if not block:
+            break
+        value, length = zlib.crc32(block, value), length - len(block)
+    return value
+
+
+def _bytes(sizes: Sequence[int], dtype: str) -> int:
+    from megalr.checkpoint.storage import itemsize  # noqa: PLC0415  (it imports this)
+
+    size = itemsize(dtype)
+    for each in sizes:
+        size *= each
+    return size
+
+
+def _some(keys: Sequence[str]) -> str:
+    """Parameters for a message: a few of them."""
+    names = list(dict.fromkeys(key.partition("/")[2] for key in keys))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,229 @@
+"""Where torch.distributed.checkpoint writes and reads: a safetensors file of each rank, a manifest of all.
+
+DCP's own file storage pickles its metadata and knows neither checksums nor an all-or-nothing publication, so only its
+planning is used. A file's bytes are summed while they are written; nothing is copied but tensors on an accelerator.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.checkpoint import LoadPlan, LoadPlanner, Metadata, SavePlan, SavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from megalr.checkpoint.manifest import Manifest, prune, publish, sync_folder, unfinished, write_manifest
+
+# Names of safetensors.
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+ALIGNMENT = 8  # bytes; of a header
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element, by safetensors' name of the dtype."""
+    return BY_NAME[dtype].itemsize
+
+
+class FolderWriter(StorageWriter):
+    """Writes one checkpoint; the coordinator publishes it when all ranks have written."""
+
+    def __init__(self, directory: Path, tag: str, document: Mapping[str, Any], keep: int | None) -> None:
+        """
+        Args:
+            directory: of all checkpoints.
+            tag: the new folder's name.
+            document: what the manifest is to say beside what is found here; "numbers" without "matrices".
+            keep: how many checkpoints are to be left, the new one among them; None for all.
+        """
+        self._directory, self._tag, self._document, self._keep = directory, tag, document, keep
+        self._folder = unfinished(directory, tag)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing to do: a writer is for one checkpoint."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the folder is made when all ranks have a plan."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On the coordinator: make an empty folder, and number the ranks."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        prune(self._directory, None)
+        self._folder.mkdir()
+        return [replace(plan, storage_data=f"rank-{index:05d}.safetensors") for index, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's file, and wait until the disk has it."""
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(self._write(plan, planner) if plan.items else [])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On the coordinator: write the manifest, publish, prune."""
+        tensors: dict[str, Any] = {}
+        files: dict[str, Any] = {}
+        for key, found in metadata.state_dict_metadata.items():
+            assert isinstance(found, TensorStorageMetadata)
+            dtype = DTYPES[found.properties.dtype]
+            tensors[key] = {"shape": list(found.size), "dtype": dtype, "pieces": []}
+        for result in (result for of_rank in results for result in of_rank):
+            file, piece = result.storage_data
+            files[file["name"]] = {"bytes": file["bytes"], "header": file["header"]}
+            tensors[result.index.fqn]["pieces"].append(piece)
+        content = dict(self._document)
+        content["numbers"] = {**content["numbers"], "matrices": metadata.planner_data}
+        write_manifest(self._folder, {**content, "written": time.time_ns(), "files": files, "tensors": tensors})
+        sync_folder(self._folder)
+        publish(self._directory, self._tag)
+        prune(self._directory, self._keep)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """It is never asked for a place by its name."""
+        return False
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        name, position = plan.storage_data, 0
+        header: dict[str, Any] = {}
+        for item in plan.items:
+            size = _size_of(item)
+            begin, position = position, position + size
+            header[_name_of(item.index)] = {
+                "dtype": DTYPES[_tensor_data(item).properties.dtype],
+                "shape": list(_tensor_data(item).chunk.sizes),
+                "data_offsets": [begin, position],
+            }
+        head = json.dumps(header).encode()
+        head += b" " * (-len(head) % ALIGNMENT)
+        head = len(head).to_bytes(8, "little") + head
+        file = {"name": name, "bytes": len(head) + position, "header": zlib.crc32(head)}
+        results = []
+        self._folder.mkdir(exist_ok=True)  # where other nodes see the coordinator's only later
+        with (self._folder / name).open("wb") as out:
+            out.write(head)
+            for item in plan.items:
+                data = planner.resolve_data(item)
+                assert isinstance(data, Tensor)
+                flat: Any = data.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                values = memoryview(flat)
+                chunk, begin = _tensor_data(item).chunk, out.tell()
+                out.write(values)
+                piece = [list(chunk.offsets), list(chunk.sizes), name, begin, zlib.crc32(values)]
+                results.append(WriteResult(item.index, len(values), (file, piece)))
+            out.flush()
+            os.fsync(out.fileno())
+        sync_folder(self._folder)
+        return results
+
+
+class FolderReader(StorageReader):
+    """Reads one checkpoint; of each rank's files only what is asked for."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._files = {
+            (key, tuple(piece[0])): piece[2] for key, found in manifest.tensors.items() for piece in found["pieces"]
+        }
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing to do: a reader is for one checkpoint."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Shapes, dtypes and rectangles."""
+        return Metadata(
+            {
+                key: TensorStorageMetadata(
+                    TensorProperties(BY_NAME[found["dtype"]]),
+                    torch.Size(found["shape"]),
+                    [ChunkStorageMetadata(torch.Size(p[0]), torch.Size(p[1])) for p in found["pieces"]],
+                )
+                for key, found in self._manifest.tensors.items()
+            }
+        )
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the manifest has been read."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read rectangles into what they are for, file by file."""
+        by_file: dict[str, list[Any]] = {}
+        for item in plan.items:
+            index = item.storage_index
+            assert index.offset is not None
+            by_file.setdefault(self._files[index.fqn, tuple(index.offset)], []).append(item)
+        for name, items in by_file.items():
+            with safe_open(self._manifest.folder / name, framework="pt") as file:
+                for item in items:
+                    begin, lengths = item.storage_offsets, item.lengths
+                    where = tuple(slice(b, b + n) for b, n in zip(begin, lengths, strict=True))
+                    target = planner.resolve_tensor(item)
+                    target.copy_(file.get_slice(_name_of(item.storage_index))[where])
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """It is never asked for a place by its name."""
+        return False
+
+
+def piece_name(key: str, offsets: Sequence[int]) -> str:
+    """A rectangle's name in its file."""
+    return f"{key}@{','.join(map(str, offsets))}"
+
+
+def _name_of(index: MetadataIndex) -> str:
+    assert index.offset is not None
+    return piece_name(index.fqn, index.offset)
+
+
+def _tensor_data(item: WriteItem) -> Any:
+    assert item.tensor_data is not None
+    return item.tensor_data
+
+
+def _size_of(item: WriteItem) -> int:
+    data = _tensor_data(item)
+    return int(data.chunk.sizes.numel()) * data.properties.dtype.itemsize

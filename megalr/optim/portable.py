@@ -1,0 +1,107 @@
+"""An optimizer's state as numbers and rectangles of logical tensors, which belong to no layout."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from megalr.errors import UserError
+from megalr.optim.clock import Clock
+from megalr.optim.optimizer import MegalrOptimizer, words
+from megalr.partition.pieces import Entry, entry_of
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def numbers_of(optimizer: MegalrOptimizer) -> dict[str, Any]:
+    """Counts, clocks, learning rates and forms, as JSON has them; the same on every rank but for "matrices".
+
+    There each rank has those of its own; all of them together are what :func:`make_room` wants.
+
+    Raises:
+        UserError: tensor-parallel ranks update matrices on their own.
+    """
+    _refuse_parts(optimizer)
+    return {
+        "updates": optimizer.updates,
+        "clocks": {name: vars(clock).copy() for name, clock in optimizer.clocks.items()},
+        "lr": {group["name"]: float(group["lr"]) for group in optimizer.all_groups},
+        "rule": optimizer.rule_form(),
+        "layers": optimizer.layer_form(),
+        "events": {events.key: events.numbers() for events in optimizer.all_events},
+        "matrices": {} if optimizer.matrices is None else optimizer.matrices.numbers(),
+    }
+
+
+def entries_of(optimizer: MegalrOptimizer, *, once: bool) -> dict[str, Entry]:
+    """The masters, moments and states of this rank, by key; views of what the optimizer works on.
+
+    Args:
+        optimizer: after :func:`make_room`, if they are to be read into.
+        once: to be written: what other ranks have as well is left out, where it is cut in another way there.
+    """
+    shard = optimizer.prepare()
+    fields = {"weights": shard.buffers, **{key: optimizer.moments(key) for key in MOMENTS}}
+    found: dict[str, Entry] = {}
+    for kind, field in fields.items():
+        for name in shard.layout.shapes:
+            if field[shard.layout.of(name)[0].buffer].numel():
+                entry = entry_of(name, shard.layout, shard.rank, field, once=once)
+                found |= {} if entry is None else {f"{kind}/{name}": entry}
+    if optimizer.matrices is not None:
+        found |= optimizer.matrices.entries()
+    for events in optimizer.all_events:
+        found |= events.entries()
+    return found
+
+
+def make_room(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Collection[str]) -> str:
+    """Take over numbers, and have tensors for what was saved, whose values are to be read into :func:`entries_of`.
+
+    Args:
+        optimizer: before or after updates.
+        numbers: of :func:`numbers_of`, with the matrices of all ranks.
+        saved: keys of :func:`entries_of`, of all ranks.
+
+    Returns:
+        What of the saved state this optimizer has no use for, in a sentence for the reader; empty if it has all.
+
+    Raises:
+        UserError: the state is of another parametrization, or of another rule where layers keep more than weights.
+    """
+    _refuse_parts(optimizer)
+    layers, rule = optimizer.layer_form(), optimizer.rule_form()
+    if numbers["layers"] != layers or (numbers["rule"] != rule and optimizer.all_events):
+        before, now = numbers["rule"] | numbers["layers"], rule | layers
+        raise UserError(
+            f"the checkpoint was written with {words(before)}, the configuration has {words(now)}: resume with the "
+            "settings that it was written with"
+        )
+    optimizer.updates = numbers["updates"]
+    for group in optimizer.all_groups:
+        group["lr"] = numbers["lr"].get(group["name"], group["lr"])
+    optimizer.forget_update()
+    dropped = "" if numbers["rule"] == rule else f"moments and states of {words(numbers['rule'])}"
+    optimizer.clocks = {name: Clock() if dropped else Clock(**clock) for name, clock in numbers["clocks"].items()}
+    shard = optimizer.prepare()
+    for buffer, parameter in enumerate(shard.parameters):
+        names = {f.name for f in shard.layout.fragments if f.buffer == buffer}
+        optimizer.state.pop(parameter, None)
+        if not dropped and any(f"{MOMENTS[0]}/{name}" in saved for name in names):
+            optimizer.moments_of(parameter)
+    if optimizer.matrices is not None:
+        optimizer.matrices.make_room({} if dropped else numbers["matrices"])
+    for events in optimizer.all_events:
+        events.load_numbers(numbers["events"][events.key])
+        events.make_room(saved)
+    return dropped
+
+
+def _refuse_parts(optimizer: MegalrOptimizer) -> None:
+    """Refuse what is not of one logical matrix."""
+    optimizer.prepare()
+    if optimizer.updates_parts:
+        raise UserError(
+            'with "tp_update": "local" each tensor-parallel rank has states of its own, which fit no other layout: use '
+            "engine.save_checkpoint and engine.load_checkpoint"
+        )

@@ -1,0 +1,133 @@
+"""What the ranks run in the tests of checkpoints that move between layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import megalr
+from tests.distributed import rule_training
+from tests.distributed.rule_training import everything
+from tests.distributed.tensor_training import (
+    LOW_RANK,
+    SLTRAIN,
+    SPREAD,
+    dense_model,
+    projected,
+    tensor_configuration,
+    tensor_parallel_groups,
+)
+from tests.distributed.training import WARMUP_COSINE, finish, run_steps, same
+
+BEFORE, AFTER = 11, 5  # updates; of low-rank layers there is a refactorization and a reset on either side
+
+# Name: the optimizer, and the "megalr" section.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "low-rank": ("AdamW", LOW_RANK),
+    "projected": ("AdamW", {"parametrization": projected("input")}),
+    "GaLore": ("GaLoreAdamW", {}),
+    "Fira": ("FiraAdamW", {}),
+    "Muon": ("Muon", {}),
+    "SLTrain": ("AdamW", SLTRAIN),
+    "ReLoRA": (
+        "AdamW",
+        {"parametrization": {"type": "relora", "rank": 4, "merge_every": 4, "target_modules": ["mlp"]}},
+    ),
+    "SwitchLoRA": ("AdamW", {"parametrization": {"type": "switchlora", "rank": 4, "target_modules": ["mlp"]}}),
+    "VeLoRA": ("AdamW", {"activations": {"groups": 6, "target_modules": ["attn"]}}),
+    "Q-GaLore": ("QGaLoreAdamW", {}),
+}
+
+
+def engine_of(method: str, tensor: int, stage: int, **changes: Any) -> Any:
+    """A fresh model under a fresh engine."""
+    optimizer, section = METHODS[method]
+    config = tensor_configuration(tensor, stage, optimizer, megalr=section, scheduler=WARMUP_COSINE, **changes)
+    spread = 0.02 if method == "low-rank" else SPREAD
+    return megalr.initialize(model=dense_model(spread), config=config)[0]
+
+
+def save(method: str, tensor: int, stage: int, folder: str, **changes: Any) -> dict[str, Tensor] | None:
+    """Train, save, train on; what rank 0 has at the end."""
+    with tensor_parallel_groups():
+        engine = engine_of(method, tensor, stage, **changes)
+        run_steps(engine, rule_training.batches(BEFORE))
+        megalr.save_checkpoint(engine, folder, client_state={"position": BEFORE})
+        return _go_on(engine)
+
+
+def load(
+    method: str, tensor: int, stage: int, folder: str, copy: str, **changes: Any
+) -> tuple[dict[str, Tensor] | None, str]:
+    """Load, save again at once, train on; what rank 0 has at the end, and what was dropped."""
+    with tensor_parallel_groups():
+        engine = engine_of(method, tensor, stage, **changes)
+        run_steps(engine, rule_training.batches(2))  # what is loaded replaces what was there
+        loaded = megalr.load_checkpoint(engine, folder)
+        assert loaded.client_state == {"position": BEFORE}
+        megalr.save_checkpoint(engine, copy, client_state=loaded.client_state)
+        return _go_on(engine), loaded.dropped
+
+
+def lost(method: str, tensor: int, stage: int, folder: str, asynchronous: bool = False, **changes: Any) -> list[str]:
+    """Names of what differs in a bit at the end when a run goes on from a checkpoint, at the same layout."""
+    data = rule_training.batches(BEFORE + AFTER)
+    with tensor_parallel_groups():
+        engine = engine_of(method, tensor, stage, **changes)
+        run_steps(engine, data[:BEFORE])
+        megalr.save_checkpoint(engine, folder, asynchronous=asynchronous)
+        run_steps(engine, data[BEFORE:])
+        megalr.wait_for_checkpoint()
+        expected = _all(engine)
+        engine.destroy()
+        engine = engine_of(method, tensor, stage, **changes)
+        megalr.load_checkpoint(engine, folder)
+        run_steps(engine, data[BEFORE:])
+        got = _all(engine)
+        engine.destroy()
+    return sorted(got.keys() ^ expected.keys()) or [k for k, v in expected.items() if not same(v, got[k])]
+
+
+def _all(engine: Any) -> dict[str, Any]:
+    seen = everything(engine)
+    seen |= {f"buffer {name}": buffer.clone() for name, buffer in engine.module.named_buffers()}
+    seen["rates"], seen["steps"], seen["schedule"] = (
+        engine.get_lr(),
+        engine.global_steps,
+        engine.lr_scheduler.state_dict(),
+    )
+    seen["random"] = torch.rand(3)
+    return seen
+
+
+def _go_on(engine: Any) -> dict[str, Tensor] | None:
+    run_steps(engine, rule_training.batches(BEFORE + AFTER)[BEFORE:])
+    return finish(engine, engine.basic_optimizer.sections)
+
+
+def refused(
+    method: str, tensor: int, stage: int, folder: str, tag: str | None = None, **changes: Any
+) -> tuple[str, bool]:
+    """The message of a load that must fail, and whether everything is as it was before."""
+    with tensor_parallel_groups():
+        engine = engine_of(method, tensor, stage, **changes)
+        run_steps(engine, rule_training.batches(2))
+        before, message = _all(engine), ""
+        torch.rand(0)
+        try:
+            megalr.load_checkpoint(engine, folder, tag)
+        except megalr.UserError as error:
+            message = str(error)
+        after = _all(engine)
+        engine.destroy()
+    return message, all(same(v, after[k]) for k, v in before.items() if k != "random")
+
+
+def rank_files(folder: str) -> list[str]:
+    """Of a checkpoint, the same on every rank."""
+    dist.barrier()
+    return sorted(path.name for path in Path(folder).iterdir())
