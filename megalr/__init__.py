@@ -14,7 +14,8 @@ from megalr.optim.registry import register_events
 from megalr.rules.registry import register_rule
 
 if TYPE_CHECKING:
-    from megalr.checkpoint import load_checkpoint, save_checkpoint, wait_for_checkpoint
+    from megalr.checkpoint.loading import load_checkpoint
+    from megalr.checkpoint.saving import save_checkpoint, wait_for_checkpoint
 
 __all__ = [
     "MegalrConfig",
@@ -37,7 +38,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Functions of checkpoints on first use: torch.distributed.checkpoint takes a second to import."""
     if name in ("load_checkpoint", "save_checkpoint", "wait_for_checkpoint"):
-        from megalr import checkpoint  # noqa: PLC0415
+        from megalr.checkpoint import loading, saving  # noqa: PLC0415
 
-        return getattr(checkpoint, name)
+        return getattr(loading if name == "load_checkpoint" else saving, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,16 +1,5 @@
-"""Checkpoints that move between layouts: what is written by one ZeRO stage, world size and TP size any other loads."""
+"""Checkpoints that move between layouts: what one ZeRO stage, world size and TP size has written any other loads.
 
-from megalr.checkpoint.loading import Loaded, load_checkpoint
-from megalr.checkpoint.manifest import Manifest, newest_valid, problems, read_manifest
-from megalr.checkpoint.saving import save_checkpoint, wait_for_checkpoint
-
-__all__ = [
-    "Loaded",
-    "Manifest",
-    "load_checkpoint",
-    "newest_valid",
-    "problems",
-    "read_manifest",
-    "save_checkpoint",
-    "wait_for_checkpoint",
-]
+``saving`` and ``loading`` have :func:`megalr.save_checkpoint` and :func:`megalr.load_checkpoint`; ``manifest`` and
+``reading`` need neither an engine nor torch.distributed.
+"""

@@ -54,13 +54,16 @@ class Contents:
             "optimizer": numbers,
             "engine": {key: getattr(engine, key) for key in COUNTS},
             "scheduler": None if scheduler is None else _plain("the learning-rate schedule", scheduler.state_dict()),
-            "loss_scaler": {key: getattr(scaler, key) for key in SCALER if hasattr(scaler, key)},
+            "loss_scaler": {
+                key: getattr(scaler, key) for key in SCALER if engine.fp16_enabled() and hasattr(scaler, key)
+            },
             "guard": None if guard is None else guard.state_dict(),
             "names": {
                 name: shared[id(p)]
                 for name, p in self._module.named_parameters(remove_duplicate=False)
                 if shared[id(p)] != name
             },
+            "shapes": {name: shape for name, shape in self._shapes() if folded(shape) != shape},
             "chosen_by": self._shares() if self._states_of_chosen() else 0,
         }
 
@@ -143,6 +146,13 @@ class Contents:
                 + "\nload it with the model and the megalr.parametrization that it was written with"
             )
 
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Of whole parameters and buffers."""
+        yield from self._shard.layout.shapes.items()
+        for name, parameter in self._frozen_parameters():
+            yield name, _whole(name, parameter)
+        yield from ((name, tuple(buffer.shape)) for name, buffer in self._persistent_buffers())
+
     def _portable(self, *, once: bool) -> dict[str, Entry]:
         """The optimizer's, with sparse vectors in the order that one process has."""
         found = entries_of(self._optimizer, once=once)
@@ -191,10 +201,13 @@ class Contents:
         return found
 
     def _buffers(self) -> Iterator[tuple[str, Entry]]:
+        return ((f"buffers/{name}", Entry.of(buffer.contiguous())) for name, buffer in self._persistent_buffers())
+
+    def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
         for module_name, module in self._module.named_modules():
             for name, buffer in module.named_buffers(module_name, recurse=False):
                 if name.rpartition(".")[2] not in module._non_persistent_buffers_set and buffer.numel():
-                    yield f"buffers/{name}", Entry.of(buffer.contiguous())
+                    yield name, buffer
 
     def _settle_buffers(self) -> None:
         changed = set()

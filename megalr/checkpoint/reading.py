@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megalr.checkpoint.format import BY_NAME, piece_name
 from megalr.checkpoint.manifest import Manifest
-from megalr.checkpoint.storage import BY_NAME, piece_name
 
 
 def read_tensor(manifest: Manifest, key: str) -> Tensor:
@@ -25,6 +25,18 @@ def read_tensor(manifest: Manifest, key: str) -> Tensor:
             where = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
             whole[where] = opened.get_tensor(piece_name(key, offsets))
     return whole
+
+
+def state_dict(manifest: Manifest) -> dict[str, Tensor]:
+    """A model's weights, whole, on the CPU, by every name that a parameter has, and its persistent buffers.
+
+    Trained parameters are the fp32 masters; frozen ones and buffers have the dtype that they were trained with.
+    """
+    numbers = manifest.content["numbers"]
+    state = {name: read_tensor(manifest, key) for key, name in keys_of(manifest, "weights", "frozen", "buffers")}
+    for name, shape in numbers["shapes"].items():
+        state[name] = state[name].view(shape)
+    return state | {alias: state[name] for alias, name in numbers["names"].items() if name in state}
 
 
 def keys_of(manifest: Manifest, *kinds: str) -> Iterator[tuple[str, str]]:

@@ -40,6 +40,7 @@ class PretrainArguments:
     seed: int | None = None
     eval_every: int = 100
     save_every: int = 1000
+    keep_checkpoints: int | None = None
     log_every: int = 1
     galore_compatible_eval: bool = False
     output: str | None = None
@@ -236,9 +237,16 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         help="updates between two checkpoints; one is always written at the end (default: 1000)",
     )
     group.add_argument(
+        "--keep-checkpoints",
+        type=positive,
+        metavar="N",
+        help="leave the newest N checkpoints and delete older ones (default: all)",
+    )
+    group.add_argument(
         "--resume",
         action="store_true",
-        help="continue from the folder's latest checkpoint, with the same number of processes",
+        help="continue from the folder's newest valid checkpoint, with any number of processes, ZeRO stage and "
+        "tensor-parallel size",
     )
     group.add_argument("--overwrite", action="store_true", help="delete the run that is in the folder first")
     group.add_argument(

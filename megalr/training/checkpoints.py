@@ -1,22 +1,16 @@
-"""A run's checkpoints: DeepSpeed's own, with all else that a run needs to go on bit for bit."""
+"""A run's checkpoints: of any layout, with all that a run needs to go on bit for bit."""
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-
+import megalr
+from megalr.checkpoint.manifest import newest_valid
 from megalr.errors import UserError
-from megalr.training.ranks import Ranks
-from megalr.training.run_folder import RunFolder, write_json
-
-_NOTES = "megalr.json"
-_CLIENT_KEY = "megalr_run"
+from megalr.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -38,32 +32,38 @@ class Notes:
     settings: dict[str, Any]
 
 
-def save_checkpoint(engine: Any, folder: RunFolder, notes: Notes, data_state: dict[str, Any], ranks: Ranks) -> None:
-    """Write a checkpoint and make it the latest. Collective."""
-    if ranks.is_first:
-        place = folder.checkpoints / notes.tag
-        place.mkdir(parents=True, exist_ok=True)
-        write_json(place / _NOTES, {key: value for key, value in vars(notes).items() if key != "tag"})
-    state = {"data": data_state, "random": ranks.gather(_random_state())}
-    engine.save_checkpoint(str(folder.checkpoints), tag=notes.tag, client_state={_CLIENT_KEY: state})
-
-
-def read_notes(folder: RunFolder) -> Notes:
-    """What the folder's latest checkpoint says of itself.
+def save_checkpoint(
+    engine: Any, folder: RunFolder, notes: Notes, data_state: dict[str, Any], *, keep: int | None
+) -> None:
+    """Begin to write a checkpoint, beside the training that goes on. Collective.
 
     Raises:
-        UserError: it is not there or not a run's.
+        UserError: the one before could not be written.
     """
-    tag = (folder.checkpoints / "latest").read_text().strip()
-    path = folder.checkpoints / tag / _NOTES
+    state = {"run": {key: value for key, value in vars(notes).items() if key != "tag"}, "data": data_state}
+    megalr.save_checkpoint(
+        engine, folder.checkpoints, notes.tag, client_state=_plain(state), keep=keep, asynchronous=True
+    )
+
+
+def read_notes(folder: RunFolder) -> tuple[Notes, list[str]]:
+    """What the folder's newest valid checkpoint says of itself, and which newer ones are not valid and why.
+
+    Raises:
+        UserError: there is none, or it is not a run's.
+    """
+    manifest, skipped = newest_valid(folder.checkpoints)
+    if manifest is None:
+        reasons = "".join(f"\n  {line}" for line in skipped)
+        raise UserError(f"no checkpoint in {folder.checkpoints} can be loaded{':' if reasons else ''}{reasons}")
     try:
-        return Notes(tag=tag, **json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path.parent} is no checkpoint of a pretraining run: {error}") from error
+        return Notes(tag=manifest.folder.name, **manifest.content["client"]["run"]), skipped
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{manifest.folder} is no checkpoint of a pretraining run: {error}") from error
 
 
 def check_notes(notes: Notes, required: Mapping[str, Any], folder: RunFolder) -> None:
-    """Refuse a checkpoint of another model, number of processes or configuration.
+    """Refuse a checkpoint of another model, batch size or parametrization.
 
     Raises:
         UserError: naming everything that differs.
@@ -76,22 +76,17 @@ def check_notes(notes: Notes, required: Mapping[str, Any], folder: RunFolder) ->
         )
 
 
-def load_checkpoint(engine: Any, folder: RunFolder, notes: Notes, ranks: Ranks) -> dict[str, Any]:
+def load_checkpoint(engine: Any, folder: RunFolder, notes: Notes) -> tuple[dict[str, Any], str]:
     """Load what :func:`save_checkpoint` wrote, random states included. Collective.
 
     Returns:
-        The data stream's state.
+        The data stream's state, and what the optimizer of now has no use for, in words.
     """
-    path, client = engine.load_checkpoint(str(folder.checkpoints), tag=notes.tag)
-    if path is None:
-        raise UserError(f"DeepSpeed could not load {folder.checkpoints / notes.tag}: files are missing there")
+    loaded = megalr.load_checkpoint(engine, folder.checkpoints, notes.tag)
     scheduler = engine.lr_scheduler
     if hasattr(scheduler, "last_batch_iteration"):
         scheduler.step(scheduler.last_batch_iteration)  # the rates of this configuration, not those that were saved
-    state = client[_CLIENT_KEY]
-    _set_random_state(state["random"][ranks.rank])
-    data_state: dict[str, Any] = state["data"]
-    return data_state
+    return loaded.client_state["data"], loaded.dropped
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
@@ -110,20 +105,3 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "")
 def _plain(value: Any) -> Any:
     """As JSON gives it back: tuples are lists there, keys strings."""
     return json.loads(json.dumps(value, default=str))
-
-
-def _random_state() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+import megalr
 from megalr.data import Batches, Examples
 from megalr.optim.groups import logical_shape
 from megalr.training.checkpoints import Notes, load_checkpoint, save_checkpoint
@@ -31,6 +32,7 @@ class LoopSettings:
         steps: updates of the whole run.
         batch: sequences of one update.
         eval_every, save_every, log_every: updates between two of these.
+        keep: how many checkpoints to leave; None for all.
         galore_compatible_eval: show that perplexity, too.
     """
 
@@ -39,6 +41,7 @@ class LoopSettings:
     eval_every: int
     save_every: int
     log_every: int
+    keep: int | None
     galore_compatible_eval: bool
 
 
@@ -96,7 +99,10 @@ class Loop:
     def resume(self, notes: Notes) -> None:
         """Go on from a checkpoint."""
         with self._ranks.together():
-            self._batches.load_state_dict(load_checkpoint(self.engine, self._folder, notes, self._ranks))
+            data, dropped = load_checkpoint(self.engine, self._folder, notes)
+            self._batches.load_state_dict(data)
+        if dropped:
+            self._screen.say(f"of the checkpoint {dropped} were dropped; they start anew")
         self.step, self.tokens = notes.step, notes.tokens
         self._saved_step = notes.step
         self.metrics.cut(notes.step)
@@ -123,6 +129,7 @@ class Loop:
                 if self.step % settings.eval_every == 0 and reason is None:
                     reason = self.evaluate(request)
             self.save()
+            megalr.wait_for_checkpoint()
             if reason is None and self._evaluated_step != self.step:
                 reason = self.evaluate(request)
             self._screen.end_bar()
@@ -164,11 +171,11 @@ class Loop:
         return None
 
     def save(self) -> None:
-        """Write a checkpoint, unless this step has one."""
+        """Begin to write a checkpoint, unless this step has one."""
         if self._saved_step == self.step:
             return
         notes = Notes(f"step{self.step}", self.step, self.tokens, self._required, self._noted)
-        save_checkpoint(self.engine, self._folder, notes, self._batches.state_dict(), self._ranks)
+        save_checkpoint(self.engine, self._folder, notes, self._batches.state_dict(), keep=self._settings.keep)
         self._saved_step = self.step
 
     @property

@@ -115,7 +115,9 @@ def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, s
         resolve(content, _request(arguments, model, ranks))  # its complaints come before those about folders and text
         if arguments.export is not None and ranks.is_first:
             check_export_folder(arguments.export, may_replace=arguments.overwrite)
-    folder, notes, finished = ranks.from_first(lambda: _folder_and_notes(arguments))
+    folder, notes, skipped, finished = ranks.from_first(lambda: _folder_and_notes(arguments))
+    for line in skipped:
+        screen.say(f"passed over: {line}")
     with ranks.together():
         resolved = resolve(content, _request(arguments, model, ranks, output=str(folder.path)))
         megalr = MegalrConfig.from_json(resolved.config)
@@ -209,11 +211,12 @@ def _request(arguments: PretrainArguments, model: LlamaConfig, ranks: Ranks, out
     return request_for(arguments, model, seed=arguments.seed, world_size=ranks.data_size, on_gpu=on_gpu, output=output)
 
 
-def _folder_and_notes(arguments: PretrainArguments) -> tuple[RunFolder, Notes | None, bool]:
-    """The run's folder, what its checkpoint says if it is to be continued, and whether the run is finished."""
+def _folder_and_notes(arguments: PretrainArguments) -> tuple[RunFolder, Notes | None, list[str], bool]:
+    """The run's folder; if it is to go on, what its checkpoint says, and what was passed over; if it is finished."""
     name = Path(arguments.deepspeed).stem
     folder = choose_run_folder(name, arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
-    return folder, read_notes(folder) if arguments.resume else None, folder.summary.exists()
+    notes, skipped = read_notes(folder) if arguments.resume else (None, [])
+    return folder, notes, skipped, folder.summary.exists()
 
 
 def _fetch_tokenizer(name: str | None) -> None:
@@ -229,21 +232,18 @@ def _settings(resolved: Resolved, model: LlamaConfig, ranks: Ranks) -> tuple[dic
     params = optimizer.get("params") or {}
     fp16 = bool((config.get("fp16") or {}).get("enabled", False))
     required = {
-        "processes": ranks.world_size,
-        **({"tensor_parallel.autotp_size": ranks.tensor_parallel} if ranks.tensor_parallel > 1 else {}),
-        "zero_optimization.stage": (config.get("zero_optimization") or {}).get("stage", 0),
-        "precision": "bf16" if resolved.bf16 else "fp16" if fp16 else "fp32",
         "train_batch_size": resolved.batch.total,
-        "train_micro_batch_size_per_gpu": resolved.batch.micro,
         "model": {key: value for key, value in model.to_dict().items() if key not in _COSMETIC_KEYS},
         "megalr.parametrization": section.get("parametrization"),
-        "optimizer.type": optimizer.get("type"),
-        "optimizer.params.rank": params.get("rank"),
-        "optimizer.params.proj_type": params.get("proj_type"),
     }
     noted = {
+        "processes": ranks.world_size,
+        "tensor_parallel.autotp_size": ranks.tensor_parallel,
+        "zero_optimization.stage": (config.get("zero_optimization") or {}).get("stage", 0),
+        "precision": "bf16" if resolved.bf16 else "fp16" if fp16 else "fp32",
+        "train_micro_batch_size_per_gpu": resolved.batch.micro,
         "steps": resolved.steps,
-        "optimizer": params,
+        "optimizer": {"type": optimizer.get("type"), **params},
         "scheduler": config.get("scheduler"),
         "gradient_clipping": config.get("gradient_clipping"),
         "megalr": {key: value for key, value in section.items() if key != "parametrization"},

@@ -106,6 +106,7 @@ def build_loop(plan: Plan, ranks: Ranks, screen: Screen) -> Loop:
         eval_every=arguments.eval_every,
         save_every=arguments.save_every,
         log_every=arguments.log_every,
+        keep=arguments.keep_checkpoints,
         galore_compatible_eval=arguments.galore_compatible_eval,
     )
     return Loop(

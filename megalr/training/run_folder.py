@@ -30,7 +30,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """DeepSpeed's checkpoints."""
+        """What :func:`megalr.save_checkpoint` writes."""
         return self.path / "checkpoints"
 
     @property
@@ -56,7 +56,14 @@ class RunFolder:
     @property
     def can_resume(self) -> bool:
         """Whether there is a checkpoint to continue from."""
-        return (self.checkpoints / "latest").is_file()
+        return self.saved_at is not None
+
+    @property
+    def saved_at(self) -> float | None:
+        """When the latest checkpoint was finished, in seconds; None without any."""
+        # Where a run was killed just before it could say which one is the latest there is none that says so.
+        files = [self.checkpoints / "latest", *self.checkpoints.glob("*/manifest.json")]
+        return max((file.stat().st_mtime for file in files if file.is_file()), default=None)
 
     def clear(self) -> None:
         """Delete what a run writes."""
@@ -87,7 +94,7 @@ def choose_run_folder(name: str, output: str | None, *, resume: bool, overwrite:
         candidates = [folder for folder in numbered if folder.can_resume]
         if not candidates:
             raise UserError(f"there is no checkpoint under {numbered[0].path}: name the run's folder with --output")
-        return max(candidates, key=lambda folder: (folder.checkpoints / "latest").stat().st_mtime)
+        return max(candidates, key=lambda folder: folder.saved_at or 0.0)
     return numbered[0] if overwrite or len(numbered) == 1 else numbered[-1]
 
 

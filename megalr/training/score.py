@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from megalr.checkpoint.manifest import Manifest, newest_valid, read_manifest
+from megalr.checkpoint.reading import state_dict
 from megalr.data import DataConfig, load_data, load_tokenizer
 from megalr.errors import UserError
 from megalr.training.arguments import PlainParser, add_text, positive
@@ -144,26 +143,25 @@ def load_scored(folder: Path) -> Scored:
         UserError: it is none of them.
     """
     if (folder / "run.json").is_file():
-        latest = folder / "checkpoints" / "latest"
-        if not latest.is_file():
-            raise UserError(f"{folder} has no checkpoint yet")
-        return _from_checkpoint(folder, latest.read_text().strip())
+        manifest, skipped = newest_valid(folder / "checkpoints")
+        if manifest is None:
+            raise UserError("\n  ".join([f"{folder} has no checkpoint that can be read", *skipped]))
+        return _from_checkpoint(folder, manifest)
     if (folder.parent.parent / "run.json").is_file() and folder.parent.name == "checkpoints":
-        return _from_checkpoint(folder.parent.parent, folder.name)
+        return _from_checkpoint(folder.parent.parent, read_manifest(folder))
     if (folder / "config.json").is_file():
         return _from_export(folder)
     raise UserError(f"{folder} is no run (run.json), no checkpoint of one, and no exported model (config.json)")
 
 
-def _from_checkpoint(run: Path, tag: str) -> Scored:
+def _from_checkpoint(run: Path, manifest: Manifest) -> Scored:
     from megalr import parametrize  # noqa: PLC0415
 
     settings = json.loads((run / "run.json").read_text())
     config = settings["deepspeed"]
     model: Any = build_model(config_from_dict(settings["model"]), seed=0)
     parametrize(model, config)
-    stage = (config.get("zero_optimization") or {}).get("stage", 0)
-    model.load_state_dict(_weights(run / "checkpoints", tag, stage))
+    model.load_state_dict(state_dict(manifest))
     for section, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if (config.get(section) or {}).get("enabled"):
             for parameter in model.parameters():  # buffers stay fp32, as DeepSpeed leaves them
@@ -171,21 +169,6 @@ def _from_checkpoint(run: Path, tag: str) -> Scored:
     known = {field.name for field in fields(DataConfig)}
     text = {key: value for key, value in settings["data"].items() if key in known}
     return Scored(model, DataConfig(**text), config["train_micro_batch_size_per_gpu"])
-
-
-def _weights(checkpoints: Path, tag: str, stage: int) -> dict[str, Tensor]:
-    """The fp32 weights of a checkpoint, from whichever files its ZeRO stage left."""
-    if not (checkpoints / tag).is_dir():
-        raise UserError(f"there is no checkpoint {tag} in {checkpoints}")
-    if stage == 0:
-        saved = torch.load(checkpoints / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        module: dict[str, Tensor] = saved["module"]
-        return module
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: PLC0415
-
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it is chatty
-        weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoints), tag=tag)
-    return weights
 
 
 def _from_export(folder: Path) -> Scored:

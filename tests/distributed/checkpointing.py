@@ -23,6 +23,14 @@ from tests.distributed.tensor_training import (
 )
 from tests.distributed.training import WARMUP_COSINE, finish, run_steps, same
 
+RELORA = {
+    "type": "relora",
+    "rank": 4,
+    "merge_every": 4,
+    "restart_warmup_steps": 2,
+    "merge_rounding": "remainder",
+    "target_modules": ["mlp"],
+}
 BEFORE, AFTER = 11, 5  # updates; of low-rank layers there is a refactorization and a reset on either side
 
 # Name: the optimizer, and the "megalr" section.
@@ -35,7 +43,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "SLTrain": ("AdamW", SLTRAIN),
     "ReLoRA": (
         "AdamW",
-        {"parametrization": {"type": "relora", "rank": 4, "merge_every": 4, "target_modules": ["mlp"]}},
+        {"parametrization": RELORA},
     ),
     "SwitchLoRA": ("AdamW", {"parametrization": {"type": "switchlora", "rank": 4, "target_modules": ["mlp"]}}),
     "VeLoRA": ("AdamW", {"activations": {"groups": 6, "target_modules": ["attn"]}}),
@@ -47,7 +55,7 @@ def engine_of(method: str, tensor: int, stage: int, **changes: Any) -> Any:
     """A fresh model under a fresh engine."""
     optimizer, section = METHODS[method]
     config = tensor_configuration(tensor, stage, optimizer, megalr=section, scheduler=WARMUP_COSINE, **changes)
-    spread = 0.02 if method == "low-rank" else SPREAD
+    spread = 0.02 if method in ("low-rank", "SLTrain") else SPREAD
     return megalr.initialize(model=dense_model(spread), config=config)[0]
 
 

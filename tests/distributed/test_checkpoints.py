@@ -1,0 +1,102 @@
+"""Checkpoints that move between layouts: what is read is what was written, and training goes on as it would have."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalr.checkpoint.manifest import read_manifest
+from megalr.checkpoint.reading import read_tensor
+from tests.distributed.checkpointing import BEFORE, METHODS
+from tests.distributed.test_rules import assert_same_weights
+
+pytestmark = pytest.mark.distributed
+MODULE = "tests.distributed.checkpointing"
+# ZeRO stage, processes, of which so many share each layer.
+LAYOUTS = [(s, w, t) for s in range(4) for w in (1, 2, 3, 4) for t in (1, 2) if w % t == 0]
+SOURCES = [(0, 1, 1), (3, 3, 1), (1, 4, 2), (2, 2, 1)]
+MOVED = ["low-rank", "projected", "GaLore", "Fira", "Muon"]
+ALONE = ["SLTrain", "ReLoRA", "SwitchLoRA", "VeLoRA", "Q-GaLore"]  # these not all under tensor parallelism
+# Eight bits of a moment or a basis turn over where a sum in another order lies on the other side of a half.
+TOLERANCE = {"Q-GaLore": 1e-2}
+STAGES = [(0, 2), (1, 2), (2, 3), (3, 2)]  # and processes
+
+
+def is_daily(method: str, source: tuple[int, int, int], target: tuple[int, int, int]) -> bool:
+    """Each method from another source to two targets; all stages and world sizes are among them."""
+    i, j = MOVED.index(method), LAYOUTS.index(target)
+    return SOURCES.index(source) == i % len(SOURCES) and j in ((5 * i + 3) % len(LAYOUTS), (7 * i + 16) % len(LAYOUTS))
+
+
+MOVES = [
+    pytest.param(*row, marks=[] if is_daily(*row) else [pytest.mark.slow])
+    for row in itertools.product(MOVED, SOURCES, LAYOUTS)
+]
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, tmp_path_factory):
+    """Saves a method at a layout once: the folder, and the weights at the end of the run that went on."""
+    done = {}
+
+    def of(method, layout, **changes):
+        key = method, layout, str(changes)
+        if key not in done:
+            stage, world, tensor = layout
+            folder = str(tmp_path_factory.mktemp("check points"))
+            done[key] = folder, ranks(world).run(f"{MODULE}:save", method, tensor, stage, folder, **changes)[0]
+        return done[key]
+
+    return of
+
+
+@pytest.mark.parametrize(("method", "source", "target"), MOVES)
+def test_moves_to_another_layout(ranks, saved, method, source, target, tmp_path):
+    check_move(ranks, saved, method, source, target, tmp_path)
+
+
+@pytest.mark.parametrize(("source", "target"), [((0, 1, 1), (3, 3, 1)), ((3, 2, 1), (1, 3, 1)), ((2, 3, 1), (0, 2, 1))])
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m == "Q-GaLore")) for m in ALONE])
+def test_other_methods_move(ranks, saved, method, source, target, tmp_path):
+    check_move(ranks, saved, method, source, target, tmp_path)
+
+
+@pytest.mark.parametrize(("source", "target"), [((0, 2, 2), (3, 2, 1)), ((2, 3, 1), (3, 4, 2)), ((1, 2, 2), (0, 4, 2))])
+def test_sparse_values_move_between_tensor_parallel_sizes(ranks, saved, source, target, tmp_path):
+    check_move(ranks, saved, "SLTrain", source, target, tmp_path)
+
+
+@pytest.mark.parametrize(("source", "target"), [((1, 2, 1), (3, 3, 1)), ((0, 2, 1), (2, 1, 1)), ((3, 2, 1), (0, 2, 1))])
+def test_moves_in_bf16(ranks, saved, source, target, tmp_path):
+    """Masters, moments and bases are the same bits; training in bf16 is not exactly so at another layout."""
+    check_move(ranks, saved, "low-rank", source, target, tmp_path, 5e-2, bf16={"enabled": True})
+
+
+def check_move(ranks, saved, method, source, target, tmp_path, tolerance=1e-5, **changes):
+    folder, expected = saved(method, source, **changes)
+    stage, world, tensor = target
+    copy = tmp_path / "written again"
+    got, dropped = ranks(world).run(f"{MODULE}:load", method, tensor, stage, folder, str(copy), **changes)[0]
+    assert dropped == ""
+    first, second = (read_manifest(Path(where) / f"step{BEFORE}") for where in (folder, copy))
+    keys = [key for key in first.tensors if not key.startswith("random/")]  # one for each process
+    assert sorted(keys) == sorted(key for key in second.tensors if not key.startswith("random/"))
+    assert [key for key in keys if not torch.equal(read_tensor(first, key), read_tensor(second, key))] == []
+    numbers = [{k: v for k, v in m.content["numbers"].items() if k != "chosen_by"} for m in (first, second)]
+    assert numbers[0] == numbers[1]
+    assert_same_weights(got, expected, 1e-30 if source == target else max(tolerance, TOLERANCE.get(method, 0)))
+
+
+SAME = [
+    pytest.param(method, stage, world, marks=[] if i % len(STAGES) == stage else [pytest.mark.slow])
+    for i, method in enumerate(METHODS)
+    for stage, world in STAGES
+]
+
+
+@pytest.mark.parametrize(("method", "stage", "world"), SAME)
+def test_at_the_same_layout_every_bit_is_the_same(ranks, method, stage, world, tmp_path):
+    assert ranks(world).run(f"{MODULE}:lost", method, 1, stage, str(tmp_path)) == [[]] * world
