@@ -138,7 +138,7 @@ def newest_valid(directory: Path) -> tuple[Manifest | None, list[str]]:
         wrong = problems(manifest)
         if not wrong:
             return manifest, skipped
-        skipped.append(f"{manifest.folder}: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""))
+        skipped.append(wrong[0] + (f" (and {len(wrong) - 1} more files)" if wrong[1:] else ""))
     return None, skipped
 
 
@@ -156,7 +156,7 @@ def publish(directory: Path, tag: str) -> Path:
     os.rename(unfinished(directory, tag), place)
     sync_folder(directory)
     new = directory / f".{LATEST}.part"
-    write_and_sync(new, tag + "\n")
+    write_and_sync(new, tag)
     os.replace(new, directory / LATEST)
     sync_folder(directory)
     _remove(old)

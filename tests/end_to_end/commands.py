@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from megalr.benchmarks.processes import die_with_parent
+from megalr.checkpoint.manifest import read_manifest
+from megalr.checkpoint.reading import read_tensor
 from megalr.training.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -160,29 +161,10 @@ def perplexity(output: str) -> float:
 
 
 def assert_same_checkpoints(one: Path, other: Path) -> None:
-    """Every tensor and every number in two of DeepSpeed's checkpoint folders is the same, bit for bit."""
-    files = sorted(file.name for file in other.glob("*.pt"))
-    assert files
-    for name in files:
-        first, second = (torch.load(folder / name, weights_only=False) for folder in (one, other))
-        for content in (first, second):
-            content.pop("ds_config")  # it names the folder
-        _assert_same(first, second, name)
-
-
-def _assert_same(one: Any, other: Any, where: str) -> None:
-    assert type(one) is type(other), where
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, np.ndarray):
-        assert np.array_equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key, value in one.items():
-            _assert_same(value, other[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for index, value in enumerate(one):
-            _assert_same(value, other[index], f"{where}[{index}]")
-    elif isinstance(one, str | int | float | bool | type(None)):
-        assert one == other, where
+    """Every tensor and every number in two checkpoints is the same, bit for bit."""
+    first, second = read_manifest(one), read_manifest(other)
+    assert first.tensors.keys() == second.tensors.keys()
+    for key in first.tensors:
+        assert torch.equal(read_tensor(first, key), read_tensor(second, key)), key
+    for part in ("numbers", "client", "layout"):
+        assert first.content[part] == second.content[part]

@@ -90,7 +90,7 @@ def test_a_killed_launcher_leaves_a_checkpoint(tmp_path):
     assert "stopped on request (the launcher is gone)" in rest.decode()
     tag = (tmp_path / "stopped/checkpoints/latest").read_text()
     assert tag == f"step{metrics(tmp_path / 'stopped')[-1]['step']}"
-    shards = [file.name for file in (tmp_path / "stopped/checkpoints" / tag).glob("*optim_states.pt")]
+    shards = [file.name for file in (tmp_path / "stopped/checkpoints" / tag).glob("*.safetensors")]
     assert len(shards) == 2
 
 

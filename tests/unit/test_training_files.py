@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from megalr.checkpoint.manifest import write_manifest
 from megalr.errors import UserError
 from megalr.training.checkpoints import Notes, check_notes, differences, read_notes
 from megalr.training.export import check_export_folder
@@ -48,18 +49,22 @@ def test_differences_name_the_value_that_differs():
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    notes = Notes("step3", 3, 300, {"model": {"hidden_size": 128}, "processes": 2}, {})
+    notes = Notes("step3", 3, 300, {"model": {"hidden_size": 128}, "train_batch_size": 2}, {})
     with pytest.raises(UserError) as error:
-        check_notes(notes, {"model": {"hidden_size": 64}, "processes": 1}, RunFolder(tmp_path))
+        check_notes(notes, {"model": {"hidden_size": 64}, "train_batch_size": 1}, RunFolder(tmp_path))
     assert "model.hidden_size: 128 -> 64" in str(error.value)
-    assert "processes: 2 -> 1" in str(error.value)
+    assert "train_batch_size: 2 -> 1" in str(error.value)
     check_notes(notes, notes.required, RunFolder(tmp_path))
 
 
 def test_notes_of_a_checkpoint_that_no_run_wrote(tmp_path):
     folder = RunFolder(tmp_path)
-    folder.checkpoints.mkdir()
-    (folder.checkpoints / "latest").write_text("global_step7")
+    (folder.checkpoints / "global_step7").mkdir(parents=True)
+    with pytest.raises(UserError, match="global_step7/manifest.json is missing: the checkpoint was never finished"):
+        read_notes(folder)
+    numbers = {"optimizer": {"updates": 7}}
+    content = {"numbers": numbers, "client": {}, "written": 1, "files": {}, "tensors": {}}
+    write_manifest(folder.checkpoints / "global_step7", content)
     with pytest.raises(UserError, match="global_step7 is no checkpoint of a pretraining run"):
         read_notes(folder)
 
