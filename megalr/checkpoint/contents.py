@@ -61,6 +61,7 @@ class Contents:
                 for name, p in self._module.named_parameters(remove_duplicate=False)
                 if shared[id(p)] != name
             },
+            "shapes": self._unfolded(),
             "chosen_by": self._shares() if self._states_of_chosen() else 0,
         }
 
@@ -142,6 +143,12 @@ class Contents:
                 + more
                 + "\nload it with the model and the megalr.parametrization that it was written with"
             )
+
+    def _unfolded(self) -> dict[str, list[int]]:
+        """Shapes of the model's tensors that are stored with another one, for exports."""
+        shapes = {**self._shard.layout.shapes, **{n: _whole(n, p) for n, p in self._frozen_parameters()}}
+        shapes |= {name: tuple(buffer.shape) for name, buffer in self._module.named_buffers()}
+        return {name: list(shape) for name, shape in shapes.items() if folded(shape) != tuple(shape)}
 
     def _portable(self, *, once: bool) -> dict[str, Entry]:
         """The optimizer's, with sparse vectors in the order that one process has."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalr.checkpoint.format import itemsize
 from megalr.errors import UserError
 
 VERSION = 1
@@ -235,8 +236,6 @@ def _checksum_of(read: Callable[[int], bytes], length: int) -> int:
 
 
 def _bytes(sizes: Sequence[int], dtype: str) -> int:
-    from megalr.checkpoint.storage import itemsize  # noqa: PLC0415  (it imports this)
-
     size = itemsize(dtype)
     for each in sizes:
         size *= each

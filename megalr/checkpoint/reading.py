@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megalr.checkpoint.format import BY_NAME, piece_name
 from megalr.checkpoint.manifest import Manifest
-from megalr.checkpoint.storage import BY_NAME, piece_name
 
 
 def read_tensor(manifest: Manifest, key: str) -> Tensor:

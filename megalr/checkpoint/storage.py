@@ -10,7 +10,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,28 +29,10 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from megalr.checkpoint.format import BY_NAME, DTYPES, piece_name
 from megalr.checkpoint.manifest import Manifest, prune, publish, sync_folder, unfinished, write_manifest
 
-# Names of safetensors.
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 ALIGNMENT = 8  # bytes; of a header
-
-
-def itemsize(dtype: str) -> int:
-    """Bytes of one element, by safetensors' name of the dtype."""
-    return BY_NAME[dtype].itemsize
 
 
 class FolderWriter(StorageWriter):
@@ -207,11 +189,6 @@ class FolderReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """It is never asked for a place by its name."""
         return False
-
-
-def piece_name(key: str, offsets: Sequence[int]) -> str:
-    """A rectangle's name in its file."""
-    return f"{key}@{','.join(map(str, offsets))}"
 
 
 def _name_of(index: MetadataIndex) -> str:
