@@ -27,7 +27,8 @@ def main(argv: Sequence[str]) -> int:
         argv: the command line without the program's name.
 
     Returns:
-        The exit code: 0; 1 where `verify` has found damage; 2 after a UserError, whose message alone is printed.
+        The exit code: 0; 1 where `verify` has found damage; 2 after a UserError or what the
+        system refuses, of which the message alone is printed.
     """
     try:
         arguments = _parser().parse_args(argv)
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
                 overwrite=arguments.overwrite,
             )
         return 0
-    except UserError as error:
+    except (UserError, OSError) as error:
         if os.environ.get("MEGALR_TRACEBACK"):
             traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr)

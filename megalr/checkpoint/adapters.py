@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from megalr.checkpoint.huggingface import write_model
+from megalr.checkpoint.outputs import ADAPTERS, BASE
 from megalr.checkpoint.weights import Weights, cast
 from megalr.errors import UserError
 from megalr.layers.base import ParametrizationConfig
 from megalr.layers.lora import LoraConfig
 
-BASE = "base"
 PREFIX = "base_model.model"  # peft's, of every name in the model
 
 
@@ -59,7 +59,7 @@ def write_adapters(weights: Weights, folder: Path, out: Path, dtype: torch.dtype
         "modules_to_save": None,
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / ADAPTERS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _lora(config: ParametrizationConfig) -> LoraConfig:

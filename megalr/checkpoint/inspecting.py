@@ -13,6 +13,7 @@ from typing import Any
 from megalr.checkpoint.folders import Listed, is_one, latest, listed, missing_or_cut
 from megalr.checkpoint.format import itemsize
 from megalr.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from megalr.errors import UserError
 from megalr.planner.report import human_bytes
 
 LABEL = 22  # characters
@@ -39,9 +40,12 @@ def inspect(place: Path, pattern: str | None) -> None:
         pattern: list the tensors of one whose key matches, as a shell matches names, or contains it; None for none.
 
     Raises:
-        UserError: there is no checkpoint, or the one's manifest cannot be read.
+        UserError: there is no checkpoint, the one's manifest cannot be read, or there are several of which tensors are
+            to be listed.
     """
     if not is_one(place):
+        if pattern is not None:
+            raise UserError(f"{place} holds several checkpoints: name one of them, as {listed(place)[0].folder}")
         _print_several(place)
     elif pattern is None:
         _print_one(read_manifest(place))

@@ -12,8 +12,9 @@ from megalr.checkpoint.manifest import MANIFEST
 from megalr.errors import UserError
 
 PART = ".part"
+ADAPTERS, BASE = "adapter_config.json", "base"  # as megalr.checkpoint.adapters writes them
 # What marks a folder as an earlier export, and what of it must not stay beside a new one.
-MARKS = ("config.json", "model.safetensors", "adapter_config.json")
+MARKS = ("config.json", "model.safetensors", ADAPTERS)
 REPLACED = ("model*.safetensors*", "pytorch_model*", "adapter_*", "config.json", "generation_config.json")
 
 
@@ -60,7 +61,9 @@ def _check(out: Path, checkpoint: Path, may_replace: bool) -> None:
 
 
 def _move(part: Path, out: Path) -> None:
-    for folder in (out, out / "base"):
+    # The base model that an earlier export of adapters has beside them; any other folder there is the user's own.
+    earlier = (out / ADAPTERS).is_file()
+    for folder in (out, out / BASE) if earlier else (out,):
         for pattern in REPLACED:
             for stale in folder.glob(pattern):
                 if stale.is_file():

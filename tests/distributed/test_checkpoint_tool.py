@@ -239,6 +239,9 @@ def test_inspect_several(odd, capsys):
     assert newest.startswith("second  latest  2 updates, ") and "stage 3, 2 processes, float32" in newest
     assert older.startswith("first           1 updates, ")
     assert "damaged" not in output
+    code, _, errors = run(capsys, "inspect", odd[0], "--tensors")
+    assert code == 2
+    assert str(odd[0] / "second") in errors
 
 
 def test_inspect_one(made, capsys):
@@ -312,8 +315,11 @@ def test_folders_that_are_not_to_be_written(odd, tmp_path, capsys):
     (out / "README.md").write_text("mine")
     (out / "model-00001-of-00002.safetensors").write_text("stale")
     assert run(capsys, "export", folder, *to, out)[0] == 2
+    (out / "base").mkdir()
+    (out / "base/config.json").write_text("mine")
     assert run(capsys, "export", folder, *to, out, "--overwrite")[0] == 0
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "base", "model.safetensors"]
+    assert (out / "base/config.json").read_text() == "mine"
 
 
 def test_what_a_form_cannot_hold(made, odd, tmp_path, capsys):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,7 +21,7 @@ from tests.distributed.tensor_training import (
     tensor_configuration,
     tensor_parallel_groups,
 )
-from tests.distributed.training import run_steps
+from tests.distributed.training import VOCABULARY, run_steps
 
 UPDATES = 4
 LORA = {"parametrization": {"type": "lora", "rank": 4, "alpha": 6.5}}
@@ -66,9 +67,19 @@ def make(case: str, tensor: int, stage: int, folder: str) -> tuple[dict[str, Ten
         state = megalr.consolidated_state_dict(engine)
         engine.eval()
         with torch.no_grad():
-            logits = engine(input_ids=data[0][:2]).logits.clone()
+            logits = _whole(engine(input_ids=data[0][:2]).logits.clone())
         engine.destroy()
     return None if state is None else (state, logits)
+
+
+def _whole(logits: Tensor) -> Tensor:
+    """A tied head is cut by vocabulary, and each tensor-parallel rank has the logits of its part."""
+    if logits.shape[-1] == VOCABULARY:
+        return logits
+    group = groups.get_tensor_model_parallel_group()
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, logits, group=group)
+    return torch.cat(parts, dim=-1)
 
 
 def make_odd(stage: int, folder: str, tags: list[str]) -> dict[str, Tensor] | None:
