@@ -63,7 +63,7 @@ class Contents:
                 for name, p in self._module.named_parameters(remove_duplicate=False)
                 if shared[id(p)] != name
             },
-            "shapes": {name: shape for name, shape in self._shapes() if folded(shape) != shape},
+            "shapes": {name: list(shape) for name, shape in self._shapes() if folded(shape) != tuple(shape)},
             "chosen_by": self._shares() if self._states_of_chosen() else 0,
         }
 

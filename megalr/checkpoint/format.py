@@ -1,4 +1,4 @@
-"""Names inside a checkpoint's safetensors files."""
+"""What the writer of a checkpoint's files and their readers have to agree on."""
 
 from __future__ import annotations
 

@@ -27,18 +27,6 @@ def read_tensor(manifest: Manifest, key: str) -> Tensor:
     return whole
 
 
-def state_dict(manifest: Manifest) -> dict[str, Tensor]:
-    """A model's weights, whole, on the CPU, by every name that a parameter has, and its persistent buffers.
-
-    Trained parameters are the fp32 masters; frozen ones and buffers have the dtype that they were trained with.
-    """
-    numbers = manifest.content["numbers"]
-    state = {name: read_tensor(manifest, key) for key, name in keys_of(manifest, "weights", "frozen", "buffers")}
-    for name, shape in numbers["shapes"].items():
-        state[name] = state[name].view(shape)
-    return state | {alias: state[name] for alias, name in numbers["names"].items() if name in state}
-
-
 def keys_of(manifest: Manifest, *kinds: str) -> Iterator[tuple[str, str]]:
     """Keys and names of the tensors of some kinds: "weights", "exp_avg", "rule", "frozen", "buffers", ..."""
     for key in manifest.tensors:

@@ -154,9 +154,11 @@ def _layout(engine: Any) -> dict[str, Any]:
 
 
 def _model_config(engine: Any) -> Any:
-    """Of a transformers model, for exports."""
+    """Of a transformers model, for exports; with the name of its class, which it has else only when it is saved."""
     to_json = getattr(getattr(engine.module, "config", None), "to_json_string", None)
-    return None if to_json is None else json.loads(to_json(use_diff=False))
+    if to_json is None:
+        return None
+    return json.loads(to_json(use_diff=False)) | {"architectures": [type(engine.module).__name__]}
 
 
 def _check_tag(tag: str) -> None:

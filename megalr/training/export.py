@@ -103,13 +103,27 @@ def write_dense(
 ) -> None:
     """``save_pretrained`` of a dense state dict (fp32, cast once) and its tokenizer."""
     config = type(config).from_dict({**config.to_dict(), "use_cache": True})
-    model: Any = empty_model(config)
+    save_filled(empty_model(config), state, folder, dtype)
+    tokenizer.save_pretrained(folder)
+
+
+def save_filled(model: Any, state: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """``save_pretrained`` of a model on the meta device, filled with weights that are cast.
+
+    Args:
+        model: of transformers; modified.
+        state: its weights; of tied ones at least one.
+        folder: where to write.
+        dtype: of the written weights.
+
+    Raises:
+        UserError: weights are missing or too many.
+    """
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    if unexpected or (missing and not config.tie_word_embeddings):
+    if unexpected or (missing and not getattr(model.config, "tie_word_embeddings", False)):
         raise UserError(f"cannot export: weights missing {missing}, weights too many {unexpected}")
     model.to(dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _largest_difference(

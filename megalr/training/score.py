@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megalr.checkpoint.manifest import Manifest, newest_valid, read_manifest
-from megalr.checkpoint.reading import state_dict
+from megalr.checkpoint.weights import Weights
 from megalr.data import DataConfig, load_data, load_tokenizer
 from megalr.errors import UserError
 from megalr.training.arguments import PlainParser, add_text, positive
@@ -161,7 +161,7 @@ def _from_checkpoint(run: Path, manifest: Manifest) -> Scored:
     config = settings["deepspeed"]
     model: Any = build_model(config_from_dict(settings["model"]), seed=0)
     parametrize(model, config)
-    model.load_state_dict(state_dict(manifest))
+    model.load_state_dict(Weights(manifest).state_dict())
     for section, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if (config.get(section) or {}).get("enabled"):
             for parameter in model.parameters():  # buffers stay fp32, as DeepSpeed leaves them

@@ -1,0 +1,126 @@
+"""``python -m megalr.checkpoint``: look at checkpoints, check them, export models from them. No engine is started."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from megalr.checkpoint.exporting import DTYPE_NAMES, export
+from megalr.checkpoint.inspecting import inspect
+from megalr.checkpoint.verifying import verify
+from megalr.errors import UserError
+from megalr.training.arguments import PlainParser
+
+DAMAGED_CODE, USER_ERROR_CODE = 1, 2
+DIR_HELP = "one checkpoint's folder, or the directory that megalr.save_checkpoint was given"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do what the command line says.
+
+    Args:
+        argv: the command line without the program's name.
+
+    Returns:
+        The exit code: 0; 1 where `verify` has found damage; 2 after a UserError or what the
+        system refuses, of which the message alone is printed.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        place = Path(arguments.dir).expanduser().absolute()
+        if arguments.command == "inspect":
+            inspect(place, arguments.tensors)
+        elif arguments.command == "verify":
+            return 0 if verify(place) else DAMAGED_CODE
+        else:
+            _check_flags(arguments)
+            export(
+                place,
+                Path(arguments.out).expanduser().absolute(),
+                arguments.to,
+                dtype=arguments.dtype,
+                dense=arguments.dense,
+                tokenizer=arguments.tokenizer,
+                overwrite=arguments.overwrite,
+            )
+        return 0
+    except (UserError, OSError) as error:
+        if os.environ.get("MEGALR_TRACEBACK"):
+            traceback.print_exception(error)
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR_CODE
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    if arguments.dense and arguments.to != "safetensors":
+        raise UserError("--dense is for `--to safetensors`: a Hugging Face model is dense, adapters are not")
+    if arguments.tokenizer is not None and arguments.to == "safetensors":
+        raise UserError("--tokenizer is for `--to hf` and `--to peft`, whose folders are read as models")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = PlainParser(
+        prog="python -m megalr.checkpoint",
+        description="Look at, check and export checkpoints that megalr.save_checkpoint has written, without an engine.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "inspect",
+        help="say what a checkpoint is, or list several",
+        description="Say what a checkpoint is: updates, layout, method, bytes, files. Of a directory of several: a "
+        "line for each, newest first, with the one that `latest` names. Files that are missing or have another size "
+        "are named; `verify` reads them.",
+    )
+    command.add_argument("dir", metavar="DIR", help=DIR_HELP)
+    command.add_argument(
+        "--tensors",
+        nargs="?",
+        const="",
+        metavar="PATTERN",
+        help="list the tensors instead: key (kind/name), shape, dtype, pieces; those whose key contains or matches "
+        "PATTERN, such as 'weights/*q_proj*'",
+    )
+    command = commands.add_parser(
+        "verify",
+        help="check every file",
+        description="Read every file and compare it with its checksums. The exit code is 1 where something is wrong.",
+    )
+    command.add_argument("dir", metavar="DIR", help=DIR_HELP)
+    _add_export(
+        commands.add_parser(
+            "export",
+            help="write a model for other programs",
+            description="Write a model of the fp32 weights, cast once. Damaged checkpoints are refused; of a directory "
+            "of several the newest that is whole is taken.",
+        )
+    )
+    return parser
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("dir", metavar="DIR", help=DIR_HELP)
+    command.add_argument("out", metavar="OUT", help="the folder to write to")
+    command.add_argument(
+        "--to",
+        required=True,
+        choices=("hf", "safetensors", "peft"),
+        help="hf: a dense Hugging Face model; safetensors: one file with the weights as they were trained; peft: the "
+        "factors of LoRA or ReLoRA as adapters, and in OUT/base the model that they are added to",
+    )
+    command.add_argument("--dense", action="store_true", help="with --to safetensors: dense weights")
+    command.add_argument("--dtype", choices=DTYPE_NAMES, help="default: the one that the model computed with")
+    command.add_argument(
+        "--tokenizer", metavar="NAME", help="save this one, too: a tokenizer.json, a folder, or a name on the hub"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace an export that is in OUT")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+    sys.exit(main(sys.argv[1:]))

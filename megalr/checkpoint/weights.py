@@ -1,0 +1,94 @@
+"""The model in a checkpoint: its weights as they were trained, or dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from megalr.checkpoint.manifest import Manifest
+from megalr.checkpoint.reading import keys_of, read_tensor
+from megalr.config import MegalrConfig
+from megalr.errors import UserError
+from megalr.layers.base import ParametrizationConfig
+from megalr.layers.export import densify
+from megalr.layers.registry import PARAMETRIZATIONS
+
+
+class Weights:
+    """Trained weights from the fp32 masters, frozen ones and buffers as they are; read when they are asked for.
+
+    Attributes:
+        manifest: of the checkpoint.
+        aliases: further names of shared parameters, and the first name of each.
+        parametrization: that the model was trained with.
+        section: the same as the JSON has it.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        """
+        Args:
+            manifest: of a checkpoint whose files have been checked.
+
+        Raises:
+            UserError: the parametrization is of a plugin that is not there.
+        """
+        self.manifest = manifest
+        self.aliases: Mapping[str, str] = manifest.content["numbers"]["names"]
+        self._keys = {name: key for key, name in keys_of(manifest, "weights", "frozen", "buffers")}
+        self._shapes: Mapping[str, list[int]] = manifest.content["numbers"].get("shapes", {})
+        self.section, self.parametrization = _parametrization(manifest)
+
+    def __iter__(self) -> Iterator[str]:
+        """Names, each parameter's first."""
+        return iter(self._keys)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A parameter or buffer, whole, on the CPU, under any of its names."""
+        first = self.aliases.get(name, name)
+        tensor = read_tensor(self.manifest, self._keys[first])
+        return tensor.view(self._shapes[first]) if first in self._shapes else tensor
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All by every name: fp32 masters, and others in the dtype that they were trained with."""
+        return {name: self[name] for name in (*self._keys, *self.aliases)}
+
+    def as_trained(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """All by their first names; floating-point ones in a dtype."""
+        return {name: cast(self[name], dtype) for name in self}
+
+    def dense(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a dense model has, under all names; multiplied in fp32, then cast.
+
+        Layer by layer, so that the dense model is in memory once, in its dtype.
+
+        Raises:
+            UserError: the parametrization computes what no dense weight does.
+        """
+        layers: dict[str, list[str]] = {}
+        for name in (*self._keys, *self.aliases):
+            layers.setdefault(name.rpartition(".")[0], []).append(name)
+        found: dict[str, Tensor] = {}
+        for names in layers.values():
+            try:
+                parts = densify({name: self[name] for name in names}, self.parametrization)
+            except UserError as error:
+                raise UserError(f"{error}. `--to safetensors` without --dense writes them as they are") from error
+            found |= {name: cast(tensor, dtype) for name, tensor in parts.items()}
+        return found
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Floating-point values in a dtype, others as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _parametrization(manifest: Manifest) -> tuple[Mapping[str, str], ParametrizationConfig]:
+    section = manifest.content["config"].get("megalr", {})
+    chosen = section.get("parametrization") or {"type": "full"}
+    known = chosen.get("type") in PARAMETRIZATIONS
+    # A checkpoint has no modules imported but for layers that cannot be understood without.
+    plugins = {} if known else {"plugins": section.get("plugins", [])}
+    parsed = MegalrConfig.from_json({"megalr": {"parametrization": chosen, **plugins}})
+    return chosen, parsed.parametrization
