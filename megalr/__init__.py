@@ -5,16 +5,19 @@ Importing is cheap: nothing is compiled, and DeepSpeed is imported when an engin
 
 from megalr.config import MegalrConfig
 from megalr.engine import build_optimizer, consolidated_state_dict, initialize, parametrize, trainer_optimizer
-from megalr.errors import UserError
+from megalr.errors import GuardError, UserError
+from megalr.guards.guard import attach_guard
 from megalr.layers.registry import register_parametrization
 from megalr.optim import MegalrOptimizer
 from megalr.optim.registry import register_events
 from megalr.rules.registry import register_rule
 
 __all__ = [
+    "GuardError",
     "MegalrConfig",
     "MegalrOptimizer",
     "UserError",
+    "attach_guard",
     "build_optimizer",
     "consolidated_state_dict",
     "initialize",

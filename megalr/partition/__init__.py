@@ -15,6 +15,8 @@ from megalr.partition.tensor_parallel import (
     own_part,
     places_in_whole,
     read_shards,
+    tensor_parallel_cuts,
+    tensor_parallel_rank,
     whole_frozen,
 )
 
@@ -39,5 +41,7 @@ __all__ = [
     "planned_layout",
     "read_shard",
     "read_shards",
+    "tensor_parallel_cuts",
+    "tensor_parallel_rank",
     "whole_frozen",
 ]
