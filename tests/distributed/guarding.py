@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +17,12 @@ import megalr
 from megalr.engine import deepspeed_section
 from megalr.guards.guard import Guard
 from megalr.partition import frozen_parts
+from megalr.training.arguments import parse_arguments
+from megalr.training.pretrain import pretrain
+from megalr.training.ranks import AgreedError, start_ranks
 from tests.distributed import projecting, rule_training, tensor_training, training
 from tests.distributed.odd_model import odd_model
+from tests.distributed.pretraining import MODELS
 from tests.distributed.training import run_steps, same
 
 NAN = float("nan")
@@ -215,3 +220,13 @@ def of_a_job_of_its_own() -> tuple[list[str], str | None, float | None]:
     assert optimizer.updates == 2
     engine.destroy()
     return events, reason, guard.loss
+
+
+def launcher_ends(flags: list[str], folder: str) -> str:
+    """With which words ``launchers/pretrain.py`` ends, if it does so early."""
+    os.chdir(folder)
+    try:
+        pretrain(parse_arguments(flags), start_ranks(), MODELS)
+    except AgreedError as error:
+        return str(error)
+    return ""

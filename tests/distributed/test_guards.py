@@ -6,6 +6,8 @@ import math
 
 import pytest
 
+from tests.end_to_end.commands import metrics, small_run, write_config
+
 pytestmark = pytest.mark.distributed
 GUARDING = "tests.distributed.guarding"
 BF16 = {"bf16": {"enabled": True}}
@@ -121,3 +123,34 @@ def test_a_job_that_initializes_itself_may_attach_a_guard(ranks):
     for events, reason, loss in ranks(2).run(f"{GUARDING}:of_a_job_of_its_own"):
         assert (events, reason) == (["skipped"], "loss is nan")
         assert loss is None  # none went through the engine
+
+
+@pytest.mark.parametrize(("saves", "words"), [("2", "the last checkpoint is that of step 4"), ("2h", "no checkpoint")])
+def test_the_launcher_notes_what_is_skipped_and_gives_up(ranks, tmp_path, saves, words):
+    """After the first update, of a rate beyond all reason, no loss is a number."""
+    config = write_config(
+        tmp_path / "hot.json",
+        megalr={"guards": {"max_skipped": 3}, "momentum_reset": None, "refactorization": None},
+        optimizer={"type": "AdamW", "params": {"lr": 1e30}},
+    )
+    flags = ["--deepspeed", str(config), *small_run(tmp_path), "--steps", "20", "--log-every", "7"]
+    flags += ["--output", "run", "--save-every", saves]
+    found = ranks(2).run(f"{GUARDING}:launcher_ends", flags, str(tmp_path))
+    assert found[0] == found[1]
+    assert found[0].startswith("step 5: 4 updates in a row were skipped, more than megalr.guards.max_skipped = 3")
+    assert words in found[0]
+
+    rows = {row["step"]: row for row in metrics(tmp_path / "run") if "loss" in row}
+    assert list(rows) == [2, 3, 4, 5]
+    for row in rows.values():
+        assert row["events"] == ["skipped"]
+        assert row["skipped"] == f"loss is {row['loss']}"
+        assert not math.isfinite(row["loss"])
+
+
+def test_checkpoints_by_the_clock_of_rank_0(ranks, tmp_path):
+    flags = ["--deepspeed", str(write_config(tmp_path / "c.json")), *small_run(tmp_path), "--steps", "3"]
+    for every, saved in (("0.0001s", {"step1", "step2", "step3"}), ("1h", {"step3"})):
+        words = [*flags, "--output", every, "--save-every", every]
+        assert ranks(2).run(f"{GUARDING}:launcher_ends", words, str(tmp_path)) == ["", ""]
+        assert {folder.name for folder in (tmp_path / every / "checkpoints").iterdir() if folder.is_dir()} == saved
