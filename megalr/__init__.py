@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from megalr.config import MegalrConfig
 from megalr.engine import build_optimizer, consolidated_state_dict, initialize, parametrize, trainer_optimizer
-from megalr.errors import UserError
+from megalr.errors import GuardError, UserError
+from megalr.guards.guard import attach_guard
 from megalr.layers.registry import register_parametrization
 from megalr.optim import MegalrOptimizer
 from megalr.optim.registry import register_events
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
     from megalr.checkpoint.saving import save_checkpoint, wait_for_checkpoint
 
 __all__ = [
+    "GuardError",
     "MegalrConfig",
     "MegalrOptimizer",
     "UserError",
+    "attach_guard",
     "build_optimizer",
     "consolidated_state_dict",
     "initialize",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megalr.errors import UserError
+from megalr.guards.config import GuardsConfig
 from megalr.layers.base import FullConfig, ParametrizationConfig
 from megalr.layers.low_rank import LowRankConfig  # noqa: F401  (importable from here, too)
 from megalr.layers.projected import ProjectedConfig  # noqa: F401
@@ -131,7 +132,7 @@ class MegalrConfig:
     """All that megalr reads from the JSON.
 
     Attributes:
-        optimizer, parametrization, refactorization, momentum_reset, activations: sections of their own.
+        optimizer, parametrization, refactorization, momentum_reset, activations, guards: sections of their own.
         exchange_bucket_bytes: bound of the temporary memory of whole-matrix work.
         seed: key of all random numbers.
         plugins: modules to import for methods of a user's own.
@@ -144,6 +145,7 @@ class MegalrConfig:
     refactorization: RefactorizationConfig | None = None
     momentum_reset: MomentumResetConfig | None = None
     activations: VeloraConfig | None = None
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     exchange_bucket_bytes: int = 256 * 1024 * 1024
     seed: int = 0
     plugins: tuple[str, ...] = ()
@@ -226,6 +228,8 @@ class MegalrConfig:
             values["momentum_reset"] = build(MomentumResetConfig, section["momentum_reset"], "megalr.momentum_reset")
         if section.get("activations") is not None:
             values["activations"] = build(VeloraConfig, section["activations"], "megalr.activations")
+        if section.get("guards") is not None:
+            values["guards"] = build(GuardsConfig, section["guards"], "megalr.guards")
         if "optimizer" in section and "optimizer" in content:
             raise UserError('"optimizer" and "megalr.optimizer" are both given: remove one')
         optimizer = section.get("optimizer", content.get("optimizer", {"type": "AdamW"}))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megalr.config import FullConfig, Json, MegalrConfig, fill_auto, read_json
 from megalr.errors import UserError
+from megalr.guards.guard import attach_guard
 from megalr.layers import parametrize as _parametrize
 from megalr.layers.parametrize import factor_pairs, replaced_layers
 from megalr.layers.velora import compress_activations, compressed_layers
@@ -122,7 +123,8 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
 
     Returns:
         ``(engine, optimizer, dataloader, scheduler)``, as ``deepspeed.initialize``; the
-        :class:`~megalr.optim.MegalrOptimizer` itself is ``engine.basic_optimizer``.
+        :class:`~megalr.optim.MegalrOptimizer` itself is ``engine.basic_optimizer``, and what guards the run
+        ``engine.megalr_guard``.
 
     Raises:
         UserError: for a configuration that cannot work, before anything is built.
@@ -145,7 +147,7 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     if getattr(scheduler, "last_batch_iteration", None) == -1:
         scheduler.step()
     optimizer.prepare()
-    _announce_updates(results[0], optimizer)
+    attach_guard(results[0])
     return results
 
 
@@ -164,20 +166,6 @@ def _cut(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> None:
         raise UserError("compressed activations cannot be shared by tensor-parallel ranks: remove megalr.activations")
     if replaced_layers(model):
         cut_layers(model, planned_cuts(model, content), bwc_tensor_model_parallel_group(mpu))
-
-
-def _announce_updates(engine: Any, optimizer: MegalrOptimizer) -> None:
-    """Tell the optimizer when an update is over; DeepSpeed tells it nothing of those that it skips."""
-    engine_step = engine.step
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        last = engine.is_gradient_accumulation_boundary()  # also where the user has set it
-        result = engine_step(*args, **kwargs)
-        if last:
-            optimizer.begin_update()
-        return result
-
-    engine.step = step
 
 
 def deepspeed_section(content: Json) -> dict[str, Any]:

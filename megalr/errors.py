@@ -1,4 +1,4 @@
-"""The one exception that means: the user gave something that cannot work, and the message says what to write."""
+"""The exceptions that mean: something cannot go on as the user has it, and the message says what to do."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class UserError(ValueError):
 
     Launchers print the message alone, on rank 0, and exit with code 2; a library user sees an ordinary ``ValueError``.
     """
+
+
+class GuardError(UserError):
+    """A guard stops the run; raised on all ranks alike, at the end of the same update."""

@@ -90,7 +90,7 @@ def result(one: Run, folder: RunFolder, ended: Ended) -> dict[str, Any]:
     losses, last = _losses(folder.metrics)
     loss = math.nan if last is None else last[1]
     finished = ended.code == 0 and folder.summary.is_file()
-    diverged = ended.code == USER_ERROR_CODE and last is not None and not math.isfinite(loss)
+    diverged = ended.code == USER_ERROR_CODE and last is not None and (last[2] or not math.isfinite(loss))
     if not finished and not diverged:
         raise _failure(one, ended)
     summary = json.loads(folder.summary.read_text()) if finished else {}
@@ -124,15 +124,18 @@ def _failure(one: Run, ended: Ended) -> UserError:
     return UserError(f"{one.title} failed with exit code {ended.code}; its last lines (of {ended.log}):\n{words}")
 
 
-def _losses(metrics: Path) -> tuple[list[tuple[float, float]], tuple[int, float] | None]:
-    """(tokens, training loss) of every step with a finite one, and (step, loss) of the last step, finite or not."""
+def _losses(metrics: Path) -> tuple[list[tuple[float, float]], tuple[int, float, bool] | None]:
+    """(tokens, training loss) of every step with a finite one; (step, loss, skipped) of the last step, finite or not.
+
+    A run that was stopped at a step whose update was skipped had too many of those.
+    """
     if not metrics.exists():
         return [], None
     history = read_history(metrics)
     last = None
     for line in metrics.read_text().splitlines():
         row = json.loads(line)
-        last = (row["step"], row["loss"]) if "loss" in row else last
+        last = (row["step"], row["loss"], "skipped" in row) if "loss" in row else last
     return list(zip(history.tokens.tolist(), history.losses.tolist(), strict=True)), last
 
 

@@ -32,7 +32,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
 
     A parameter without a gradient counts as having a zero gradient, as ZeRO has it, so that every stage agrees.
     An update with a gradient that is not finite anywhere, on any rank, is skipped by all: weights, moments, bases and
-    counts stay as they are. (DeepSpeed skips most of them itself, before it calls :meth:`step`.)
+    counts stay as they are. (DeepSpeed skips most of them itself, before it calls :meth:`step`.) So is one that
+    :meth:`skip_update` was called for.
 
     Attributes:
         updates: updates made so far, skipped ones not counted.
@@ -80,6 +81,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         self.all_events = [each for each in (events, activations) if each is not None]
         self._loaded: dict[str, Any] | None = None
         self._stepped: set[int] = set()
+        self._skip_asked = False
         self._skipping = False
         self._began = False
         param_groups: list[dict[str, Any]] = [
@@ -105,7 +107,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
             return  # the call that DeepSpeed makes to have states created must not count, decay weights or run events
         self._began = True
         if not self._stepped:
-            self._skipping = not self._gradients_are_finite(shard)
+            self._skipping = self._skip_asked or not self._gradients_are_finite(shard)
         index = {id(parameter): buffer for buffer, parameter in enumerate(shard.parameters)}
         for group in self.param_groups:
             # A parameter without a buffer is frozen.
@@ -123,12 +125,20 @@ class MegalrOptimizer(torch.optim.Optimizer):
             self._stepped.clear()
             self.last_events = self._end_update()
 
+    def skip_update(self) -> None:
+        """Have the update whose :meth:`step` comes next be skipped, as for a gradient that is not finite.
+
+        To be called on all ranks or none, after the last backward pass of the update.
+        """
+        self._skip_asked = True
+
     def begin_update(self) -> None:
-        """Forget what backward passes have left in layers for an update that was skipped.
+        """Forget what backward passes have left in layers for an update that was skipped, and that it was to be.
 
         To be called before the first backward pass of an update where somebody else skips updates, as DeepSpeed does;
         without it a refresh that meets such remains is put off by one update.
         """
+        self._skip_asked = False
         for events in self.all_events:
             events.forget_gradients()
 
@@ -137,6 +147,10 @@ class MegalrOptimizer(torch.optim.Optimizer):
         self._stepped.clear()
         self._skipping, self._began, self._loaded = False, True, None
         self.begin_update()
+
+    def counts(self) -> dict[str, Any]:
+        """The counts of updates, the same on all ranks."""
+        return {"updates": self.updates, "clocks": {name: vars(clock).copy() for name, clock in self.clocks.items()}}
 
     def prepare(self) -> Shard:
         """Read what lies where, choose owners; done once, on first use after ``deepspeed.initialize``."""
@@ -167,8 +181,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict with a "megalr" entry: the update count, the clocks, and this rank's matrices by name."""
         state = super().state_dict()
-        clocks = {name: vars(clock).copy() for name, clock in self.clocks.items()}
-        state["megalr"] = {"updates": self.updates, "clocks": clocks, "form": self.rule_form() | self.layer_form()}
+        state["megalr"] = {**self.counts(), "form": self.rule_form() | self.layer_form()}
         if self.matrices is not None:
             state["megalr"]["matrices"] = self.matrices.state_dict()
         elif self._loaded is not None:  # loaded, and no update since

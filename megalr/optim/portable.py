@@ -23,8 +23,7 @@ def numbers_of(optimizer: MegalrOptimizer) -> dict[str, Any]:
     """
     _refuse_parts(optimizer)
     return {
-        "updates": optimizer.updates,
-        "clocks": {name: vars(clock).copy() for name, clock in optimizer.clocks.items()},
+        **optimizer.counts(),
         "lr": {group["name"]: float(group["lr"]) for group in optimizer.all_groups},
         "rule": optimizer.rule_form(),
         "layers": optimizer.layer_form(),

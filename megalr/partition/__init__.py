@@ -16,6 +16,8 @@ from megalr.partition.tensor_parallel import (
     place_of_part,
     places_in_whole,
     read_shards,
+    tensor_parallel_cuts,
+    tensor_parallel_rank,
     whole_frozen,
 )
 
@@ -41,5 +43,7 @@ __all__ = [
     "planned_layout",
     "read_shard",
     "read_shards",
+    "tensor_parallel_cuts",
+    "tensor_parallel_rank",
     "whole_frozen",
 ]

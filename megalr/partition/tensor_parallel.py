@@ -154,6 +154,11 @@ def places_in_whole(parameter: Tensor) -> Tensor | None:
     return torch.cat(_of_all(mine, _tensor_group()))
 
 
+def tensor_parallel_rank() -> int:
+    """Which of the tensor-parallel ranks that DeepSpeed was told of this one is."""
+    return dist.get_rank(_tensor_group())
+
+
 def _size(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -12,6 +13,21 @@ from megalr.errors import UserError
 DEFAULT_STEPS = 400
 DEFAULT_BATCH_SIZE = 12  # sequences a step; 1, 2, 3 and 4 processes share them evenly
 LARGEST_DEFAULT_MICRO_BATCH = 16  # sequences of 256 tokens; their logits take 2 GB at a vocabulary of 32,000
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How far apart two of a kind are: so many updates, or so many seconds of a clock."""
+
+    updates: int | None = None
+    seconds: float | None = None
+
+    def is_over(self, updates: int, seconds: float) -> bool:
+        """Whether it ends with update number ``updates``, so many seconds after the last end."""
+        if self.updates is not None:
+            return updates % self.updates == 0
+        return self.seconds is not None and seconds >= self.seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +55,7 @@ class PretrainArguments:
     micro_batch_size: int | None = None
     seed: int | None = None
     eval_every: int = 100
-    save_every: int = 1000
+    save_every: Interval = Interval(updates=1000)
     keep_checkpoints: int | None = None
     log_every: int = 1
     galore_compatible_eval: bool = False
@@ -83,6 +99,20 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return number
+
+
+def interval(text: str) -> Interval:
+    """An argparse type: ``500`` updates, or ``90s``, ``30m``, ``2h`` of time."""
+    unit = _SECONDS.get(text[-1:])
+    try:
+        found = Interval(updates=int(text)) if unit is None else Interval(seconds=float(text[:-1]) * unit)
+    except ValueError:
+        found = Interval()
+    if not 0 < (found.updates or found.seconds or 0) < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither a number of updates, such as 500, nor a time, such as 90s, 30m or 2h"
+        )
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -231,10 +261,11 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--save-every",
-        type=positive,
-        default=1000,
+        type=interval,
+        default=Interval(updates=1000),
         metavar="N",
-        help="updates between two checkpoints; one is always written at the end (default: 1000)",
+        help="updates between two checkpoints, or time, such as 90s, 30m or 2h; one is always written at the end "
+        "(default: 1000)",
     )
     group.add_argument(
         "--keep-checkpoints",

@@ -1,12 +1,19 @@
-"""SIGTERM and Ctrl-C as a request to stop after the current step, and what launchers make of them.
+"""SIGTERM, SIGUSR1 and Ctrl-C as a request to stop after the current step, and what launchers make of them.
 
-What happens around a rank, with DeepSpeed 0.19 and torch 2.13:
+SIGUSR1 is what queues such as SLURM send to warn of the end. A run that was stopped by it, by SIGTERM or because its
+launcher is gone ends with code 75, "try again"; after Ctrl-C with 0. What happens around a rank, with DeepSpeed 0.19
+and torch 2.13:
 
 - Ctrl-C reaches every process of ``deepspeed``: ranks get SIGINT from the terminal, and SIGTERM from their
   launcher on top. Under ``torchrun`` they have sessions of their own and get one SIGINT from it. So a SIGTERM
   after a SIGINT is the same request, and so is a SIGINT that follows another within moments.
 - Launchers kill ranks that are still there 30 seconds later.
 - ``kill`` of the ``deepspeed`` command itself is passed on to nobody: the ranks notice that it is gone.
+- SIGUSR1 ends ``deepspeed`` and ``torchrun`` themselves, at once, unless they were started with it ignored
+  (``trap '' USR1``), which ranks undo for themselves, or ``torchrun`` with ``--signals-to-handle`` naming it.
+- What a shell sees in the end: of plain ``python`` the rank's code; of ``deepspeed`` the code of the rank that ended
+  first, which is that of all, or 143, 138 and 130 where SIGTERM, SIGUSR1 or Ctrl-C reached the command itself; of
+  ``torchrun`` 1 for whatever its ranks ended with, also where it was asked to stop itself, and 138 after SIGUSR1.
 """
 
 from __future__ import annotations
@@ -14,19 +21,21 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
+TRY_AGAIN = os.EX_TEMPFAIL  # 75: the exit code of a run that was stopped and can go on
 _SAME_REQUEST = 1.0  # seconds
 
 
 class StopRequest:
     """Notes a request to stop. A context manager: handlers are installed inside and put back afterwards.
 
-    A second Ctrl-C ends the process at once, with code 130. Once there was a request, later SIGTERMs are ignored to
-    the end: launchers repeat it rank by rank, and ranks that were asked to stop should end with code 0.
+    A second Ctrl-C ends the process at once, with code 130. Once there was a request, later SIGTERMs and SIGUSR1s are
+    ignored to the end: launchers repeat them rank by rank, and ranks that were asked to stop end with their own code.
     """
 
     def __init__(self) -> None:
@@ -43,7 +52,7 @@ class StopRequest:
         return self._reason
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -51,7 +60,8 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._reason is not None:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -61,6 +71,17 @@ class StopRequest:
             elif now - self._first_interrupt > _SAME_REQUEST:
                 os._exit(130)
         self._reason = self._reason or signal.Signals(number).name
+
+
+def exit_code(reason: str) -> int:
+    """What a run that was stopped for this reason should end with: 0 where somebody sat there and pressed Ctrl-C."""
+    return 0 if reason == signal.SIGINT.name else TRY_AGAIN
+
+
+def agreed_reason(reasons: Iterable[str | None]) -> str | None:
+    """One reason of those that ranks have: Ctrl-C if any had that, for which launchers send SIGTERM, else the first."""
+    found = [reason for reason in reasons if reason is not None]
+    return signal.SIGINT.name if signal.SIGINT.name in found else next(iter(found), None)
 
 
 def _launchers() -> list[tuple[int, int]]:

@@ -13,11 +13,13 @@ from torch import Tensor
 
 import megalr
 from megalr.data import Batches, Examples
+from megalr.errors import GuardError
 from megalr.optim.groups import logical_shape
+from megalr.training.arguments import Interval
 from megalr.training.checkpoints import Notes, load_checkpoint, save_checkpoint
 from megalr.training.ds_config import Batch
 from megalr.training.evaluation import IGNORED, Evaluation, evaluate, predicted_tokens, to_device
-from megalr.training.interruption import StopRequest
+from megalr.training.interruption import StopRequest, agreed_reason
 from megalr.training.metrics import MetricsLog
 from megalr.training.ranks import AgreedError, Ranks
 from megalr.training.run_folder import RunFolder
@@ -31,7 +33,8 @@ class LoopSettings:
     Attributes:
         steps: updates of the whole run.
         batch: sequences of one update.
-        eval_every, save_every, log_every: updates between two of these.
+        eval_every, log_every: updates between two of these.
+        save_every: updates between two checkpoints, or time, of which rank 0's clock is the measure.
         keep: how many checkpoints to leave; None for all.
         galore_compatible_eval: show that perplexity, too.
     """
@@ -39,7 +42,7 @@ class LoopSettings:
     steps: int
     batch: Batch
     eval_every: int
-    save_every: int
+    save_every: Interval
     log_every: int
     keep: int | None
     galore_compatible_eval: bool
@@ -115,17 +118,19 @@ class Loop:
             checkpoint either way.
 
         Raises:
-            UserError: the loss is not a number any more.
+            UserError: a guard stops the run.
         """
         settings = self._settings
         reason: str | None = None
+        saved_at = time.monotonic()
         with StopRequest() as request:
             self._screen.start_bar(self.step, settings.steps)
             while self.step < settings.steps and reason is None:
                 self._train_step()
-                reason = self._asked_to_stop(request)
-                if self.step % settings.save_every == 0:
+                reason, save = self._what_next(request, time.monotonic() - saved_at)
+                if save:
                     self.save()
+                    saved_at = time.monotonic()
                 if self.step % settings.eval_every == 0 and reason is None:
                     reason = self.evaluate(request)
             self.save()
@@ -141,7 +146,7 @@ class Loop:
 
         def give_up() -> bool:
             nonlocal reason
-            reason = None if request is None else self._asked_to_stop(request)
+            reason = None if request is None else self._what_next(request, 0.0)[0]
             return reason is not None
 
         found = evaluate(
@@ -195,12 +200,17 @@ class Loop:
         """Of the updates so far in this process, over all ranks."""
         return self._tokens_here / self.seconds if self.seconds else 0.0
 
-    def _asked_to_stop(self, request: StopRequest) -> str | None:
-        """Why to stop, if any rank was asked to; the same on all ranks."""
+    def _what_next(self, request: StopRequest, unsaved: float) -> tuple[str | None, bool]:
+        """Why to stop, if any rank was asked to, and whether a checkpoint is due; the same on all ranks.
+
+        Args:
+            request: this rank's.
+            unsaved: seconds since the last checkpoint.
+        """
         mine = request.reason
-        if self._ranks.sum([mine is not None]) == [0.0]:
-            return None
-        return next(reason for reason in self._ranks.gather(mine) if reason is not None)
+        due = self._ranks.is_first and self._settings.save_every.is_over(self.step, unsaved)
+        asked, save = self._ranks.sum([mine is not None, due])
+        return agreed_reason(self._ranks.gather(mine)) if asked else None, bool(save)
 
     def _train_step(self) -> None:
         """One update."""
@@ -214,23 +224,31 @@ class Loop:
             # mean over the tokens of the whole batch, however it is cut and however unevenly it is padded.
             share = predicted / (batch.accumulation * ranks.data_size)
             losses: list[Tensor] = []
+            stopped: GuardError | None = None
             for micro_batch in micro_batches:
                 loss = engine(**to_device(micro_batch, ranks.device), num_items_in_batch=share).loss
                 engine.backward(loss)
-                engine.step()
                 losses.append(loss.detach().double())
+                try:
+                    engine.step()
+                except GuardError as error:  # at the last micro-batch of all ranks; the step is noted all the same
+                    stopped = error
             (total,) = ranks.sum_of_data([float(sum(losses))])
         self.step += 1
         self.tokens += read_by_all
         self._tokens_here += read_by_all
         self._note_step(total / (batch.accumulation * ranks.data_size), lr)
+        if stopped is not None:
+            self._screen.end_bar()
+            megalr.wait_for_checkpoint()
+            raise AgreedError(f"step {self.step}: {stopped}\n{self._last_checkpoint()}") from stopped
 
     def _note_step(self, loss: float, lr: float) -> None:
         speed = self.tokens_per_second
         self._screen.advance(loss=loss, tokens_per_second=speed, lr=lr)
         events = list(self.engine.basic_optimizer.last_events)
         before, self._bytes_moved = self._bytes_moved, self.engine.basic_optimizer.bytes_moved
-        if self.step % self._settings.log_every == 0 or events or not math.isfinite(loss):
+        if self.step % self._settings.log_every == 0 or events:
             norm = self.engine.get_global_grad_norm()
             row: dict[str, Any] = {
                 "step": self.step,
@@ -243,15 +261,17 @@ class Loop:
             }
             if events:
                 row["events"] = events
+            if events == ["skipped"]:
+                row["skipped"] = self.engine.megalr_guard.last_reason
+                self._screen.say(f"step {self.step:,}: the update is skipped: {row['skipped']}")
             self.metrics.append(row)
             # DeepSpeed itself reports the learning rate alone.
             self._report({"Train/Samples/train_loss": loss, "Train/Samples/grad_norm": row["grad_norm"]})
-        if not math.isfinite(loss):
-            self._screen.end_bar()
-            raise AgreedError(
-                f"the loss is {loss} at step {self.step}: lower the learning rate (optimizer.params); "
-                f"checkpoints of earlier steps, if any, are in {self._folder.checkpoints}"
-            )
+
+    def _last_checkpoint(self) -> str:
+        if self._saved_step is None:
+            return "no checkpoint has been written (--save-every)"
+        return f"the last checkpoint is that of step {self._saved_step}, in {self._folder.checkpoints}"
 
     def _report(self, numbers: dict[str, float | None]) -> None:
         """Give numbers to DeepSpeed's monitors, against the sequences read, as DeepSpeed gives its own."""

@@ -20,6 +20,7 @@ from megalr.data import Batches, unigram_perplexity
 from megalr.training.arguments import PretrainArguments, parse_arguments
 from megalr.training.evaluation import Evaluation, evaluate
 from megalr.training.export import export_dense
+from megalr.training.interruption import exit_code
 from megalr.training.loop import Loop, LoopSettings
 from megalr.training.models import build_model
 from megalr.training.plan import Plan, make_plan
@@ -41,13 +42,17 @@ def main(argv: Sequence[str], *, models_folder: Path) -> int:
         models_folder: where the named model shapes are.
 
     Returns:
-        The exit code: 0 at the end and after a request to stop, 2 after a user's mistake.
+        The exit code: 0 at the end, 2 after a user's mistake and where a guard stopped the run; after a request to stop
+        75, "try again", or 0 where that was Ctrl-C.
     """
     return run_program(argv, parse_arguments, lambda arguments, ranks: pretrain(arguments, ranks, models_folder))
 
 
-def pretrain(arguments: PretrainArguments, ranks: Ranks, models_folder: Path) -> None:
+def pretrain(arguments: PretrainArguments, ranks: Ranks, models_folder: Path) -> int:
     """Train a model from its start, or on from a checkpoint. Collective.
+
+    Returns:
+        The exit code.
 
     Raises:
         UserError: for whatever the user can mend.
@@ -69,13 +74,14 @@ def pretrain(arguments: PretrainArguments, ranks: Ranks, models_folder: Path) ->
     reason = loop.train()
     if reason is not None:
         _say_how_to_resume(reason, plan.folder, ranks, screen)
-        return
+        return exit_code(reason)
     difference = None
     if arguments.export is not None:
         screen.say(f"exporting to {arguments.export}")
         difference = _export(loop.engine, plan, Path(arguments.export).expanduser(), ranks)
     test = _test(loop, plan, ranks)
     finish(loop, plan, Baselines(untrained=untrained, unigram=unigram), difference, test, ranks, screen)
+    return 0
 
 
 def build_loop(plan: Plan, ranks: Ranks, screen: Screen) -> Loop:

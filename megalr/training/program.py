@@ -18,16 +18,18 @@ T = TypeVar("T")
 USER_ERROR_CODE = 2
 
 
-def run_program(argv: Sequence[str], parse: Callable[[Sequence[str]], T], work: Callable[[T, Ranks], None]) -> int:
+def run_program(
+    argv: Sequence[str], parse: Callable[[Sequence[str]], T], work: Callable[[T, Ranks], int | None]
+) -> int:
     """Parse the command line, join the other processes, work.
 
     Args:
         argv: the command line without the program's name.
         parse: reads it, raising a UserError for what it cannot read.
-        work: does the rest.
+        work: does the rest, and may say with which exit code to end, the same on all ranks.
 
     Returns:
-        The exit code: 0, or 2 after a UserError, whose message alone is printed, once.
+        The exit code: that one, or 0, or 2 after a UserError, whose message alone is printed, once.
     """
     # Until there is something worth saving, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -43,9 +45,11 @@ def run_program(argv: Sequence[str], parse: Callable[[Sequence[str]], T], work: 
             if error is not None:
                 raise error
         assert arguments is not None
-        work(arguments, ranks)
+        code = work(arguments, ranks) or 0
+        if code:
+            _wait_for_all(ranks)
         stop_ranks()
-        return 0
+        return code
     except UserError as found:
         _complain(found, ranks)
         return USER_ERROR_CODE
@@ -66,8 +70,11 @@ def _complain(error: UserError, ranks: Ranks | None) -> None:
             traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
     if ranks is not None and agreed:
-        # A launcher ends the others as soon as one process has failed: not before the message is out, and not with
-        # another exit code.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        ranks.barrier()
+        _wait_for_all(ranks)
         stop_ranks()
+
+
+def _wait_for_all(ranks: Ranks) -> None:
+    """A launcher ends the others as soon as one process has failed: not before all is said, and not by its signal."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ranks.barrier()

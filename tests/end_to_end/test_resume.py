@@ -24,7 +24,13 @@ from tests.end_to_end.commands import (
 )
 
 STEPS = 40
-LAUNCHERS = {"deepspeed": lambda: deepspeed(2), "torchrun": lambda: torchrun(2), "plain": plain}
+LAUNCHERS = {
+    "plain": plain,
+    "deepspeed": lambda: deepspeed(2),
+    # Itself it ignores SIGUSR1; its ranks take it as a request all the same.
+    "deaf": lambda: ["bash", "-c", "trap '' USR1; exec \"$@\"", "bash", *deepspeed(2)],
+    "torchrun": lambda: torchrun(2),
+}
 
 
 def stop_launcher(process):
@@ -32,9 +38,24 @@ def stop_launcher(process):
 
 
 def stop_one_rank(process):
+    ranks_of(process)[-1].terminate()
+
+
+def warn_ranks(process):
+    """As a queue does before the time is up."""
+    for rank in ranks_of(process):
+        rank.send_signal(signal.SIGUSR1)
+
+
+def warn_everybody(process):
+    """The launcher, too."""
+    os.killpg(process.pid, signal.SIGUSR1)
+
+
+def ranks_of(process):
     children = psutil.Process(process.pid).children(recursive=True)
     ranks = [child for child in children if not child.children() and str(PRETRAIN) in child.cmdline()]
-    ranks[-1].terminate()
+    return ranks or [psutil.Process(process.pid)]
 
 
 def press_ctrl_c(process):
@@ -42,18 +63,25 @@ def press_ctrl_c(process):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "stop"),
+    ("launcher", "stop", "code"),
     [
-        ("plain", press_ctrl_c),
-        pytest.param("deepspeed", stop_launcher, marks=pytest.mark.slow),
-        pytest.param("deepspeed", stop_one_rank, marks=pytest.mark.slow),
-        pytest.param("deepspeed", press_ctrl_c, marks=pytest.mark.slow),
-        pytest.param("torchrun", stop_launcher, marks=pytest.mark.slow),
-        pytest.param("torchrun", stop_one_rank, marks=pytest.mark.slow),
-        pytest.param("torchrun", press_ctrl_c, marks=pytest.mark.slow),
+        ("plain", press_ctrl_c, 0),
+        ("plain", warn_ranks, 75),
+        pytest.param("plain", stop_launcher, 75, marks=pytest.mark.slow),
+        pytest.param("deepspeed", warn_ranks, 75, marks=pytest.mark.slow),
+        pytest.param("deepspeed", stop_one_rank, 75, marks=pytest.mark.slow),
+        pytest.param("deaf", warn_everybody, 75, marks=pytest.mark.slow),
+        # The command itself ends by the signal, at once.
+        pytest.param("deepspeed", stop_launcher, -signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("deepspeed", press_ctrl_c, -signal.SIGINT, marks=pytest.mark.slow),
+        # It makes 1 of whatever its ranks end with.
+        pytest.param("torchrun", warn_ranks, 1, marks=pytest.mark.slow),
+        pytest.param("torchrun", stop_one_rank, 1, marks=pytest.mark.slow),
+        pytest.param("torchrun", stop_launcher, 1, marks=pytest.mark.slow),
+        pytest.param("torchrun", press_ctrl_c, 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, launcher, stop):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, launcher, stop, code):
     flags = ["--deepspeed", CONFIGS / "zero2_lowrank.json", *small_run(tmp_path), "--steps", str(STEPS)]
     flags += ["--eval-every", str(STEPS)]
     whole = run([*LAUNCHERS[launcher](), PRETRAIN, *flags, "--output", "whole"], tmp_path)
@@ -63,6 +91,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, launcher, stop):
         read_until(process, b"| 0/40")  # the bar: from here on a signal is a request
         stop(process)
         rest, _ = process.communicate(timeout=120)  # ends when the last rank has closed the pipe
+        assert process.returncode == code, rest.decode()
 
     assert not (tmp_path / "stopped/summary.json").exists()
     words = re.search(r"to go on, start \d process(?:es)? of: (.*)", rest.decode())

@@ -3,7 +3,7 @@
 import pytest
 
 from megalr.errors import UserError
-from megalr.training.arguments import PretrainArguments, parse_arguments
+from megalr.training.arguments import Interval, PretrainArguments, parse_arguments
 from megalr.training.score import parse_score_arguments
 
 JSON = "ds_configs/zero2_lowrank.json"
@@ -38,11 +38,44 @@ def test_several_texts():
         (["--deepspeed", JSON, "--steps", "0"], "--steps: 0 is not a positive whole number"),
         (["--deepspeed", JSON, "--steps", "many"], "--steps"),
         (["--deepspeed", JSON, "--resume", "--overwrite"], "give one of them"),
+        (
+            ["--deepspeed", JSON, "--save-every", "0"],
+            "--save-every: 0 is neither a number of updates",
+        ),
+        (["--deepspeed", JSON, "--save-every", "30x"], "30x is neither"),
+        (["--deepspeed", JSON, "--save-every", "m"], "m is neither"),
+        (["--deepspeed", JSON, "--save-every=-5m"], "-5m is neither"),
+        (["--deepspeed", JSON, "--save-every", "infm"], "infm is neither"),
+        (["--deepspeed", JSON, "--save-every", "nans"], "nans is neither"),
+        (["--deepspeed", JSON, "--save-every", ""], "is neither"),
     ],
 )
 def test_mistakes_are_user_errors(words, message):
     with pytest.raises(UserError, match=message):
         parse_arguments(words)
+
+
+@pytest.mark.parametrize(
+    ("word", "interval"),
+    [
+        ("500", Interval(updates=500)),
+        ("90s", Interval(seconds=90)),
+        ("30m", Interval(seconds=1800)),
+        ("1.5h", Interval(seconds=5400)),
+    ],
+)
+def test_checkpoints_come_by_updates_or_by_time(word, interval):
+    assert parse_arguments(["--deepspeed", JSON, "--save-every", word]).save_every == interval
+
+
+def test_when_an_interval_is_over():
+    assert [Interval(updates=3).is_over(n, 1e9) for n in (1, 2, 3, 4, 6)] == [False, False, True, False, True]
+    assert [Interval(seconds=60).is_over(3, seconds) for seconds in (0.0, 59.9, 60.0, 61.0)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_help_lists_the_flags(capsys):

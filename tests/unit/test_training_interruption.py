@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C."""
+"""SIGTERM, SIGUSR1 and Ctrl-C."""
 
 import os
 import signal
@@ -6,18 +6,18 @@ import signal
 import pytest
 
 from megalr.training import interruption
-from megalr.training.interruption import StopRequest
+from megalr.training.interruption import StopRequest, agreed_reason, exit_code
 
 
 @pytest.fixture(autouse=True)
 def _handlers_as_before():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_is_a_request(number):
     with StopRequest() as request:
         assert request.reason is None
@@ -32,6 +32,7 @@ def test_a_launcher_may_repeat_itself():
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.reason == "SIGINT"
     os.kill(os.getpid(), signal.SIGTERM)  # still writing its last lines
+    os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once(monkeypatch):
@@ -44,6 +45,16 @@ def test_a_second_ctrl_c_ends_the_process_at_once(monkeypatch):
         assert codes == []
         os.kill(os.getpid(), signal.SIGINT)
     assert codes == [130]
+
+
+def test_only_ctrl_c_is_an_end_that_was_wanted():
+    assert [exit_code(reason) for reason in ("SIGINT", "SIGTERM", "SIGUSR1", "the launcher is gone")] == [0, 75, 75, 75]
+
+
+def test_ctrl_c_on_one_rank_is_ctrl_c():
+    assert agreed_reason([None, "SIGTERM", "SIGINT"]) == "SIGINT"
+    assert agreed_reason([None, "SIGUSR1", None]) == "SIGUSR1"
+    assert agreed_reason([None]) is None
 
 
 def test_handlers_are_put_back_where_nothing_happened():

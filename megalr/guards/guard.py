@@ -1,0 +1,180 @@
+"""Skips updates that had better not be made, counts them, and stops a run that makes no more."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalr.errors import GuardError
+from megalr.guards.losses import LossWindow
+from megalr.guards.replicas import compare_replicas, find_replicas, in_words
+from megalr.optim.optimizer import MegalrOptimizer
+
+GRADIENT = "gradient is not finite"
+_SHOWN_LOSSES = 5  # in the message of a run that is stopped
+
+
+def attach_guard(engine: Any) -> Guard:
+    """Guard an engine as the "guards" of its optimizer's configuration say.
+
+    From then on it takes part in the engine's ``backward`` and ``step``; losses have to go through the former.
+    ``megalr.initialize`` does this itself; a job that calls ``deepspeed.initialize`` may, right after it.
+
+    Args:
+        engine: what ``deepspeed.initialize`` gives, with a :class:`~megalr.optim.MegalrOptimizer`; it gets an attribute
+            ``megalr_guard``.
+    """
+    guard = Guard(engine)
+    engine.backward, engine.step, engine.megalr_guard = guard.backward, guard.step, guard
+    return guard
+
+
+class Guard:
+    """Takes part in an engine's backward passes and steps; all ranks decide alike, in one small sum for each update.
+
+    An update whose loss is not finite on any rank, or stands out as a spike, is skipped as one with a gradient that is
+    not finite is: weights, moments, bases and counts stay as they are bit for bit. A schedule that is stepped with the
+    engine moves on where it does for those.
+
+    Attributes:
+        config: its settings.
+        skipped: updates skipped so far, by whomever: this guard, the optimizer or DeepSpeed.
+        skipped_in_a_row: those since the last update that was made.
+        last_reason: why the last skipped update was skipped; None before the first.
+        loss: mean over ranks and micro-batches of the last update's losses, finite or not; None where no loss went
+            through ``engine.backward``.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        """
+        Args:
+            engine: see :func:`attach_guard`, which is what to call.
+        """
+        self._engine = engine
+        self._optimizer: MegalrOptimizer = engine.basic_optimizer
+        self.config = self._optimizer.config.guards
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.last_reason: str | None = None
+        self.loss: float | None = None
+        self._window = LossWindow(self.config.window, self.config.spike_deviations)
+        self._losses: list[Tensor] = []  # of this update's micro-batches on this rank, not looked at before its end
+        self._recent: deque[float] = deque(maxlen=_SHOWN_LOSSES)
+        self._engine_backward, self._engine_step = engine.backward, engine.step
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The engine's ``backward``, which remembers the loss."""
+        self._losses.append(loss.detach())
+        return self._engine_backward(loss, *args, **kwargs)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """The engine's ``step``; at the end of an update, with a decision before it. Collective there.
+
+        Raises:
+            GuardError: too many updates in a row were skipped, or ranks have drifted apart; on all ranks alike, after
+                the step.
+        """
+        if not self._ends_update():
+            return self._engine_step(*args, **kwargs)
+        optimizer = self._optimizer
+        objection = self._objection()
+        if objection is not None:
+            optimizer.skip_update()
+        before = optimizer.updates
+        result = self._engine_step(*args, **kwargs)
+        # DeepSpeed tells the optimizer nothing of updates that it skips itself.
+        optimizer.begin_update()
+        if optimizer.updates > before:
+            self._accept()
+        else:
+            optimizer.last_events = ["skipped"]
+            self._count_skipped(objection or GRADIENT)
+        return result
+
+    def check_replicas(self) -> None:
+        """Compare what all ranks should hold alike, bit for bit. Collective.
+
+        Compared are the model's parameters as it computes with them, frozen ones included, its persistent buffers and
+        the counts of updates; at ZeRO stage 3 those parameters alone that DeepSpeed keeps gathered.
+
+        Raises:
+            GuardError: on all ranks, naming those that differ from the majority, or from rank 0 where there is none.
+        """
+        optimizer = self._optimizer
+        counts = {**optimizer.counts(), "skipped": self.skipped}
+        replicas = find_replicas(self._engine.module, counts)
+        found = compare_replicas(replicas, self._engine.device)
+        if found:
+            others = "the majority" if 2 * len(found) < dist.get_world_size() else "rank 0"
+            raise GuardError(
+                f"ranks do not hold the same any more after update {optimizer.updates}; compared with {others}, these "
+                f"differ:\n{in_words(found, len(replicas))}\n"
+                "A fault of memory or network does that, or code that changes weights on some ranks only. Go on from a "
+                "checkpoint that was written before; checkpoints of these ranks mix what they hold"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides on later updates, the same on all ranks, as JSON gives it back exactly."""
+        return {
+            "losses": self._window.state(),
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "last_reason": self.last_reason,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`state_dict` returned; the settings are those of today."""
+        self._window.load(state["losses"])
+        self.skipped = state["skipped"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.last_reason = state["last_reason"]
+
+    def _ends_update(self) -> bool:
+        """Whether the step that comes is an update's last, also where the user has set it."""
+        managed = getattr(self._engine, "managed_gradient_accumulation", None)
+        if managed is not None and not managed():
+            return True  # each step is, and the engine says so only while it runs
+        return bool(self._engine.is_gradient_accumulation_boundary())
+
+    def _objection(self) -> str | None:
+        """Why to skip the update that all backward passes have been made for; the same on all ranks."""
+        losses = [loss.reshape(()).double() for loss in self._losses]
+        self._losses.clear()
+        device = self._engine.device
+        own = torch.stack(losses).to(device) if losses else torch.zeros(0, dtype=torch.float64, device=device)
+        sums = torch.stack([own.sum(), (~torch.isfinite(own)).sum().double(), torch.full_like(own.sum(), len(losses))])
+        if dist.get_world_size() > 1:
+            dist.all_reduce(sums)  # tensor-parallel ranks, which have the same losses, count alike
+        total, not_finite, count = sums.tolist()
+        self.loss = total / count if count else None
+        if self.loss is None:
+            return None
+        self._recent.append(self.loss)
+        return f"loss is {self.loss}" if not_finite else self._window.objection(self.loss)
+
+    def _accept(self) -> None:
+        self.skipped_in_a_row = 0
+        if self.loss is not None:
+            self._window.accept(self.loss)
+        every = self.config.check_replicas_every
+        if every and self._optimizer.updates % every == 0:
+            self.check_replicas()
+
+    def _count_skipped(self, reason: str) -> None:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.last_reason = reason
+        if self.skipped_in_a_row <= self.config.max_skipped:
+            return
+        losses = ", ".join(f"{loss:.4g}" for loss in self._recent)
+        raise GuardError(
+            f"{self.skipped_in_a_row} updates in a row were skipped, more than megalr.guards.max_skipped = "
+            f"{self.config.max_skipped}; the last because its {reason}{f' (last losses: {losses})' if losses else ''}. "
+            "Weights and optimizer are those of the last update that was made. Lower the learning rate "
+            "(optimizer.params), look at the data of these updates, or allow more: a higher max_skipped, with a guard "
+            "against spikes a higher spike_deviations or null"
+        )
