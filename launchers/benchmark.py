@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megalr.benchmarks import methods, ops, optimizer, projected, tensor_parallel
+from megalr.benchmarks import checkpoints, methods, ops, optimizer, projected, tensor_parallel
 from megalr.errors import UserError
 
 # Modules of megalr.benchmarks, each of which declares its flags and runs.
@@ -18,6 +18,7 @@ BENCHMARKS = {
     "optimizer": optimizer,
     "projected": projected,
     "tensor_parallel": tensor_parallel,
+    "checkpoints": checkpoints,
     "methods": methods,
     "ops": ops,
 }
