@@ -11,13 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megalr.checkpoint.contents import Contents
-from megalr.checkpoint.manifest import Manifest, candidates, newest_valid, problems, read_manifest
+from megalr.checkpoint.manifest import Manifest, candidates, find, newest_valid, problems, read_manifest
 from megalr.checkpoint.planners import EntryLoader
 from megalr.checkpoint.saving import Saver
 from megalr.checkpoint.storage import FolderReader
 from megalr.errors import UserError
+from megalr.partition.pieces import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -70,17 +72,33 @@ def load_checkpoint(engine: Any, directory: str | Path, tag: str | None = None) 
     missing = [key for key in wanted if key not in manifest.tensors]
     if missing:
         raise UserError(f"{manifest.folder} lacks {', '.join(missing[:3])}: another version of megalr has written it")
-    dcp.load(
-        {},
-        storage_reader=FolderReader(manifest),
-        planner=EntryLoader(wanted),
-        process_group=saver.group,
-        no_dist=saver.group is None,
-    )
+    read_entries(manifest, wanted, saver.group)
     contents.settle(numbers)
     if dropped:
         logger.warning("%s: %s were dropped; they start anew", manifest.folder, dropped)
     return Loaded(manifest.folder, manifest.updates, manifest.content["client"], skipped, dropped)
+
+
+def read_entries(manifest: Manifest, wanted: Mapping[str, Entry], group: dist.ProcessGroup | None) -> None:
+    """Read tensors of a checkpoint whose files have been checked. Collective.
+
+    Args:
+        manifest: the checkpoint's.
+        wanted: to be read into.
+        group: of all processes; None for one that is alone.
+
+    Raises:
+        UserError: a file could not be read after all.
+    """
+    reader, planner = FolderReader(manifest), EntryLoader(wanted)
+    try:
+        dcp.load({}, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+    except CheckpointException as error:
+        causes = "; ".join(f"process {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items()))
+        raise UserError(
+            f"{manifest.folder} was whole, and yet could not be read: {causes}. A part has been loaded: do not go on "
+            "training before another load has succeeded"
+        ) from error
 
 
 def _find(place: Path, tag: str | None) -> tuple[Manifest, list[str]]:
@@ -92,13 +110,14 @@ def _find(place: Path, tag: str | None) -> tuple[Manifest, list[str]]:
             raise UserError(f"there is no checkpoint in {place} that could be loaded{':' if reasons else ''}{reasons}")
         return manifest, skipped
     try:
-        manifest = read_manifest(place / tag)
+        manifest = read_manifest(find(place, tag))
         wrong = problems(manifest)
         if wrong:
             raise UserError("\n  ".join([f"{manifest.folder} is damaged:", *wrong]))
     except UserError as error:
-        others = [other for other in candidates(place)[0] if other.folder != place / tag and not problems(other)]
-        offer = f'load tag="{others[0].folder.name}" instead, the newest that is not' if others else "there is no other"
+        others = (other for other in candidates(place)[0] if other.folder != place / tag and not problems(other))
+        other = next(others, None)
+        offer = f'load tag="{other.folder.name}" instead, the newest that can be' if other else "there is no other"
         raise UserError(f"{error}\nNothing was loaded; {offer}") from error
     return manifest, []
 
@@ -111,8 +130,10 @@ def _from_first(group: dist.ProcessGroup | None, find: Callable[[], Any]) -> Any
     if dist.get_rank() == 0:
         try:
             found = [find()]
-        except UserError as error:
-            found = [error]
+        except Exception as error:
+            # Whatever it is: the others wait for an answer. They get it in words, as not every exception can be sent.
+            dist.broadcast_object_list([UserError(str(error))], src=0, group=group)
+            raise
     dist.broadcast_object_list(found, src=0, group=group)
     if isinstance(found[0], UserError):
         raise found[0]

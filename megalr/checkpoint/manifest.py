@@ -1,18 +1,23 @@
 """A checkpoint's folder: the manifest that says what has to be in it, and whether it is.
 
 ``DIR/<tag>/manifest.json`` is written last of all, when every file that it names is on the disk, into a folder whose
-name begins with a dot; then the folder is renamed, and then ``DIR/latest`` names it. So whatever was interrupted, a
-folder with a manifest is whole, or its checksums tell. No file is a pickle: tensors are safetensors, the rest is JSON.
+name begins with a dot; then the folder is renamed, and then ``DIR/latest`` names it. A deletion hides the folder first
+and removes its manifest before all else. So whatever was interrupted, a folder with a manifest is whole, hidden or not,
+or its checksums tell; and the next save finishes or undoes what has been left half-way. No file is a pickle: tensors
+are safetensors, the rest is JSON.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 READ_AT_ONCE = 1 << 24  # bytes
 READERS = 8  # threads
+# What is in a checkpoint's folder, and what NFS makes of a file that is deleted while another process has it open.
+OWN_NAMES = re.compile(r"rank-\d+\.safetensors|manifest\.json|\.nfs\w+")
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,9 @@ class Manifest:
         return int(self.content["numbers"]["optimizer"]["updates"])
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Of two manifests the newer one has the greater."""
-        return self.updates, int(self.content["written"])
+    def order(self) -> int:
+        """Of two manifests the newer one has the greater: it was written later, whatever updates it has."""
+        return int(self.content["written"])
 
     @property
     def tensors(self) -> Mapping[str, Any]:
@@ -70,6 +77,7 @@ class Manifest:
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Write it, with its own checksum, to the disk."""
+    content = json.loads(json.dumps(content))  # as it will be read: JSON makes one of keys that look alike
     outer = {"version": VERSION, "checksum": _checksum(content), "content": content}
     write_and_sync(folder / MANIFEST, json.dumps(outer))
 
@@ -149,31 +157,81 @@ def unfinished(directory: Path, tag: str) -> Path:
 
 def publish(directory: Path, tag: str) -> Path:
     """Give a written checkpoint its name, and make it the latest."""
-    place, old = directory / tag, directory / f".{tag}.old"
+    place, old, new = directory / tag, _replaced(directory, tag), directory / f".{LATEST}.part"
+    write_and_sync(new, tag)  # before all else: nothing of what follows needs room on the disk
     if place.exists():
         _remove(old)
         os.rename(place, old)
     os.rename(unfinished(directory, tag), place)
     sync_folder(directory)
-    new = directory / f".{LATEST}.part"
-    write_and_sync(new, tag)
     os.replace(new, directory / LATEST)
     sync_folder(directory)
     _remove(old)
     return place
 
 
-def prune(directory: Path, keep: int | None) -> None:
-    """Remove what interrupted saves have left, and all but the newest ``keep`` checkpoints if that is not None."""
-    for leftover in directory.glob(".*"):
-        if leftover.is_dir() and leftover.suffix in (".part", ".old"):
-            _remove(leftover)
-    for manifest in [] if keep is None else candidates(directory)[0][max(1, keep) :]:
-        # Without its manifest it is no checkpoint any more, however far the deletion comes.
-        (manifest.folder / MANIFEST).unlink()
-        hidden = directory / f".{manifest.folder.name}.old"
+def abandon(directory: Path, tag: str) -> None:
+    """Undo a save that has failed, as far as it came: what it would have replaced is back, and its room free."""
+    place, old = directory / tag, _replaced(directory, tag)
+    with suppress(OSError):  # there is an error already, which this one must not hide
+        if (old / MANIFEST).is_file() and not place.exists():
+            os.rename(old, place)
+    _remove(unfinished(directory, tag))
+    with suppress(OSError):
+        (directory / f".{LATEST}.part").unlink(missing_ok=True)
+
+
+def tidy(directory: Path) -> None:
+    """Finish or undo what interrupted saves and deletions have left, while no other save is under way.
+
+    A written checkpoint that only lacks its name gets it: the run may have gone on from it, and what it was to replace
+    may be hidden as well. What is hidden and not this module's stays.
+    """
+    for part in _hidden(directory, ".part"):
+        if _is_whole(part):
+            publish(directory, _tag_of(part))
+        else:
+            _remove(part)
+    for old in _hidden(directory, ".old"):
+        place = directory / _tag_of(old)
+        if not place.exists() and _is_whole(old):
+            os.rename(old, place)
+        else:
+            _remove(old)
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Remove the oldest checkpoints, so that ``keep`` are left.
+
+    One whose files are not there in full does not count, lest it displace one that can be loaded; it is removed when it
+    is older than those that stay. Checksums are not looked at, which would take as long as loading: the newest, which
+    has just been written, stays in any case.
+    """
+    left = 0
+    for manifest in candidates(directory)[0]:
+        if left < max(1, keep):
+            left += _is_whole(manifest.folder)
+            continue
+        hidden = _replaced(directory, manifest.folder.name)
+        _remove(hidden)
         os.rename(manifest.folder, hidden)
         _remove(hidden)
+
+
+def written_now(directory: Path) -> int:
+    """The time for a new checkpoint: nanoseconds, later than all that are there even if the clock was put back."""
+    return max([time.time_ns(), *(manifest.order + 1 for manifest in candidates(directory)[0])])
+
+
+def is_own(folder: Path) -> bool:
+    """Whether a folder is a checkpoint or what is left of one, which a save may replace."""
+    return (folder / MANIFEST).is_file() or all(OWN_NAMES.fullmatch(path.name) for path in folder.iterdir())
+
+
+def find(directory: Path, tag: str) -> Path:
+    """A checkpoint's folder, hidden if its publication was interrupted."""
+    places = (directory / tag, unfinished(directory, tag), _replaced(directory, tag))
+    return next((place for place in places if (place / MANIFEST).is_file()), places[0])
 
 
 def write_and_sync(path: Path, text: str) -> None:
@@ -193,7 +251,32 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _replaced(directory: Path, tag: str) -> Path:
+    """Where a checkpoint waits for its deletion."""
+    return directory / f".{tag}.old"
+
+
+def _hidden(directory: Path, suffix: str) -> list[Path]:
+    return [f for f in sorted(directory.glob(f".*{suffix}")) if f.is_dir() and is_own(f)]
+
+
+def _tag_of(hidden: Path) -> str:
+    return hidden.stem[1:]
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether there is a manifest, and every file that it names has its size."""
+    try:
+        files = read_manifest(folder).content["files"]
+        return all((folder / name).stat().st_size == file["bytes"] for name, file in files.items())
+    except (UserError, OSError):
+        return False
+
+
 def _remove(folder: Path) -> None:
+    """Remove a folder; without its manifest it is no checkpoint any more, however far the deletion comes."""
+    with suppress(OSError):
+        (folder / MANIFEST).unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalr.checkpoint.contents import Contents
-from megalr.checkpoint.manifest import candidates
+from megalr.checkpoint.manifest import LATEST, abandon, candidates
 from megalr.checkpoint.planners import EntrySaver
 from megalr.checkpoint.storage import FolderWriter
 from megalr.errors import UserError
 from megalr.partition.pieces import Entry, Piece
 
+LONGEST_TAG = 200  # characters; hidden folders have a few more, and file systems take 255 bytes
+TAG = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.+=-]{{0,{LONGEST_TAG - 1}}}")
 VERSIONS_OF = ("megalr", "torch", "deepspeed", "transformers")
 
 
@@ -53,8 +59,6 @@ def save_checkpoint(
     Raises:
         UserError: it could not be written, on all ranks; or the state cannot be kept.
     """
-    saver = Saver.current()
-    saver.wait()
     contents = Contents(engine)
     numbers, entries = contents.numbers(), contents.entries()
     updates = numbers["optimizer"]["updates"]
@@ -62,20 +66,41 @@ def save_checkpoint(
     _check_tag(tag)
     document = {
         "numbers": {key: value for key, value in numbers.items() if key != "matrices"},
-        "client": dict(client_state or {}),
+        "client": _as_it_is(client_state or {}),
         "layout": _layout(engine),
         "config": engine.basic_optimizer.sections,
         "model": _model_config(engine),
         "versions": {name: version(name) for name in VERSIONS_OF},
     }
-    writer = FolderWriter(place, tag, document, keep)
-    if asynchronous:
-        entries = _copied(entries)
-    planner = EntrySaver(entries, numbers["matrices"])
-    saver.start(lambda: _write(writer, planner, saver.group, place / tag))
+    write_entries(place, tag, document, entries, numbers["matrices"], keep=keep, asynchronous=asynchronous)
+    return place / tag
+
+
+def write_entries(
+    directory: Path,
+    tag: str,
+    document: Mapping[str, Any],
+    entries: Mapping[str, Entry],
+    matrices: Mapping[str, Any],
+    *,
+    keep: int | None,
+    asynchronous: bool,
+) -> None:
+    """Write tensors and numbers, whatever they are of; see :func:`save_checkpoint`.
+
+    Args:
+        directory, tag, keep, asynchronous: as there.
+        document: what the manifest is to say.
+        entries: this rank's.
+        matrices: numbers that this rank alone has.
+    """
+    saver = Saver.current()
+    saver.wait()
+    writer = FolderWriter(directory, tag, document, keep)
+    planner = EntrySaver(saver.copied(entries) if asynchronous else entries, deepcopy(matrices))
+    saver.start(lambda: _write(writer, planner, saver.group, directory / tag))
     if not asynchronous:
         saver.wait()
-    return place / tag
 
 
 def wait_for_checkpoint() -> None:
@@ -101,6 +126,8 @@ class Saver:
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._pool = ThreadPoolExecutor(1, "megalr-checkpoint")
         self._pending: Future[None] | None = None
+        # What was copied last, by key and place; kept, since memory that is new costs more than the copy itself.
+        self._copies: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     @classmethod
     def current(cls) -> Saver:
@@ -109,6 +136,25 @@ class Saver:
         if cls._current is None or cls._current[0] is not world:
             cls._current = (world, cls())
         return cls._current[1]
+
+    def copied(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """The same in host memory that nothing else writes before the next call."""
+        before, self._copies = self._copies, {}
+        found = {}
+        for key, entry in entries.items():
+            pieces = [Piece(p.offsets, self._copy(before, key, p)) for p in entry.pieces]
+            found[key] = replace(entry, pieces=tuple(pieces))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies to pinned memory come back before they are made
+        return found
+
+    def _copy(self, before: Mapping[tuple[str, tuple[int, ...]], Tensor], key: str, piece: Piece) -> Tensor:
+        where, data = (key, piece.offsets), piece.data.detach()
+        copy = before.get(where)
+        if copy is None or copy.shape != data.shape or copy.dtype != data.dtype:
+            copy = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
+        self._copies[where] = copy.copy_(data, non_blocking=data.is_cuda)
+        return copy
 
     def start(self, write: Any) -> None:
         """Have it done beside."""
@@ -125,20 +171,34 @@ def _write(writer: FolderWriter, planner: EntrySaver, group: dist.ProcessGroup |
     try:
         dcp.save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:
-        causes = [f"process {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items())]
-        before, _ = candidates(place.parent)
-        left = f"the newest one is {before[0].folder}" if before else "there is none yet"
-        raise UserError(
-            f"{place} could not be written: {'; '.join(causes)}. Checkpoints written before are as they were: {left}"
-        ) from error
+        failed: BaseException = error
+        what, causes = (
+            "could not be written",
+            "; ".join(f"process {rank}: {_words(cause)}" for rank, (cause, _) in sorted(error.failures.items())),
+        )
+    except RuntimeError as error:  # of the group: what a process raises itself comes as the other
+        failed, what = error, "may not have been written"
+        causes = f"processes have lost each other, one may have died ({str(error).partition('. ')[0]})"
+    else:
+        return
+    if group is None or dist.get_rank(group) == 0:
+        abandon(place.parent, place.name)
+    before = [manifest for manifest in candidates(place.parent)[0] if not manifest.folder.name.startswith(".")]
+    left = f"the newest one is {before[0].folder}" if before else "there is none yet"
+    raise UserError(f"{place} {what}: {causes}. Checkpoints written before are as they were: {left}") from failed
 
 
-def _copied(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The same in host memory that nothing else writes."""
-    return {
-        key: replace(entry, pieces=tuple(Piece(p.offsets, p.data.detach().to("cpu", copy=True)) for p in entry.pieces))
-        for key, entry in entries.items()
-    }
+def _words(cause: BaseException) -> str:
+    return str(cause) if isinstance(cause, OSError | UserError) else repr(cause)
+
+
+def _as_it_is(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A copy, which the caller does not change while it is written; what JSON cannot hold is refused by all ranks."""
+    try:
+        copy: Mapping[str, Any] = json.loads(json.dumps(dict(state)))
+    except (TypeError, ValueError):
+        return state
+    return copy
 
 
 def _layout(engine: Any) -> dict[str, Any]:
@@ -162,5 +222,8 @@ def _model_config(engine: Any) -> Any:
 
 
 def _check_tag(tag: str) -> None:
-    if tag != Path(tag).name or tag.startswith(".") or tag == "latest":
-        raise UserError(f'tag is "{tag}": write a plain folder name, such as "step100"')
+    if not TAG.fullmatch(tag) or tag == LATEST:
+        raise UserError(
+            f'tag is {json.dumps(tag)}: write a plain folder name, such as "step100": letters, digits and any of '
+            f"_ . + = - after the first, {LONGEST_TAG} at most"
+        )

@@ -7,8 +7,8 @@ planning is used. A file's bytes are summed while they are written; nothing is c
 from __future__ import annotations
 
 import json
+import logging
 import os
-import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,7 +30,20 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megalr.checkpoint.format import BY_NAME, DTYPES, piece_name
-from megalr.checkpoint.manifest import Manifest, prune, publish, sync_folder, unfinished, write_manifest
+from megalr.checkpoint.manifest import (
+    Manifest,
+    is_own,
+    prune,
+    publish,
+    sync_folder,
+    tidy,
+    unfinished,
+    write_manifest,
+    written_now,
+)
+from megalr.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 ALIGNMENT = 8  # bytes; of a header
 
@@ -61,13 +74,21 @@ class FolderWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On the coordinator: make an empty folder, and number the ranks."""
+        json.dumps(self._document)  # what JSON cannot hold is refused before anything is written
+        place = self._directory / self._tag
+        if place.exists() and not (place.is_dir() and is_own(place)):
+            raise UserError("it is there already and no megalr checkpoint: choose another tag or directory")
         self._directory.mkdir(parents=True, exist_ok=True)
-        prune(self._directory, None)
+        tidy(self._directory)
         self._folder.mkdir()
-        return [replace(plan, storage_data=f"rank-{index:05d}.safetensors") for index, plan in enumerate(plans)]
+        names = [f"rank-{index:05d}.safetensors" for index in range(len(plans))]
+        return [replace(plan, storage_data=(self._tag, name)) for plan, name in zip(plans, names, strict=True)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's file, and wait until the disk has it."""
+        tag, _ = plan.storage_data
+        if tag != self._tag:
+            raise UserError(f'its tag is "{self._tag}", and the first process\'s "{tag}"')
         done: Future[list[WriteResult]] = Future()
         done.set_result(self._write(plan, planner) if plan.items else [])
         return done
@@ -84,12 +105,21 @@ class FolderWriter(StorageWriter):
             file, piece = result.storage_data
             files[file["name"]] = {"bytes": file["bytes"], "header": file["header"]}
             tensors[result.index.fqn]["pieces"].append(piece)
+        for name, file in files.items():
+            path = self._folder / name
+            if not path.is_file() or path.stat().st_size != file["bytes"]:
+                raise UserError(f"another process has written {name}, which is not there: do all see the same folder?")
         content = dict(self._document)
         content["numbers"] = {**content["numbers"], "matrices": metadata.planner_data}
-        write_manifest(self._folder, {**content, "written": time.time_ns(), "files": files, "tensors": tensors})
+        content |= {"written": written_now(self._directory), "files": files, "tensors": tensors}
+        write_manifest(self._folder, content)
         sync_folder(self._folder)
         publish(self._directory, self._tag)
-        prune(self._directory, self._keep)
+        if self._keep is not None:
+            try:
+                prune(self._directory, self._keep)
+            except OSError as error:  # the new one is there
+                logger.warning("older checkpoints could not be removed: %s", error)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -97,7 +127,7 @@ class FolderWriter(StorageWriter):
         return False
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        name, position = plan.storage_data, 0
+        (_, name), position = plan.storage_data, 0
         header: dict[str, Any] = {}
         for item in plan.items:
             size = _size_of(item)

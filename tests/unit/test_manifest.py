@@ -1,0 +1,463 @@
+"""A checkpoint's folder: damage is found and named, the newest whole one is taken, the oldest are removed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+import time
+
+import pytest
+import torch
+
+from megalr.checkpoint import newest_valid, problems, read_manifest
+from megalr.checkpoint.loading import _find, read_entries
+from megalr.checkpoint.manifest import MANIFEST, VERSION, Manifest, prune, tidy, write_manifest
+from megalr.checkpoint.saving import _check_tag, write_entries
+from megalr.errors import UserError
+from tests import known_state
+from tests.known_state import write
+
+# There is no group: a process is alone, as torch says each time.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+FILE = "rank-00000.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """With three checkpoints."""
+    folder = tmp_path / "a folder" / "with spaces"
+    for updates in (1, 2, 3):
+        write(folder, updates)
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def piece(folder, key):
+    """First byte and number of bytes of a tensor in its file."""
+    manifest = read_manifest(folder)
+    (found,) = manifest.tensors[key]["pieces"]
+    return found[3], known_state.value(key, 0).nbytes
+
+
+def flip(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << (position % 8)
+    path.write_bytes(data)
+
+
+def refusal(folder, tag="step3"):
+    with pytest.raises(UserError) as caught:
+        _find(folder, tag)
+    return str(caught.value)
+
+
+def check_passed_over(folder, reason):
+    """An explicit load is refused and offers the one before, and without a tag that one is taken."""
+    message = refusal(folder)
+    assert reason in message
+    assert message.endswith('Nothing was loaded; load tag="step2" instead, the newest that can be')
+    manifest, skipped = _find(folder, None)
+    assert manifest.folder == folder / "step2"
+    assert known_state.wrong(manifest) == []
+    assert len(skipped) == 1
+    assert reason in skipped[0]
+
+
+ALL = "it holds layers.0.weight, bias, embedding.weight and 1 more"
+
+
+def test_whole_checkpoints_have_no_problems(folder):
+    for updates in (1, 2, 3):
+        manifest = read_manifest(folder / f"step{updates}")
+        assert problems(manifest) == []
+        assert known_state.wrong(manifest) == []
+        assert manifest.updates == updates
+    assert newest_valid(folder)[0].folder == folder / "step3"
+    assert names(folder) == ["latest", "step1", "step2", "step3"]
+    assert (folder / "latest").read_text() == "step3\n"
+
+
+def test_a_file_that_is_cut_short(folder):
+    path = folder / "step3" / FILE
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    check_passed_over(folder, f"{path} has {size - 1:,} bytes instead of {size:,}; {ALL}")
+
+
+def test_a_file_that_is_too_long(folder):
+    path = folder / "step3" / FILE
+    size = path.stat().st_size
+    os.truncate(path, size + 1)
+    check_passed_over(folder, f"{path} has {size + 1:,} bytes instead of {size:,}; {ALL}")
+
+
+def test_a_file_that_is_missing(folder):
+    path = folder / "step3" / FILE
+    path.unlink()
+    check_passed_over(folder, f"{path} is missing; {ALL}")
+
+
+def test_a_file_that_is_empty(folder):
+    path = folder / "step3" / FILE
+    os.truncate(path, 0)
+    check_passed_over(folder, f"{path} has 0 bytes instead of")
+
+
+@pytest.mark.parametrize("key", known_state.shapes())
+def test_a_bit_of_a_tensor(folder, key):
+    """The first, one in the midst, the last."""
+    begin, length = piece(folder / "step3", key)
+    path = folder / "step3" / FILE
+    for position in (begin, begin + length // 2, begin + length - 1):
+        flip(path, position)
+        check_passed_over(folder, f"{path} has other values of {key.partition('/')[2]} than were written")
+        flip(path, position)
+    assert _find(folder, "step3")[0].updates == 3
+
+
+def test_bits_of_the_header(folder):
+    path = folder / "step3" / FILE
+    manifest = read_manifest(folder / "step3")
+    first = min(p[3] for found in manifest.tensors.values() for p in found["pieces"])
+    for position in range(0, first, 7):
+        flip(path, position)
+        assert problems(manifest) == [
+            f"{path} has another header than the one that was written (another file's?); {ALL}"
+        ]
+        flip(path, position)
+    flip(path, 0)
+    check_passed_over(folder, "another header")
+
+
+def test_bits_of_the_manifest(folder):
+    """A flipped bit is found, or has changed nothing that the manifest says."""
+    path = folder / "step3" / MANIFEST
+    whole = read_manifest(folder / "step3").content
+    found = 0
+    for position in range(0, path.stat().st_size, 3):
+        flip(path, position)
+        try:
+            assert read_manifest(folder / "step3").content == whole
+        except UserError as error:
+            assert str(error).startswith(f"{path} is ")
+            found += 1
+        flip(path, position)
+    assert found > 0.3 * path.stat().st_size
+    flip(path, path.stat().st_size // 2)
+    check_passed_over(folder, f"{path} is damaged: ")
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", "3", "{}", '{"version": 1}', "\0" * 100, "\udcff"])
+def test_a_manifest_that_is_none(folder, text):
+    path = folder / "step3" / MANIFEST
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    check_passed_over(folder, f"{path} is damaged: ")
+
+
+def test_a_manifest_of_another_version(folder):
+    path = folder / "step3" / MANIFEST
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    check_passed_over(
+        folder,
+        f"{path} is of version 2, and this megalr reads version {VERSION}: load the checkpoint with the megalr that "
+        "wrote it",
+    )
+
+
+def test_a_folder_without_a_manifest(folder):
+    path = folder / "step3" / MANIFEST
+    path.unlink()
+    check_passed_over(folder, f"{path} is missing: the checkpoint was never finished, or is no megalr checkpoint")
+
+
+def test_a_file_of_an_older_checkpoint(folder):
+    path = folder / "step3" / FILE
+    shutil.copy(folder / "step2" / FILE, path)
+    check_passed_over(folder, f"{path} has other values of embedding.weight, layers.0.weight, norm.weight")
+
+
+def test_a_manifest_of_an_older_checkpoint(folder):
+    shutil.copy(folder / "step2" / MANIFEST, folder / "step3" / MANIFEST)
+    assert "other values of" in refusal(folder)
+    assert _find(folder, None)[0].folder == folder / "step2"
+
+
+def test_a_link_or_folder_in_place_of_a_file(folder):
+    path = folder / "step3" / FILE
+    path.unlink()
+    path.symlink_to(folder / "nowhere")
+    check_passed_over(folder, f"{path} is missing")
+    path.unlink()
+    path.mkdir()
+    assert str(path) in refusal(folder)
+
+
+def test_latest_is_for_people(folder):
+    """What it says is not needed, and does not mislead."""
+    for text in ("", "nothing\n", "step1\n", "../..\n"):
+        (folder / "latest").write_text(text)
+        assert _find(folder, None)[0].folder == folder / "step3"
+    (folder / "latest").unlink()
+    assert _find(folder, None)[0].folder == folder / "step3"
+
+
+def test_a_checkpoint_of_deepspeed_in_the_same_folder(folder):
+    other = folder / "global_step7"
+    other.mkdir()
+    states = other / "mp_rank_00_model_states.pt"
+    states.write_bytes(pickle.dumps("not to be read"))
+    manifest, skipped = _find(folder, None)
+    assert manifest.folder == folder / "step3"
+    assert skipped == [f"{other / MANIFEST} is missing: the checkpoint was never finished, or is no megalr checkpoint"]
+    with pytest.raises(UserError, match="global_step7 could not be written: process 0: it is there already and no meg"):
+        write(folder, 7, "global_step7", keep=1)
+    assert states.is_file()
+    assert "no megalr checkpoint\nNothing was loaded" in refusal(folder, "global_step7")
+    write(folder, 8, keep=1)
+    assert names(folder) == ["global_step7", "latest", "step8"]
+    assert states.is_file()
+
+
+def test_nothing_there(tmp_path):
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=re.escape(f"there is no checkpoint in {place} that could be loaded")):
+            _find(place, None)
+        assert "is missing" in refusal(place)
+        assert refusal(place).endswith("Nothing was loaded; there is no other")
+    (tmp_path / "step3").write_text("a file")
+    assert "is damaged: [Errno 20] Not a directory" in refusal(tmp_path)
+
+
+def test_all_damaged(folder):
+    for updates in (1, 2, 3):
+        (folder / f"step{updates}" / FILE).unlink()
+    with pytest.raises(UserError) as caught:
+        _find(folder, None)
+    message = str(caught.value)
+    assert [line.split(":")[0].rpartition("/")[2] for line in message.splitlines()[1:]] == ["step3", "step2", "step1"]
+    assert message.count("is missing; it holds") == 3
+    assert refusal(folder).endswith("there is no other")
+
+
+# --- which stay
+
+
+def test_the_newest_stay(folder):
+    write(folder, 4, keep=2)
+    assert names(folder) == ["latest", "step3", "step4"]
+    write(folder, 5)
+    assert names(folder) == ["latest", "step3", "step4", "step5"]
+    write(folder, 6, keep=1)
+    assert names(folder) == ["latest", "step6"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "manifest"])
+def test_a_damaged_one_displaces_none_that_is_whole(folder, damage):
+    path = folder / "step3" / FILE
+    if damage == "missing":
+        path.unlink()
+    elif damage == "short":
+        os.truncate(path, 10)
+    else:
+        os.truncate(folder / "step3" / MANIFEST, 10)
+    write(folder, 4, keep=2)
+    assert names(folder) == ["latest", "step2", "step3", "step4"]
+    write(folder, 5, keep=2)
+    left = ["step3"] if damage == "manifest" else []  # which nobody knows the age of
+    assert names(folder) == ["latest", *left, "step4", "step5"]
+    assert newest_valid(folder)[0].updates == 5
+
+
+def test_after_going_back_the_new_one_stays(folder):
+    """The newest is damaged, or was not wanted: the run goes on from an older one, and fewer updates are newer."""
+    flip(folder / "step3" / FILE, (folder / "step3" / FILE).stat().st_size - 1)
+    write(folder, 2, "again", keep=1)
+    assert names(folder) == ["again", "latest"]
+
+
+def test_newest_is_what_was_written_last(folder):
+    write(folder, 2, "again")
+    assert newest_valid(folder)[0].folder == folder / "again"
+
+
+def test_a_clock_that_was_put_back(folder, monkeypatch):
+    monkeypatch.setattr(time, "time_ns", lambda: 5)
+    write(folder, 4, keep=2)
+    write(folder, 5, keep=2)
+    assert names(folder) == ["latest", "step4", "step5"]
+    assert newest_valid(folder)[0].updates == 5
+
+
+def test_the_same_tag_again(folder):
+    for updates in (4, 5):
+        write(folder, updates, "step2")
+        manifest = read_manifest(folder / "step2")
+        assert known_state.wrong(manifest) == []
+        assert manifest.updates == updates
+        assert names(folder) == ["latest", "step1", "step2", "step3"]
+        assert (folder / "latest").read_text() == "step2\n"
+
+
+def test_what_cannot_be_removed_does_not_make_a_failure_of_a_save(folder, monkeypatch, caplog):
+    def refuse(*args):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr("megalr.checkpoint.storage.prune", refuse)
+    write(folder, 4, keep=1)
+    assert "older checkpoints could not be removed: not yours" in caplog.text
+    assert newest_valid(folder)[0].updates == 4
+
+
+@pytest.mark.parametrize("tag", ["step5", "last", "5", "a.b-c_d+e=f", "_", "x" * 200])
+def test_tags(tag):
+    _check_tag(tag)
+
+
+@pytest.mark.parametrize(
+    "tag", ["", ".", "..", ".hidden", "a/b", "/a", "a\\b", "a b", "a\n", "a\0b", "é", "*", "-x", "latest", "x" * 201]
+)
+def test_odd_tags_are_refused(tag):
+    with pytest.raises(UserError, match="write a plain folder name"):
+        _check_tag(tag)
+
+
+# --- what interrupted saves leave
+
+
+def hide(folder, tag, suffix):
+    hidden = folder / f".{tag}.{suffix}"
+    (folder / tag).rename(hidden)
+    return hidden
+
+
+@pytest.mark.parametrize("suffix", ["part", "old"])
+def test_a_checkpoint_without_its_name_is_loaded_and_named(folder, suffix):
+    """Of a tag that was being replaced, when it was the only one."""
+    for other in ("step1", "step2"):
+        shutil.rmtree(folder / other)
+    hidden = hide(folder, "step3", suffix)
+    assert _find(folder, None)[0].folder == hidden
+    assert _find(folder, "step3")[0].folder == hidden
+    tidy(folder)
+    assert names(folder) == ["latest", "step3"]
+    tidy(folder)
+    assert known_state.wrong(read_manifest(folder / "step3")) == []
+
+
+def test_of_two_the_written_one_gets_the_name(folder):
+    hide(folder, "step2", "old")
+    write(folder, 4, "step2")
+    hide(folder, "step2", "part")
+    shutil.copytree(folder / "step1", folder / ".step2.old")
+    tidy(folder)
+    assert names(folder) == ["latest", "step1", "step2", "step3"]
+    assert read_manifest(folder / "step2").updates == 4
+    assert (folder / "latest").read_text() == "step2\n"
+
+
+@pytest.mark.parametrize("suffix", ["part", "old"])
+@pytest.mark.parametrize("lacking", [MANIFEST, FILE])
+def test_half_a_checkpoint_is_removed(folder, suffix, lacking):
+    (hide(folder, "step3", suffix) / lacking).unlink()
+    assert _find(folder, None)[0].folder == folder / "step2"
+    write(folder, 4)
+    assert names(folder) == ["latest", "step1", "step2", "step4"]
+
+
+def test_what_is_not_of_a_checkpoint_stays(folder):
+    for name in (".venv.old", ".work.part"):
+        (folder / name).mkdir()
+        (folder / name / "precious").write_text("mine")
+    (folder / ".notes.old").write_text("mine")
+    write(folder, 4, keep=1)
+    assert names(folder) == [".notes.old", ".venv.old", ".work.part", "latest", "step4"]
+
+
+def test_a_failed_save_leaves_nothing(folder, monkeypatch):
+    def refuse(*args):
+        raise OSError(28, "No space left on device")
+
+    for function in ("write_manifest", "publish", "sync_folder", "tidy"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"megalr.checkpoint.storage.{function}", refuse)
+            with pytest.raises(UserError, match=r"step2 could not be written: process 0: \[Errno 28\] No space left"):
+                write(folder, 4, "step2", keep=1)
+        assert names(folder) == ["latest", "step1", "step2", "step3"]
+        assert read_manifest(folder / "step2").updates == 2
+
+
+def test_a_rename_that_fails_gives_the_old_one_its_name_back(folder, monkeypatch):
+    rename = os.rename
+
+    def refuse(source, target):
+        if str(source).endswith(".part"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(UserError, match="Input/output error"):
+        write(folder, 4, "step2")
+    assert names(folder) == ["latest", "step1", "step2", "step3"]
+    assert read_manifest(folder / "step2").updates == 2
+
+
+def test_a_file_that_the_first_process_does_not_see(folder, monkeypatch):
+    """As when every node writes to a disk of its own."""
+    from megalr.checkpoint.storage import FolderWriter
+
+    written = FolderWriter._write
+
+    def elsewhere(self, plan, planner):
+        results = written(self, plan, planner)
+        (self._folder / FILE).unlink()
+        return results
+
+    monkeypatch.setattr(FolderWriter, "_write", elsewhere)
+    with pytest.raises(UserError, match=f"another process has written {FILE}, which is not there: do all see the same"):
+        write(folder, 4, keep=1)
+    assert names(folder) == ["latest", "step1", "step2", "step3"]
+
+
+# --- what is written
+
+
+def test_json_that_is_read_is_what_was_summed(tmp_path):
+    content = {"numbers": {1: "a", "1": "b", "x": float("nan"), "y": (1, 2), "z": "é\udcff"}}
+    write_manifest(tmp_path, content)
+    assert read_manifest(tmp_path).content["numbers"]["1"] == "b"
+
+
+def test_what_json_cannot_hold_is_refused_before_anything_is_written(folder):
+    state = known_state.entries(4, 0, 1)
+    document = {**known_state.document(4), "client": {"seen": {1, 2}}}
+    with pytest.raises(UserError, match="process 0: TypeError.*set is not JSON serializable"):
+        write_entries(folder, "step4", document, state, {}, keep=1, asynchronous=False)
+    assert names(folder) == ["latest", "step1", "step2", "step3"]
+
+
+def test_no_file_is_a_pickle_and_none_is_unpickled(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was pickled")
+
+    for name in ("load", "loads", "dump", "dumps", "Unpickler", "Pickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(torch, "save", refuse)
+    write(tmp_path, 1)
+    manifest, _ = _find(tmp_path, None)
+    wanted = known_state.entries(None, 0, 1)
+    read_entries(manifest, wanted, None)
+    for key, entry in wanted.items():
+        assert torch.equal(entry.pieces[0].data, known_state.value(key, 1))
+    known_state.check_only_text_and_tensors(tmp_path)
+
+
+def test_only_whole_ones_are_counted(folder):
+    prune(folder, 0)
+    assert names(folder) == ["latest", "step3"]
+    assert isinstance(newest_valid(folder)[0], Manifest)
