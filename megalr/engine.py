@@ -23,7 +23,7 @@ from megalr.optim.groups import parameter_groups
 from megalr.optim.optimizer import MegalrOptimizer
 from megalr.optim.registry import layer_events
 from megalr.parallel import cut_layers, planned_cuts, start_tensor_parallel, tensor_parallel_size
-from megalr.partition import places_in_whole, whole_frozen
+from megalr.partition import mark_gradients, places_in_whole, whole_frozen
 
 
 def parametrize(model: nn.Module, config: Json | str | Path) -> nn.Module:
@@ -73,6 +73,8 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
             "the configuration asks for compressed activations, but the model has no such layer: call "
             "megalr.parametrize(model, config) before megalr.build_optimizer"
         )
+    if tensor_parallel_size(content) > 1 or any(getattr(p, "tensor_model_parallel", False) for p in model.parameters()):
+        _mark_gradients(model, content)
     return MegalrOptimizer(
         groups,
         parsed,
@@ -160,10 +162,18 @@ def _cut(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> None:
         mpu = kwargs["mpu"] = start_tensor_parallel(model, size)
     if bwc_tensor_model_parallel_world_size(mpu) == 1:
         return
+    _mark_gradients(model, content)
     if compressed_layers(model):
         raise UserError("compressed activations cannot be shared by tensor-parallel ranks: remove megalr.activations")
     if replaced_layers(model):
         cut_layers(model, planned_cuts(model, content), bwc_tensor_model_parallel_group(mpu))
+
+
+def _mark_gradients(model: nn.Module, content: Json) -> None:
+    """Have DeepSpeed know gradients of cut parameters where it takes the norm for clipping of gradients alone."""
+    half = any((content.get(key) or {}).get("enabled", False) for key in ("bf16", "bfloat16", "fp16"))
+    if half and not (content.get("zero_optimization") or {}).get("stage", 0):
+        mark_gradients(model.parameters())
 
 
 def _announce_updates(engine: Any, optimizer: MegalrOptimizer) -> None:
