@@ -8,3 +8,11 @@ class UserError(ValueError):
 
     Launchers print the message alone, on rank 0, and exit with code 2; a library user sees an ordinary ``ValueError``.
     """
+
+
+def in_short(error: Exception) -> str:
+    """An error's words, of pydantic's those that name a key and say what is wrong with it."""
+    if hasattr(error, "errors"):
+        found = [f'"{".".join(map(str, each["loc"]))}": {each["msg"]}' for each in error.errors()]
+        return f"{getattr(error, 'title', '')}: {'; '.join(found)}"
+    return str(error)
