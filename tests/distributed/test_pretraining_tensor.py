@@ -56,3 +56,15 @@ def test_resume_with_another_number_is_refused(ranks, runs):
     flags = ["--deepspeed", str(two.parent / "1.json"), *small_run(two.parent), "--steps", "12", "--batch-size", "6"]
     with pytest.raises(Exception, match="tensor_parallel.autotp_size: 2 -> null"):
         ranks(2).run(TRAIN, [*flags, "--output", str(two), "--resume"], str(two.parent))
+
+
+def test_a_head_that_is_cut_by_vocabulary_is_exported(ranks, tmp_path):
+    """A rank has the logits of its own tokens only; the comparison with the exported model needs all."""
+    content = json.loads((ROOT / "ds_configs" / CONFIGS[0]).read_text())
+    content["tensor_parallel"]["vocab_parallel_lm_head"] = True
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    flags = ["--deepspeed", str(tmp_path / "ds.json"), *small_run(tmp_path), "--steps", "2", "--batch-size", "6"]
+    ranks(2).run(
+        TRAIN, [*flags, "--output", str(tmp_path / "run"), "--export", str(tmp_path / "export")], str(tmp_path)
+    )
+    assert (tmp_path / "export" / "model.safetensors").exists()
