@@ -23,8 +23,18 @@ from megalr.optim.directions import Directions
 from megalr.optim.groups import parameter_groups
 from megalr.optim.optimizer import MegalrOptimizer
 from megalr.optim.registry import layer_events
-from megalr.parallel import cut_layers, planned_cuts, start_tensor_parallel, tensor_parallel_size
-from megalr.partition import places_in_whole, whole_frozen
+from megalr.parallel import (
+    check_heads,
+    check_neighbours,
+    check_section,
+    cut_layers,
+    planned_cuts,
+    start_tensor_parallel,
+    tensor_parallel_size,
+)
+from megalr.partition import mark_gradients, places_in_whole, whole_frozen
+
+UNSHARED = "compressed activations cannot be shared by tensor-parallel ranks: remove megalr.activations"
 
 
 def parametrize(model: nn.Module, config: Json | str | Path) -> nn.Module:
@@ -60,6 +70,24 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
     if training_args is not None:
         content = fill_auto(content, training_args)
         _complete(training_args, content)
+    size = tensor_parallel_size(content)
+    if size > 1 and replaced_layers(model):
+        raise UserError(
+            "tensor_parallel.autotp_size cuts dense layers only, and the model has factorized ones, which "
+            "megalr.initialize cuts: call that in place of megalr.parametrize, megalr.build_optimizer and "
+            "deepspeed.initialize, or remove megalr.parametrization"
+        )
+    if size > 1 and compressed_layers(model):
+        raise UserError(UNSHARED)
+    optimizer = _build_optimizer(model, content)
+    if size > 1 or any(getattr(parameter, "tensor_model_parallel", False) for parameter in model.parameters()):
+        _mark_gradients(model, content)
+    return optimizer
+
+
+def _build_optimizer(model: nn.Module, content: Json) -> MegalrOptimizer:
+    """:func:`build_optimizer` for a configuration that is complete, whoever cuts the layers."""
+    _refuse_pipeline(model, tensor_parallel_size(content))
     parsed = MegalrConfig.from_json(content)
     layers = replaced_layers(model)
     if not layers and not isinstance(parsed.parametrization, FullConfig):
@@ -140,7 +168,7 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     content = read_json(config)
     refuse_unsupported(content)
     parametrize(model, content)
-    optimizer = build_optimizer(model, content)
+    optimizer = _build_optimizer(model, content)
     _cut(model, content, kwargs)
     results = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_section(content), **kwargs)
     scheduler = results[3]
@@ -160,12 +188,35 @@ def _cut(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> None:
         if mpu is not None:
             raise UserError("tensor_parallel.autotp_size makes the groups that mpu= brings: give one of the two")
         mpu = kwargs["mpu"] = start_tensor_parallel(model, size)
-    if bwc_tensor_model_parallel_world_size(mpu) == 1:
+    ranks = bwc_tensor_model_parallel_world_size(mpu)
+    if ranks == 1:
         return
+    _mark_gradients(model, content)
     if compressed_layers(model):
-        raise UserError("compressed activations cannot be shared by tensor-parallel ranks: remove megalr.activations")
+        raise UserError(UNSHARED)
     if replaced_layers(model):
-        cut_layers(model, planned_cuts(model, content), bwc_tensor_model_parallel_group(mpu))
+        cuts = planned_cuts(model, content)
+        if size == 1:
+            check_heads(getattr(model, "config", None), ranks, "the number of mpu='s tensor-parallel ranks")
+            check_neighbours(model, cuts)
+        cut_layers(model, cuts, bwc_tensor_model_parallel_group(mpu))
+
+
+def _refuse_pipeline(model: nn.Module, tensor: int) -> None:
+    """Raise a UserError for a ``PipelineModule`` whose layers so many tensor-parallel ranks are to share, or do."""
+    topology = getattr(model, "topology", None)
+    if callable(topology) and max(tensor, topology().get_dim("model")) > 1:
+        raise UserError(
+            "tensor parallelism together with pipeline stages is not supported: use one of them, with a "
+            '"tensor_parallel.autotp_size" of 1 and a topology without a "model" axis for pipeline stages'
+        )
+
+
+def _mark_gradients(model: nn.Module, content: Json) -> None:
+    """Have DeepSpeed know gradients of cut parameters where it takes the norm for clipping of gradients alone."""
+    half = any((content.get(key) or {}).get("enabled", False) for key in ("bf16", "bfloat16", "fp16"))
+    if half and not (content.get("zero_optimization") or {}).get("stage", 0):
+        mark_gradients(model.parameters())
 
 
 def deepspeed_section(content: Json) -> dict[str, Any]:
@@ -217,6 +268,8 @@ def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
 
 def refuse_unsupported(content: Json) -> None:
     """Raise a UserError for what DeepSpeed can do but megalr, or this machine, cannot."""
+    if content.get("tensor_parallel"):
+        check_section(content)
     zero = content.get("zero_optimization", {})
     for section in ("offload_optimizer", "offload_param"):
         if isinstance(zero, dict) and (zero.get(section) or {}).get("device") == "nvme":

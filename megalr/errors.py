@@ -12,3 +12,11 @@ class UserError(ValueError):
 
 class GuardError(UserError):
     """A guard stops the run; raised on all ranks alike, at the end of the same update."""
+
+
+def in_short(error: Exception) -> str:
+    """An error's words, of pydantic's those that name a key and say what is wrong with it."""
+    if hasattr(error, "errors"):
+        found = [f'"{".".join(map(str, each["loc"]))}": {each["msg"]}' for each in error.errors()]
+        return f"{getattr(error, 'title', '')}: {'; '.join(found)}"
+    return str(error)

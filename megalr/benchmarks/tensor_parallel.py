@@ -1,7 +1,7 @@
 """Tensor parallelism of low-rank layers against full rank and a naive split: bytes that cross the network, step times.
 
-Every figure comes from live processes on CPUs. Bytes are those of one forward and one backward pass of a decoder layer,
-for a token; what the model's two ends send is not in them.
+Every figure but Megatron-LM's, which is a formula, comes from live processes on CPUs. Bytes are those of one forward
+and one backward pass of a decoder layer, for a token; what the model's two ends send is not in them.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
         shape = read_model_config(arguments.model, models).to_dict()
         raw["seconds"] = times(shape, arguments.processes, arguments.steps, arguments.tokens)
         print(time_report(raw["seconds"], arguments.model, arguments.processes, arguments.tokens))
+        # What of the ratio is there without messages, since low-rank layers compute less as well.
+        raw["seconds_of_one"] = times(shape, 1, arguments.steps, arguments.tokens)
+        print(time_report(raw["seconds_of_one"], arguments.model, 1, arguments.tokens))
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(raw), encoding="utf-8")
 
@@ -99,7 +102,8 @@ def time_report(seconds: Mapping[str, Sequence[float]], model: str, processes: i
     found = {name: Summary.of(each[1:] or each) for name, each in seconds.items()}
     base = found[FULL].median
     lines = [[name, f"{each.median:.3f}", f"{each.median / base:.2f}"] for name, each in found.items()]
-    head = f"A training step of {model}, {tokens} tokens, {processes} CPU processes of one thread, r = d/4\n\n"
+    cut = f"{processes} CPU process{'es' if processes > 1 else ''}"
+    head = f"A training step of {model}, {tokens} tokens, {cut} of one thread, r = d/4\n\n"
     return head + table(("", "median, s", "/ full rank"), lines) + "\n"
 
 

@@ -275,8 +275,12 @@ class Projections(LayerEvents):
                 products.append(torch.stack([delivered.dot(part), part.dot(part), delivered.dot(delivered)]))
         device = gradients[which[0]].device
         sums = torch.stack(products).sum(0) if products else torch.zeros(3, device=device)
-        if not self._shard.layout.is_replicated(f"{next(iter(low))}.R"):
+        if self._shard.layout.is_replicated(f"{next(iter(low))}.R"):
+            # The last bit of a product depends on where in memory it is: with one's own, copies of R would drift apart.
+            self._exchange.share(sums, 0)
+        else:
             self._exchange.add_up(sums)
+        self._exchange.agree(sums)
         both, expected_square, delivered_square = sums.tolist()
         if expected_square == delivered_square == 0:
             return 0.0

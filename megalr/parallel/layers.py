@@ -7,7 +7,7 @@ weight of full rank send what dense ones do, x's gradient or y, and the gradient
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,14 +19,34 @@ from megalr.layers.low_rank import LowRankLinear
 from megalr.layers.parametrize import replaced_layers
 from megalr.layers.projected import ProjectedLinear
 from megalr.layers.sltrain import SLTrainLinear, part_of_support, random_support
-from megalr.parallel.messages import SharedInput, SharedLatents, Sum, SumGradient
+from megalr.parallel.messages import Gather, SharedInput, SharedLatents, Sum, SumGradient
 from megalr.parallel.plan import Cut
 from megalr.partition import mark_cut, mark_places
 
 T = TypeVar("T", bound=nn.Module)
 
 
-class ColumnParallelLowRank(LowRankLinear):
+class ColumnParallel(nn.Module):
+    """What layers that have rows of the weight have in common.
+
+    Attributes:
+        group: the tensor-parallel ranks.
+        gathered_widths: of each rank's part of the output, where every rank is to have all of it, as of a head whose
+            logits the loss reads whole; None where the part is what the next layer wants.
+    """
+
+    group: dist.ProcessGroup
+    gathered_widths: list[int] | None = None
+
+    def _delivered(self, part: Tensor) -> Tensor:
+        """The output that others see."""
+        if self.gathered_widths is None:
+            return part
+        whole: Tensor = Gather.apply(part, self.gathered_widths, self.group)
+        return whole
+
+
+class ColumnParallelLowRank(ColumnParallel, LowRankLinear):
     """Rows of B and of the bias, all of A: x whole, y in parts.
 
     Attributes:
@@ -36,8 +56,8 @@ class ColumnParallelLowRank(LowRankLinear):
     latents: SharedLatents
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply to x (..., in_features); this rank's part of the output."""
-        return functional.linear(self.latents.of(self, x) * self.scale, self.B, self.bias)
+        """Apply to x (..., in_features); this rank's part of the output, or all of it."""
+        return self._delivered(functional.linear(self.latents.of(self, x) * self.scale, self.B, self.bias))
 
 
 class RowParallelLowRank(LowRankLinear):
@@ -78,7 +98,7 @@ class CutSLTrain(SLTrainLinear):
         return part_of_support(places, self.whole_shape[1], *self.part)
 
 
-class ColumnParallelSLTrain(CutSLTrain):
+class ColumnParallelSLTrain(ColumnParallel, CutSLTrain):
     """Rows of B, of S and of the bias, all of A: x whole, y in parts.
 
     Attributes:
@@ -89,7 +109,7 @@ class ColumnParallelSLTrain(CutSLTrain):
 
     def _output(self, x: Tensor) -> Tensor:
         a: Tensor = SumGradient.apply(self.A, self.group)
-        return self._product(self.inputs.of(self, x), self.B, a, self.bias)
+        return self._delivered(self._product(self.inputs.of(self, x), self.B, a, self.bias))
 
 
 class RowParallelSLTrain(CutSLTrain):
@@ -113,7 +133,7 @@ class CutProjected(ProjectedLinear):
     replaced = True
 
 
-class ColumnParallelProjected(CutProjected):
+class ColumnParallelProjected(ColumnParallel, CutProjected):
     """Rows of W0, of the bias, and of R, or with a basis of the output of that: x whole, y in parts.
 
     Attributes:
@@ -124,7 +144,7 @@ class ColumnParallelProjected(CutProjected):
 
     def _output(self, x: Tensor) -> Tensor:
         r: Tensor = self.R if self.side == "right" else SumGradient.apply(self.R, self.group)
-        return self._product(self.inputs.of(self, x), r, self.bias)
+        return self._delivered(self._product(self.inputs.of(self, x), r, self.bias))
 
 
 class RowParallelProjected(CutProjected):
@@ -154,7 +174,8 @@ def cut_layers(model: nn.Module, cuts: Mapping[str, Cut], group: dist.ProcessGro
     for name, layer in replaced_layers(model).items():
         if name not in cuts:
             continue
-        rows = cuts[name] == "rows"
+        rows = cuts[name] != "columns"
+        outputs: Any = layer.out_features
         match layer:  # of these classes, not of others that derive from them
             case LowRankLinear() if type(layer) is LowRankLinear:
                 _cut_low_rank(layer, rows, group)
@@ -167,7 +188,10 @@ def cut_layers(model: nn.Module, cuts: Mapping[str, Cut], group: dist.ProcessGro
                     f"{name} is a {type(layer).__name__}, which cannot be cut between tensor-parallel ranks: write "
                     '"type": "low_rank", "sltrain" or "projected", or leave out megalr.parametrization'
                 )
-        if rows:
+        if isinstance(layer, ColumnParallel):
+            layer.group = group
+            if cuts[name] == "gathered":
+                layer.gathered_widths = _sizes(outputs, group)
             siblings.setdefault(name.rpartition(".")[0], []).append(layer)
     for layers in siblings.values():
         low_rank = [layer for layer in layers if isinstance(layer, ColumnParallelLowRank)]
@@ -237,10 +261,16 @@ def _keep(layer: nn.Module, names: tuple[str, ...], dim: int, group: dist.Proces
 
 
 def _part(whole: int, group: dist.ProcessGroup) -> tuple[int, int]:
-    """Where this rank's part begins, and how much it is.
+    """Where this rank's part begins, and how much it is."""
+    sizes, rank = _sizes(whole, group), dist.get_rank(group)
+    return sum(sizes[:rank]), sizes[rank]
+
+
+def _sizes(whole: int, group: dist.ProcessGroup) -> list[int]:
+    """How much each rank has.
 
     As evenly as can be, larger parts first: AutoTP does the same, and activations of both have to meet.
     """
-    size, rest = divmod(whole, dist.get_world_size(group))
-    rank = dist.get_rank(group)
-    return rank * size + min(rank, rest), size + (rank < rest)
+    ranks = dist.get_world_size(group)
+    size, rest = divmod(whole, ranks)
+    return [size + (rank < rest) for rank in range(ranks)]

@@ -38,10 +38,32 @@ class Sum(torch.autograd.Function):
         return grad, None
 
 
+class Gather(torch.autograd.Function):
+    """What each rank has a part of, in the last dimension, whole; a rank's part gets its part of the gradient.
+
+    What comes after does the same on all ranks, so that the gradient is the same on all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, widths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+        rank = dist.get_rank(group)
+        ctx.first, ctx.width = sum(widths[:rank]), widths[rank]
+        mine = functional.pad(part, (0, max(widths) - ctx.width)).contiguous()  # all messages have one size
+        parts = [torch.empty_like(mine) for _ in widths]
+        dist.all_gather(parts, mine, group=group)
+        return torch.cat([each[..., :width] for each, width in zip(parts, widths, strict=True)], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.narrow(-1, ctx.first, ctx.width), None, None
+
+
 class SharedLatents:
     """x @ A.T of layers that get the same x, such as q, k and v, in one product and one message.
 
     The first layer that is called computes all of them; the others take theirs when they are called with the same x.
+    Which layers belong together is a guess from their names. Where one is called with another x before all have taken
+    theirs, as in cross-attention, each works on its own from then on: as many bytes, in more messages.
     Under ZeRO-3 every layer works on its own, since a layer's parameters are there only while it is called itself.
     """
 
@@ -53,14 +75,17 @@ class SharedLatents:
         """
         self._factors = {id(layer): layer.A for layer in layers}
         self._group = group
+        self._apart = False
         self._x: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
 
     def of(self, layer: LowRankLinear, x: Tensor) -> Tensor:
         """The latent of one layer, (..., r)."""
-        if hasattr(layer.A, "ds_id"):
+        if self._waiting and (x is not self._x or id(layer) not in self._waiting):
+            self._apart, self._x, self._waiting = True, None, {}
+        if self._apart or hasattr(layer.A, "ds_id"):
             return self._latents(x, [layer.A])[0]
-        if x is not self._x or id(layer) not in self._waiting:
+        if not self._waiting:
             self._x = x
             self._waiting = dict(zip(self._factors, self._latents(x, list(self._factors.values())), strict=True))
         mine = self._waiting.pop(id(layer))
@@ -75,7 +100,11 @@ class SharedLatents:
 
 
 class SharedInput:
-    """x of layers that get the same one, whose gradients are added up before they are summed over the ranks."""
+    """x of layers that get the same one, whose gradients are added up before they are summed over the ranks.
+
+    Which layers belong together is a guess from their names. Each x has a message of its own, however they come; where
+    the layers of a group get several, as in cross-attention, the last one is held until the next pass.
+    """
 
     def __init__(self, members: int, group: dist.ProcessGroup) -> None:
         """

@@ -10,7 +10,9 @@ from megalr.partition.layout import Fragment, Layout
 from megalr.partition.placement import Unit, imbalance, least_imbalance, place
 from megalr.partition.tensor_parallel import (
     in_whole,
+    joined,
     mark_cut,
+    mark_gradients,
     mark_places,
     own_part,
     place_of_part,
@@ -33,8 +35,10 @@ __all__ = [
     "imbalance",
     "in_whole",
     "join",
+    "joined",
     "least_imbalance",
     "mark_cut",
+    "mark_gradients",
     "mark_places",
     "own_part",
     "place",

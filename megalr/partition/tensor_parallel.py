@@ -43,8 +43,9 @@ def read_shards(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[
         own = [replace(f, rank=0, copy=0) for f in layout.fragments if f.rank == local.rank]
         layout, group, replicas = replace(layout, world_size=1, fragments=own), None, group
     me = dist.get_rank()
+    _check_groups(tensor_group, local.group)
     parts = _of_all(([me] if group is None else dist.get_process_group_ranks(group), layout), tensor_group)
-    everyone = tensor_group if layout.world_size == 1 else _group_of(rank for ranks, _ in parts for rank in ranks)
+    everyone = tensor_group if layout.world_size == 1 else _group_of_all()
     index = {rank: i for i, rank in enumerate(dist.get_process_group_ranks(everyone))}
     whole = join([part for _, part in parts], cuts, [[index[rank] for rank in ranks] for ranks, _ in parts])
     return local, replace(
@@ -82,9 +83,12 @@ def tensor_parallel_cuts(parameters: Mapping[str, Tensor]) -> dict[str, int]:
 def whole_frozen(name: str, parameter: Tensor) -> Tensor:
     """A frozen parameter on the CPU, put together from the parts of all tensor-parallel ranks; collective."""
     own, cut = parameter.detach().cpu().clone(), tensor_parallel_cuts({name: parameter})
-    if not cut:
-        return own
-    return torch.cat(_of_all(own, _tensor_group()), dim=cut[name])
+    return joined(own, cut[name]) if cut else own
+
+
+def joined(part: Tensor, dim: int) -> Tensor:
+    """What the tensor-parallel ranks have parts of, on the CPU; collective over them."""
+    return torch.cat(_of_all(part.detach().cpu(), _tensor_group()), dim=dim)
 
 
 def place_of_part(name: str, parameter: Tensor) -> tuple[tuple[int, int], tuple[int, ...]]:
@@ -118,6 +122,24 @@ def mark_cut(parameter: Any, dim: int, part: tuple[int, int] | None = None) -> N
     setattr(parameter, AUTOTP, {"partition_dim": dim, "replicated": False})
     if part is not None:
         parameter.megalr_part = (dim, *part)
+
+
+def mark_gradients(parameters: Iterable[Tensor]) -> None:
+    """From now on, mark the gradients of those parameters that are marked as cut.
+
+    At stage 0 in bf16 and fp16 DeepSpeed takes the norm for clipping of a list of gradients, not of parameters, and
+    leaves out on all tensor-parallel ranks but the first what is not marked as cut there: every gradient, if nobody
+    marks them. All other stages, and fp32, look at the parameters.
+    """
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_mark_gradient)
+
+
+def _mark_gradient(parameter: Any) -> None:
+    # Asked here, since AutoTP cuts and marks its layers later than the hook is made.
+    if parameter.grad is not None and getattr(parameter, "tensor_model_parallel", False):
+        parameter.grad.tensor_model_parallel = True
 
 
 def own_part(parameter: Any, whole: Tensor) -> Tensor:
@@ -179,10 +201,14 @@ def _tensor_group() -> dist.ProcessGroup:
     return group
 
 
-def _group_of(ranks: Iterable[int]) -> dist.ProcessGroup:
-    """The group of all tensor- and data-parallel ranks; with pipeline stages they are not all there are."""
-    if sorted(ranks) != list(range(dist.get_world_size())):
+def _check_groups(tensor: dist.ProcessGroup, data: dist.ProcessGroup | None) -> None:
+    """Raise a UserError where tensor- and data-parallel ranks are not all there are, as with pipeline stages."""
+    if dist.get_world_size(tensor) * (1 if data is None else dist.get_world_size(data)) != dist.get_world_size():
         raise UserError("tensor parallelism together with pipeline stages is not supported: use one of them")
+
+
+def _group_of_all() -> dist.ProcessGroup:
+    """The group of all tensor- and data-parallel ranks."""
     group = dist.group.WORLD
     assert group is not None
     return group

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megalr.engine import deepspeed_section, refuse_unsupported
-from megalr.errors import UserError
+from megalr.errors import UserError, in_short
 
 
 def check_deepspeed_config(config: Mapping[str, Any], data_size: int) -> None:
@@ -29,16 +29,9 @@ def check_deepspeed_config(config: Mapping[str, Any], data_size: int) -> None:
     try:
         DeepSpeedConfig(deepspeed_section(config), mpu=SimpleNamespace(get_data_parallel_world_size=lambda: data_size))
     except Exception as error:  # pydantic's, assertions and ValueErrors
-        raise UserError(f"DeepSpeed refuses the configuration: {_in_short(error)}") from error
+        raise UserError(f"DeepSpeed refuses the configuration: {in_short(error)}") from error
     if config.get("scheduler"):
         _check_scheduler(config["scheduler"])
-
-
-def _in_short(error: Exception) -> str:
-    if hasattr(error, "errors"):
-        found = [f'"{".".join(map(str, each["loc"]))}": {each["msg"]}' for each in error.errors()]
-        return f"{getattr(error, 'title', '')}: {'; '.join(found)}"
-    return str(error)
 
 
 def _check_scheduler(section: Mapping[str, Any]) -> None:

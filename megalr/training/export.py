@@ -12,6 +12,7 @@ from torch import Tensor
 from megalr.config import ParametrizationConfig
 from megalr.errors import UserError
 from megalr.layers import densify
+from megalr.partition import joined
 from megalr.training.models import empty_model
 from megalr.training.ranks import Ranks
 
@@ -83,6 +84,8 @@ def export_dense(
     training = engine.training
     engine.eval()
     expected: Tensor = engine(input_ids=input_ids.to(ranks.device)).logits
+    if expected.shape[-1] < engine.module.config.vocab_size:  # a head that is cut by vocabulary
+        expected = joined(expected, -1).to(ranks.device)
     engine.train(training)
     state = consolidated_state_dict(engine)
 

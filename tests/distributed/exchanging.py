@@ -58,6 +58,17 @@ def round_trip(seed: int, replicated: bool = False, idle_ranks: int = 0) -> dict
     }
 
 
+def of_replicas() -> tuple[float, float, float]:
+    """Of the ranks' numbers, in two groups of two that do the same: what is agreed upon, and both kinds of sum."""
+    rank = dist.get_rank()
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    replicas = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    exchange = Exchange(random_layout(0, 2), rank % 2, groups[rank // 2], replicas=replicas[rank % 2])
+    mine = torch.tensor([float(rank)])
+    found = [operation(mine.clone()) for operation in (exchange.agree, exchange.add_up, exchange.add_up_all)]
+    return found[0].item(), found[1].item(), found[2].item()
+
+
 def _buffers(layout: Layout, rank: int, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     buffers = []
     for buffer in (0, 1):

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutput
 
 import megalr
+from megalr.partition import mark_cut
 from tests.distributed import rule_training
 from tests.distributed.rule_training import SEQUENCES, batches
 from tests.distributed.tensor_training import tensor_parallel_groups
@@ -88,6 +90,27 @@ def train(stage: int, optimizer: str) -> dict[str, Tensor] | None:
         weights = megalr.consolidated_state_dict(engine)
         engine.destroy()
     return weights
+
+
+def refused(stage: int, how: str) -> str:
+    """The message of a pipeline whose layers tensor-parallel ranks are to share as well; empty where it starts."""
+    with tensor_parallel_groups():
+        axes = {"num_stages": 2}
+        if how == "topology":
+            axes = {"topology": PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=1)}
+        model = PipelineModule(LAYERS, loss_fn=loss_of, seed_layers=True, base_seed=SEED, seed_fn=_seed, **axes)
+        config = configuration(stage)
+        if how == "topology":
+            mark_cut(next(model.parameters()), 0)
+        else:
+            config["tensor_parallel"] = {"autotp_size": 2}
+        config["optimizer"] = {"type": "GaLoreAdamW", "params": settings("GaLoreAdamW")}
+        del config["megalr"]
+        try:
+            megalr.initialize(model=model, config=config)
+        except megalr.UserError as error:
+            return str(error)
+    return ""
 
 
 def _rows(ids: Tensor, rank: int, data_size: int, micro: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import engine as deepspeed_engine
 from deepspeed.utils import groups, safe_get_full_grad
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import megalr
+from megalr.parallel import cut_layers
 from megalr.parallel import messages as sending
 from megalr.partition import places_in_whole
 from megalr.partition.tensor_parallel import tensor_parallel_cuts
@@ -49,12 +52,14 @@ def settings(optimizer: str) -> dict[str, Any]:
     return {key: named.get(key, value) for key, value in params.items()}
 
 
-def tensor_configuration(tensor: int, stage: int, optimizer: str, **changes: Any) -> dict[str, Any]:
+def tensor_configuration(
+    tensor: int, stage: int, optimizer: str, accumulation: int = 1, **changes: Any
+) -> dict[str, Any]:
     """A DeepSpeed JSON of one rule, with so many tensor-parallel ranks."""
     data = dist.get_world_size() // tensor
-    config = configuration(stage, **changes)
+    config = configuration(stage, accumulation, **changes)
     config["train_batch_size"] = SEQUENCES
-    config["train_micro_batch_size_per_gpu"] = SEQUENCES // data
+    config["train_micro_batch_size_per_gpu"] = SEQUENCES // data // accumulation
     config["optimizer"] = {"type": optimizer, "params": settings(optimizer)}
     config["megalr"] = {"exchange_bucket_bytes": 20_000, **changes.get("megalr", {})}
     config["tensor_parallel"] = {"autotp_size": tensor}
@@ -79,20 +84,120 @@ def train(
 SLTRAIN = {**LOW_RANK, "parametrization": {"type": "sltrain", "rank": 5, "density": 0.1, "init": "variance_matched"}}
 
 
-def train_variant(
-    tensor: int, stage: int, kind: str, model: dict[str, Any], section: dict[str, Any]
-) -> dict[str, Tensor] | None:
-    """Twelve updates of another model, or with more in the "tensor_parallel" section."""
+def variant_engine(
+    tensor: int,
+    stage: int,
+    kind: str,
+    model: dict[str, Any] | None = None,
+    section: dict[str, Any] | None = None,
+    frozen: tuple[str, ...] = (),
+    **changes: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """A fresh engine and its JSON.
+
+    Args:
+        tensor, stage: as everywhere.
+        kind: a key of :data:`SECTIONS`; dense weights are trained by GaLore.
+        model: what is another in the model's configuration; its biases and norms are drawn.
+        section: added to "tensor_parallel".
+        frozen: parts of names of parameters that are not trained.
+        **changes: as of :func:`tensor_configuration`.
+    """
+    optimizer = "GaLoreAdamW" if kind == "full" else "AdamW"
+    config = tensor_configuration(tensor, stage, optimizer, megalr=SECTIONS[kind], **changes)
+    config["tensor_parallel"].update(section or {})
+    torch.manual_seed(0)
+    spread = SPREAD if kind == "full" or "projected" in kind else 0.02
+    variant = LlamaForCausalLM(LlamaConfig(**{**MODEL, "initializer_range": spread, **(model or {})}))
+    for name, parameter in variant.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+        if any(part in name for part in frozen):
+            parameter.requires_grad_(False)
+    return megalr.initialize(model=variant, config=config)[0], config
+
+
+def train_variant(*args: Any, **kwargs: Any) -> dict[str, Tensor] | None:
+    """Twelve updates of a :func:`variant_engine`."""
     with tensor_parallel_groups():
-        optimizer = "GaLoreAdamW" if kind == "full" else "AdamW"
-        config = tensor_configuration(tensor, stage, optimizer, megalr=SECTIONS[kind])
-        config["tensor_parallel"].update(section)
-        torch.manual_seed(0)
-        spread = SPREAD if kind == "full" else 0.02
-        variant = LlamaForCausalLM(LlamaConfig(**MODEL | model, initializer_range=spread))
-        engine = megalr.initialize(model=variant, config=config)[0]
+        engine, config = variant_engine(*args, **kwargs)
         run_steps(engine, rule_training.batches(rule_training.STEPS))
         return finish(engine, config)
+
+
+def norms(*args: Any, **kwargs: Any) -> list[float]:
+    """The norms that DeepSpeed clips by in three updates of a :func:`variant_engine`."""
+    found: list[float] = []
+    clip = deepspeed_engine.clip_grad_norm_
+
+    def note(*args: Any, **kwargs: Any) -> Tensor:  # stage 0 in fp32 tells nobody
+        norm: Tensor = clip(*args, **kwargs)
+        found.append(float(norm))
+        return norm
+
+    with tensor_parallel_groups():
+        engine, _ = variant_engine(*args, **kwargs)
+        deepspeed_engine.clip_grad_norm_ = note
+        try:
+            for ids in rule_training.batches(3):
+                run_steps(engine, [ids])
+                norm = engine.get_global_grad_norm()
+                found += [] if norm is None else [float(norm)]
+        finally:
+            deepspeed_engine.clip_grad_norm_ = clip
+        engine.destroy()
+    return found
+
+
+def copies_apart(*args: Any, **kwargs: Any) -> list[str]:
+    """Parameters of which tensor-parallel ranks should have the same and have not, bit for bit, after training."""
+    with tensor_parallel_groups():
+        engine, _ = variant_engine(*args, **kwargs)
+        run_steps(engine, rule_training.batches(rule_training.STEPS))
+        copies = {n: p for n, p in engine.module.named_parameters() if not tensor_parallel_cuts({n: p})}
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, {name: parameter.detach().clone() for name, parameter in copies.items()})
+        engine.destroy()
+    return [name for name in copies if any(not torch.equal(each[name], found[0][name]) for each in found)]
+
+
+class Attention(torch.nn.Module):
+    """Layers with the names of those that get one input, which get two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(8, 6) for _ in range(3))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Whatever depends on which of them each layer got."""
+        return self.q_proj(x) * self.k_proj(y) + self.v_proj(x)
+
+
+def siblings(kind: str) -> list[float]:
+    """Relative errors of two passes' outputs and gradients, on each rank, where siblings get different inputs."""
+    torch.manual_seed(0)
+    whole = torch.nn.ModuleDict({"attn": Attention()})
+    megalr.parametrize(
+        whole, {"megalr": {"parametrization": {**SECTIONS[kind]["parametrization"], "target_modules": ["attn"]}}}
+    )
+    for name, parameter in whole.named_parameters():
+        if name.endswith("R"):  # which starts at zero
+            torch.nn.init.normal_(parameter)
+    cut, group = copy.deepcopy(whole), dist.group.WORLD
+    cut_layers(cut, {f"attn.{name}_proj": "rows" for name in "qkv"}, group)
+    x, y = (torch.randn(5, 8, requires_grad=True) for _ in range(2))
+    rank, width = dist.get_rank(), 6 // dist.get_world_size()
+    errors = []
+    for _ in range(2):
+        expected, got = whole.attn(x, y), cut.attn(x, y)
+        errors.append(_error(got, expected[:, rank * width : (rank + 1) * width]))
+        pairs = zip(torch.autograd.grad(got.sum(), (x, y)), torch.autograd.grad(expected.sum(), (x, y)), strict=True)
+        errors += [_error(*pair) for pair in pairs]
+    return errors
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
 
 
 # Name: the "parametrization" section of projected layers, every way of cutting them among them.
@@ -118,6 +223,12 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "sltrain": SLTRAIN,
     "projected, input": {"parametrization": projected("input")},
     "projected, output": {"parametrization": projected("output")},
+}
+HEAD = ["attn", "mlp", "lm_head"]
+SECTIONS |= {
+    f"{kind}, head": {"parametrization": {**SECTIONS[kind]["parametrization"], "target_modules": HEAD}}
+    for kind in list(SECTIONS)
+    if kind != "full"
 }
 
 
@@ -150,11 +261,10 @@ def tensor_parallel_groups() -> Iterator[None]:
         groups.mesh_device = None
 
 
-def first_step(tensor: int, stage: int, kind: str) -> dict[str, Tensor] | None:
+def first_step(tensor: int, stage: int, kind: str, **variant: Any) -> dict[str, Tensor] | None:
     """Logits, loss and every gradient of one sequence batch before any update; whole, on rank 0."""
     with tensor_parallel_groups():
-        config = tensor_configuration(tensor, stage, "AdamW", megalr=SECTIONS[kind], gradient_clipping=0.0)
-        engine = megalr.initialize(model=dense_model(), config=config)[0]
+        engine, _ = variant_engine(tensor, stage, kind, gradient_clipping=0.0, **variant)
         ids = rule_training.batches(1)[0]
         output = engine(input_ids=ids, labels=ids)
         engine.backward(output.loss)
@@ -218,25 +328,57 @@ def resume(tensor: int, stage: int, folder: str, optimizer: str | None = None) -
         )
 
 
-def refused(tensor: int, model: dict[str, Any] | None = None, **megalr_section: Any) -> str:
-    """The message of a job that cannot work; empty where it starts."""
+def refused(
+    tensor: int,
+    model: dict[str, Any] | None = None,
+    *,
+    section: dict[str, Any] | None = None,
+    units: dict[str, int] | None = None,
+    second_way: bool = False,
+    fused: bool = False,
+    **megalr_section: Any,
+) -> str:
+    """The message of a job that cannot work; empty where it starts.
+
+    Args:
+        tensor, model: as elsewhere.
+        section: added to "tensor_parallel".
+        units: of :class:`Units`, which is passed as ``mpu``.
+        second_way: by ``megalr.build_optimizer``.
+        fused: the model is a Phi-3.
+        **megalr_section: of the JSON.
+    """
     config = tensor_configuration(tensor, 1, "AdamW", megalr=megalr_section)
+    config["tensor_parallel"].update(section or {})
+    del config["train_micro_batch_size_per_gpu"]  # DeepSpeed knows how many ranks have data of their own
+    sizes = MODEL | (model or {})
+    dense = Phi3ForCausalLM(Phi3Config(**sizes, pad_token_id=0)) if fused else LlamaForCausalLM(LlamaConfig(**sizes))
     with tensor_parallel_groups():
         try:
-            megalr.initialize(model=LlamaForCausalLM(LlamaConfig(**MODEL | (model or {}))), config=config)
+            if second_way:
+                megalr.build_optimizer(megalr.parametrize(dense, config), config)
+            else:
+                mpu = None if units is None else Units(**units)
+                megalr.initialize(model=dense, config=config, mpu=mpu)
         except megalr.UserError as error:
             return str(error)
     return ""
 
 
 class Units:
-    """What Megatron-LM's ``mpu`` tells DeepSpeed, of two tensor-parallel ranks and the rest data-parallel."""
+    """What Megatron-LM's ``mpu`` tells DeepSpeed, of two tensor-parallel ranks and the rest data-parallel.
 
-    def __init__(self) -> None:
+    With several stages each has such ranks of its own.
+    """
+
+    def __init__(self, stages: int = 1) -> None:
         world = dist.get_world_size()
+        size = world // stages
         tensor = [dist.new_group([i, i + 1]) for i in range(0, world, 2)]
-        data = [dist.new_group(list(range(i, world, 2))) for i in range(2)]
-        self._tensor, self._data = tensor[dist.get_rank() // 2], data[dist.get_rank() % 2]
+        firsts = [first + i for first in range(0, world, size) for i in range(2)]
+        data = [dist.new_group(list(range(i, i + size - i % 2, 2))) for i in firsts]
+        rank = dist.get_rank()
+        self._tensor, self._data = tensor[rank // 2], data[rank // size * 2 + rank % 2]
 
     def get_model_parallel_rank(self) -> int:
         return dist.get_rank(self._tensor)

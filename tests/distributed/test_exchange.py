@@ -14,3 +14,11 @@ def test_round_trip(ranks, world, layout):
             assert report["gathered"] and report["scattered"]
             assert report["sent_to_gather"] == report["due_to_gather"]
             assert world > 1 or report["sent_to_gather"] == 0
+
+
+def test_replicas_agree_and_add_up(ranks):
+    """Two groups of two ranks that do the same work: the first one's word counts, sums are of all four."""
+    for rank, (agreed, of_group, of_all) in enumerate(ranks(4).run("tests.distributed.exchanging:of_replicas")):
+        assert agreed == rank % 2
+        assert of_group == (1 if rank < 2 else 5)
+        assert of_all == 6

@@ -21,3 +21,10 @@ def test_two_stages_equal_one_process(ranks, stage, optimizer):
     expected = plain_training(pipelining.Plain(), data, optimizer, pipelining.settings(optimizer), clip=CLIPPING)
     assert got.keys() == expected.keys()
     assert_same_weights(got, expected)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("how", ["topology", "autotp_size"])
+def test_tensor_parallel_layers_are_refused(ranks, stage, how):
+    for message in ranks(4).run("tests.distributed.pipelining:refused", stage, how):
+        assert "tensor parallelism together with pipeline stages is not supported" in message

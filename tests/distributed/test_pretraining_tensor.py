@@ -60,3 +60,15 @@ def test_a_run_goes_on_with_another_number(ranks, runs):
     flags = ["--deepspeed", str(two.parent / "1.json"), *small_run(two.parent), "--steps", str(STEPS)]
     ranks(2).run(TRAIN, [*flags, "--batch-size", "6", "--output", str(resumed), "--resume"], str(two.parent))
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_a_head_that_is_cut_by_vocabulary_is_exported(ranks, tmp_path):
+    """A rank has the logits of its own tokens only; the comparison with the exported model needs all."""
+    content = json.loads((ROOT / "ds_configs" / CONFIGS[0]).read_text())
+    content["tensor_parallel"]["vocab_parallel_lm_head"] = True
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    flags = ["--deepspeed", str(tmp_path / "ds.json"), *small_run(tmp_path), "--steps", "2", "--batch-size", "6"]
+    ranks(2).run(
+        TRAIN, [*flags, "--output", str(tmp_path / "run"), "--export", str(tmp_path / "export")], str(tmp_path)
+    )
+    assert (tmp_path / "export" / "model.safetensors").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -32,10 +33,12 @@ KINDS = [*RULES, *LAYERS, *PROJECTED]
 
 
 def is_daily(kind: str, layout: tuple[int, int], stage: int) -> bool:
-    """Each kind at one layout and stage, low-rank layers at every stage; all layouts and stages are among them."""
+    """Each kind at one layout and stage, some at more; all layouts and stages are among them."""
     i, j = KINDS.index(kind), LAYOUTS.index(layout)
     if kind == "low-rank layers":
         return j == stage
+    if kind == "projected layers, input" and (layout, stage) == ((2, 2), 0):  # replicas that have other data
+        return True
     return j == i % len(LAYOUTS) and stage == (i + i // len(LAYOUTS)) % len(STAGES)
 
 
@@ -110,7 +113,67 @@ def test_variants_of_models_and_cuts(ranks, variant, kind, stage):
     assert_same_weights(two, one)
 
 
-@pytest.mark.parametrize("kind", tensor_training.SECTIONS)
+DAILY = [("low_rank", 2, {"accumulation": 4}), ("projected, input", 1, {"accumulation": 4})]
+DAILY += [
+    (kind, stage, {"frozen": ("embed_tokens", "0.self_attn.q_proj")}) for kind, stage in [("full", 1), ("low_rank", 2)]
+]
+
+
+@pytest.mark.parametrize(("kind", "stage", "changes"), DAILY)
+def test_accumulation_and_frozen_parameters(ranks, kind, stage, changes):
+    one = ranks(1).run(f"{MODULE}:train_variant", 1, stage, kind, frozen=changes.get("frozen", ()))[0]
+    assert_same_weights(ranks(2).run(f"{MODULE}:train_variant", 2, stage, kind, **changes)[0], one)
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("low_rank", 1), ("projected, input", 2), ("low_rank", 3)])
+def test_bf16_stays_close(ranks, kind, stage):
+    one = ranks(1).run(f"{MODULE}:train_variant", 1, stage, kind)[0]
+    assert_same_weights(ranks(2).run(f"{MODULE}:train_variant", 2, stage, kind, bf16={"enabled": True})[0], one, 5e-2)
+
+
+@pytest.mark.parametrize("kind", ["full", "low_rank"])
+@pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, False), (2, False), (3, False), (0, True), (1, True)])
+def test_the_norm_for_clipping_is_that_of_one_process(ranks, kind, stage, bf16):
+    """DeepSpeed computes it, from the marks of what is cut; AdamW's weights hardly depend on it."""
+    changes = {"bf16": {"enabled": bf16}, "model": {"initializer_range": tensor_training.SPREAD}}
+    one, two = (ranks(t).run(f"{MODULE}:norms", t, stage, kind, **changes)[0] for t in (1, 2))
+    assert len(one) == 3 and min(one) > CLIPPING
+    if bf16:  # weights part a little after the first update
+        assert two[0] == pytest.approx(one[0], rel=5e-3)
+    else:
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [("low_rank", 0), ("low_rank", 2), ("sltrain", 1), ("projected, input", 1), ("projected, output", 0)],
+)
+def test_copies_stay_the_same_bit_for_bit(ranks, kind, stage):
+    assert ranks(2).run(f"{MODULE}:copies_apart", 2, stage, kind) == [[], []]
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "sltrain", "projected, input", "projected, output"])
+def test_siblings_that_get_different_inputs(ranks, kind):
+    """A third layer that is asked for what it would get with the first one's input gets its own."""
+    for errors in ranks(2).run(f"{MODULE}:siblings", kind):
+        assert max(errors) < 1e-5
+
+
+BIASES = {"attention_bias": True, "mlp_bias": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [("low_rank", 1), ("low_rank", 3), ("sltrain", 1), ("projected, input", 1), ("projected, output", 1)],
+)
+def test_biases_and_a_factorized_head(ranks, kind, stage):
+    one, two = (ranks(t).run(f"{MODULE}:first_step", t, stage, f"{kind}, head", model=BIASES)[0] for t in (1, 2))
+    assert any(name.endswith("down_proj.bias") for name in one)
+    assert two.keys() == one.keys()
+    assert_same_weights(two, one)
+
+
+@pytest.mark.parametrize("kind", ["full", "low_rank", "sltrain", "projected, input", "projected, output"])
 @pytest.mark.parametrize(("tensor", "stage"), [(1, 0), (2, 0), (2, 2), (4, 2)])
 def test_logits_loss_and_gradients_equal_one_process(ranks, kind, tensor, stage):
     one = first_step(kind)
@@ -121,7 +184,7 @@ def test_logits_loss_and_gradients_equal_one_process(ranks, kind, tensor, stage)
 
 @functools.cache
 def first_step(kind: str) -> dict[str, torch.Tensor]:
-    model = tensor_training.dense_model()
+    model = tensor_training.dense_model(tensor_training.SPREAD if kind == "full" or "projected" in kind else 0.02)
     megalr.parametrize(model, {"megalr": tensor_training.SECTIONS[kind]})
     ids = rule_training.batches(1)[0]
     output = model(input_ids=ids, labels=ids)
@@ -167,16 +230,71 @@ def test_a_local_update_is_another_method_and_sends_nothing(ranks):
     assert largest_error(results[0][0], expected("GaLoreAdamW"))[0] > 1e-2
 
 
-@pytest.mark.parametrize(
-    ("tensor", "model", "section", "words"),
-    [
-        (2, {"num_attention_heads": 3, "num_key_value_heads": 3}, {}, "num_attention_heads = 3, which so many ranks"),
-        (2, {"num_key_value_heads": 1}, {}, "num_key_value_heads = 1, which so many ranks"),
-        (2, {}, {"parametrization": {"type": "cola", "rank": 4}}, "q_proj is a ColaLinear, which cannot be cut"),
-        (2, {}, {"parametrization": {"type": "lora", "rank": 4}}, "q_proj is a LoraLinear, which cannot be cut"),
-        (2, {}, {"activations": {"groups": 6, "target_modules": ["attn"]}}, "remove megalr.activations"),
-    ],
-)
-def test_what_cannot_be_shared_is_refused(ranks, tensor, model, section, words):
-    for message in ranks(2).run(f"{MODULE}:refused", tensor, model, **section):
-        assert words in message
+def layers(*names: str, kind: str = "low_rank") -> dict[str, Any]:
+    """The JSON's "parametrization" section."""
+    return {"parametrization": {"type": kind, "rank": 4, "target_modules": list(names or ("attn", "mlp"))}}
+
+
+def spec(pattern: str, kind: str, **more: Any) -> dict[str, Any]:
+    """The JSON's "tensor_parallel" section with the cut of some layers, and that of down_proj."""
+    specs = [{"patterns": [rf".*{pattern}\.weight$"], "partition_type": kind, **more}]
+    specs.append({"patterns": [r".*down_proj\.weight$"], "partition_type": "row"})
+    return {"section": {"partition_config": {"use_default_specs": False, "layer_specs": specs}}}
+
+
+GATE_UP = spec("gate_up_proj", "column", shape=[2, -1], partition_dim=0)
+HEADS, ONE_HEAD = {"num_attention_heads": 3, "num_key_value_heads": 3}, {"num_key_value_heads": 1}
+CANNOT_BE_SHARED: dict[str, tuple[int, dict[str, Any], str]] = {
+    "heads": (2, {"model": HEADS}, "num_attention_heads = 3, which so many ranks"),
+    "key-value heads": (2, {"model": ONE_HEAD}, "num_key_value_heads = 1, which so many ranks"),
+    "cola": (2, layers(kind="cola"), "q_proj is a ColaLinear, which cannot be cut"),
+    "lora": (2, layers(kind="lora"), "q_proj is a LoraLinear, which cannot be cut"),
+    "velora": (2, {"activations": {"groups": 6, "target_modules": ["attn"]}}, "remove megalr.activations"),
+    "fused": (2, {"fused": True, **layers("mlp"), **GATE_UP}, 'gate_up_proj a "shape", as of fused'),
+    "fused, sltrain": (2, {"fused": True, **layers("mlp", kind="sltrain"), **GATE_UP}, 'a "shape", as of fused'),
+    "fused preset": (2, {"fused": True, "section": {"preset_model": "phi3"}, **layers()}, 'a "shape", as of fused'),
+    "fused, own plan": (2, {"fused": True, **layers()}, "the model's own tensor-parallel plan: .* style"),
+    "another dimension": (2, {**layers("mlp"), **spec("up_proj", "column", partition_dim=1)}, '"partition_dim": 1'),
+    "factorized head": (
+        2,
+        {"section": {"vocab_parallel_lm_head": True}, **layers("mlp", "lm_head")},
+        "leave lm_head out of megalr.parametrization.target_modules",
+    ),
+    "unknown key": (2, {"section": {"vocab_paralel_lm_head": True}}, '"vocab_paralel_lm_head": Extra inputs'),
+    "second way": (2, {"second_way": True, **layers()}, "megalr.initialize cuts"),
+    "second way, velora": (
+        2,
+        {"second_way": True, "activations": {"groups": 6, "target_modules": ["attn"]}},
+        "remove megalr.activations",
+    ),
+    "both ways": (2, {"units": {}, **layers()}, "give one of the two"),
+    "heads, mpu": (1, {"units": {}, "model": HEADS, **layers()}, "mpu='s tensor-parallel ranks is 2, but .* = 3"),
+    "gate and up, mpu": (
+        1,
+        {"units": {}, **layers("gate_proj", "up_proj")},
+        "up_proj is to be cut between .* has .*down_proj whole",
+    ),
+    "q, k and v, mpu": (
+        1,
+        {"units": {}, **layers("q_proj", "k_proj", "v_proj")},
+        "v_proj is to be cut between .* has .*o_proj whole",
+    ),
+    "down, mpu": (1, {"units": {}, **layers("down_proj")}, "down_proj is to be cut between .* has .*gate_proj whole"),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT_BE_SHARED)
+def test_what_cannot_be_shared_is_refused(ranks, case):
+    tensor, arguments, words = CANNOT_BE_SHARED[case]
+    for message in ranks(2).run(f"{MODULE}:refused", tensor, **arguments):
+        assert re.search(words, message), message
+
+
+@pytest.mark.parametrize("parts", [{}, layers("self_attn")], ids=["no layer", "attention alone"])
+def test_groups_of_the_users_own_may_leave_blocks_whole(ranks, parts):
+    assert ranks(2).run(f"{MODULE}:refused", 1, units={}, **parts) == ["", ""]
+
+
+def test_groups_that_leave_ranks_to_pipeline_stages_are_refused(ranks):
+    for message in ranks(4).run(f"{MODULE}:refused", 1, units={"stages": 2}, **layers()):
+        assert "together with pipeline stages" in message

@@ -39,7 +39,9 @@ def test_counts_and_times_of_two_processes(tmp_path, capsys):
     assert sent[LOW_RANK] == 4 * 7 * HIDDEN / 4
     assert sent[NAIVE] > 4 * sent[LOW_RANK]
     assert "0.44 (aim 0.5)" in printed
-    assert {name: len(each) for name, each in raw["seconds"].items()} == {FULL: 3, LOW_RANK: 3}
+    for times in (raw["seconds"], raw["seconds_of_one"]):
+        assert {name: len(each) for name, each in times.items()} == {FULL: 3, LOW_RANK: 3}
+    assert "1 CPU process of one thread" in printed
     assert all(second > 0 for each in raw["seconds"].values() for second in each)
     assert "| full rank, AutoTP |" in printed and "| 1.00 |" in printed
 

@@ -20,7 +20,9 @@ def test_how_many_ranks_share_a_layer(section, size):
     assert tensor_parallel_size({"tensor_parallel": section}) == size
 
 
-@pytest.mark.parametrize("section", [2, {"autotp_size": "auto"}, {"autotp_size": -1}, {"autotp_size": 2.0}])
+@pytest.mark.parametrize(
+    "section", [2, {"autotp_size": "auto"}, {"autotp_size": -1}, {"autotp_size": 2.0}, {"autotp_size": True}]
+)
 def test_a_size_that_is_no_number_is_refused(section):
     with pytest.raises(UserError, match='write "tensor_parallel": {"autotp_size": 2}'):
         tensor_parallel_size({"tensor_parallel": section})
@@ -44,7 +46,8 @@ def test_the_models_own_plan_says_what_is_cut_how():
     cuts = planned_cuts(llama(), {"tensor_parallel": {"autotp_size": 2}})
     rows, columns = ({n.rpartition(".")[2] for n, cut in cuts.items() if cut == way} for way in ("rows", "columns"))
     assert columns == {"o_proj", "down_proj"}
-    assert rows == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"}
+    assert rows == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    assert cuts["lm_head"] == "gathered"
 
 
 def test_the_json_may_say_it():
