@@ -58,8 +58,15 @@ def test_moves_to_another_layout(ranks, saved, method, source, target, tmp_path)
     check_move(ranks, saved, method, source, target, tmp_path)
 
 
-@pytest.mark.parametrize(("source", "target"), [((0, 1, 1), (3, 3, 1)), ((3, 2, 1), (1, 3, 1)), ((2, 3, 1), (0, 2, 1))])
-@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m == "Q-GaLore")) for m in ALONE])
+PAIRS = [((0, 1, 1), (3, 3, 1)), ((3, 2, 1), (1, 3, 1)), ((2, 3, 1), (0, 2, 1))]
+OTHERS = [
+    pytest.param(method, *pair, marks=[] if i % len(PAIRS) == j else [pytest.mark.slow])
+    for i, method in enumerate(ALONE)
+    for j, pair in enumerate(PAIRS)
+]
+
+
+@pytest.mark.parametrize(("method", "source", "target"), OTHERS)
 def test_other_methods_move(ranks, saved, method, source, target, tmp_path):
     check_move(ranks, saved, method, source, target, tmp_path)
 
