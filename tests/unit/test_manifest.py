@@ -11,9 +11,18 @@ import time
 import pytest
 import torch
 
-from megalr.checkpoint.manifest import newest_valid, problems, read_manifest
 from megalr.checkpoint.loading import _find, read_entries
-from megalr.checkpoint.manifest import MANIFEST, VERSION, Manifest, prune, tidy, write_manifest
+from megalr.checkpoint.manifest import (
+    MANIFEST,
+    VERSION,
+    Manifest,
+    newest_valid,
+    problems,
+    prune,
+    read_manifest,
+    tidy,
+    write_manifest,
+)
 from megalr.checkpoint.saving import _check_tag, write_entries
 from megalr.errors import UserError
 from tests import known_state
