@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalr.checkpoint.random_states import random_states, set_random_states
 from megalr.errors import UserError
+from megalr.layers.base import FactorizedLinear
 from megalr.optim.groups import logical_shape
 from megalr.optim.portable import MOMENTS, entries_of, make_room, numbers_of
 from megalr.partition import frozen_parts, place_of_part, places_in_whole
@@ -33,7 +33,15 @@ class Contents:
         """
         Args:
             engine: DeepSpeed's, with a :class:`~megalr.optim.MegalrOptimizer`.
+
+        Raises:
+            UserError: it is a pipeline's.
         """
+        if engine.pipeline_parallelism:
+            raise UserError(
+                "megalr's checkpoints do not hold pipeline engines, of which each stage has a model of its own: use "
+                "engine.save_checkpoint and engine.load_checkpoint"
+            )
         self._engine = engine
         self._optimizer = engine.basic_optimizer
         self._module: nn.Module = engine.module
@@ -69,14 +77,22 @@ class Contents:
 
     def entries(self) -> dict[str, Entry]:
         """What this rank could write."""
-        return self._portable(once=True) | self._frozen() | dict(self._buffers()) | _random_state()
+        return (
+            self._portable(once=True)
+            | self._frozen()
+            | dict(self._buffers())
+            | {f"random/{_rank()}": Entry.of(random_states())}
+        )
 
-    def make_room(self, numbers: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]) -> str:
+    def make_room(
+        self, numbers: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]
+    ) -> str:
         """Take over numbers, and have tensors for what was saved.
 
         Args:
             numbers: of :meth:`numbers`, with the matrices of all ranks.
             saved: shapes by key.
+            read: gives a saved tensor by its key.
 
         Returns:
             See :func:`megalr.optim.portable.make_room`.
@@ -90,6 +106,7 @@ class Contents:
                 f"the rule's state of sparse values was written by {numbers['chosen_by']} tensor-parallel ranks, and "
                 f"only so many can go on with it; there are {self._shares()}"
             )
+        self._check_places(read)
         dropped = make_room(self._optimizer, {**numbers["optimizer"], "matrices": numbers["matrices"]}, saved)
         self._prologue()
         found = self._portable(once=False) | self._frozen()
@@ -127,7 +144,7 @@ class Contents:
         if guard is not None and numbers["guard"] is not None:
             guard.load_state_dict(numbers["guard"])
         if self._random_key in self._targets:
-            _set_random_state(self._targets[self._random_key].pieces[0].data)
+            set_random_states(self._targets[self._random_key].pieces[0].data)
 
     def _check_model(self, saved: Mapping[str, tuple[int, ...]]) -> None:
         trained = {f"weights/{name}": folded(shape) for name, shape in self._shard.layout.shapes.items()}
@@ -146,6 +163,17 @@ class Contents:
                 + "\nload it with the model and the megalr.parametrization that it was written with"
             )
 
+    def _check_places(self, read: Callable[[str], Tensor]) -> None:
+        """Tensor-parallel ranks have chosen their values by the buffers that they started with."""
+        layers = {name.rpartition(".")[0] for name in self._chosen}
+        for key, entry in self._buffers():
+            name = key.partition("/")[2]
+            if name.rpartition(".")[0] in layers and not torch.equal(read(key), entry.pieces[0].data.cpu()):
+                raise UserError(
+                    f"{name} is another one in the checkpoint: tensor-parallel ranks load sparse layers only if they "
+                    "were started with the megalr.seed of the run that saved"
+                )
+
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Of whole parameters and buffers."""
         yield from self._shard.layout.shapes.items()
@@ -158,19 +186,16 @@ class Contents:
         found = entries_of(self._optimizer, once=once)
         for name, places in self._chosen.items():
             for kind, field in self._fields().items():
-                had = found.pop(f"{kind}/{name}", None)
+                found.pop(f"{kind}/{name}", None)
                 if not any(flat.numel() for flat in field):
-                    continue
-                if not once:
-                    size = self._shard.layout.numel(name)
-                    found[f"{kind}/{name}"] = Entry.of(torch.empty(size, device=field[0].device))
-                    continue
-                del had
-                gathered = self._optimizer.exchange.gather([Item(name, 0)], [field])
-                for whole in gathered.get(name, []):
-                    found[f"{kind}/{name}"] = Entry.of(
-                        torch.empty_like(whole).index_copy_(0, places.to(whole.device), whole)
-                    )
+                    continue  # no moments yet
+                whole = torch.empty(self._shard.layout.numel(name), device=field[0].device)
+                if once:
+                    gathered = self._optimizer.exchange.gather([Item(name, 0)], [field])
+                    if name not in gathered:
+                        continue
+                    whole.index_copy_(0, places.to(whole.device), gathered[name][0])
+                found[f"{kind}/{name}"] = Entry.of(whole)
         return found
 
     def _fields(self) -> dict[str, Any]:
@@ -216,15 +241,10 @@ class Contents:
             if entry is not None and not torch.equal(buffer.view(entry.shape), entry.pieces[0].data):
                 buffer.copy_(entry.pieces[0].data.view(buffer.shape))
                 changed.add(name.rpartition(".")[0])
-        for layer in changed:
-            renew = getattr(self._module.get_submodule(layer), "draw_support", None)
-            if renew is not None:
-                if self._chosen:
-                    raise UserError(
-                        f"{layer} has other sparse places than the checkpoint: tensor-parallel ranks load only "
-                        "what was started with the same megalr.seed"
-                    )
-                renew()
+        for name in changed:
+            layer = self._module.get_submodule(name)
+            if isinstance(layer, FactorizedLinear):
+                layer.buffers_changed()
 
     def _prologue(self) -> None:
         """At stage 3 parameters must lie cut, as they do in an update."""
@@ -264,32 +284,3 @@ def _plain(what: str, value: Any) -> Any:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
         raise UserError(f"{what} has a state that JSON cannot hold: {error}") from error
-
-
-def _random_state() -> dict[str, Entry]:
-    """This rank's, as the bytes of JSON."""
-    version, numbers, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state()
-    state = {
-        "python": [version, list(numbers), gauss],
-        "numpy": [kind, np.asarray(keys).tolist(), *rest],
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_available() else None,
-    }
-    data = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
-    return {f"random/{_rank()}": Entry.of(data)}
-
-
-def _set_random_state(data: Tensor) -> None:
-    state = json.loads(bytes(data.tolist()))
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_bytes(state["torch"]))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(state["cuda"]))
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

@@ -106,6 +106,9 @@ class FactorizedLinear(nn.Module):
 
     factors: ClassVar[tuple[str, ...]]
 
+    def buffers_changed(self) -> None:
+        """Take note that another run's buffers have been written into this layer's."""
+
 
 def kept_buffers(model: nn.Module) -> list[Tensor]:
     """What the model's factorized layers keep beside parameters, such as the places of trained values."""

@@ -191,6 +191,9 @@ class SLTrainLinear(LowRankLinear):
         if not torch.equal(before, self.support_key):  # the checkpoint of a run with another seed
             self.draw_support()
 
+    def buffers_changed(self) -> None:
+        self.draw_support()
+
     def draw_support(self) -> None:
         """Find the places again that the key stands for."""
         self.support.copy_(self._places())
