@@ -59,7 +59,7 @@ def listed(directory: Path) -> list[Listed]:
                 found.append(Listed(folder, read_manifest(folder)))
             except UserError as error:
                 found.append(Listed(folder, None, str(error)))
-    return sorted(found, key=lambda each: each.manifest.order if each.manifest else (-1, 0), reverse=True)
+    return sorted(found, key=lambda each: each.manifest.order if each.manifest else -1, reverse=True)
 
 
 def latest(directory: Path) -> str | None:
