@@ -122,6 +122,7 @@ def saving(
         if full is not None and (number, rank) == full[:2]:
             _limit_files(full[2])
         if deaths is not None and number == die[0]:
+            wait_for_checkpoint()  # the save before is not counted, however far it has come beside
             deaths.count()
         report(begin=done, number=number)
         since = time.perf_counter()
