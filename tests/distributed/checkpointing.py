@@ -139,3 +139,23 @@ def rank_files(folder: str) -> list[str]:
     """Of a checkpoint, the same on every rank."""
     dist.barrier()
     return sorted(path.name for path in Path(folder).iterdir())
+
+
+def load_other(method: str, stage: int, folder: str) -> tuple[str, dict[str, Any], dict[str, Tensor] | None]:
+    """Load what another rule has saved: what was dropped, what is left of counts and states, and the weights."""
+    engine = engine_of(method, 1, stage)
+    run_steps(engine, rule_training.batches(2))
+    loaded = megalr.load_checkpoint(engine, folder)
+    optimizer = engine.basic_optimizer
+    left = {
+        "updates": optimizer.updates,
+        "steps": engine.global_steps,
+        "counts": {name: clock.count for name, clock in optimizer.clocks.items()},
+        "states": len(optimizer.matrix_states),
+        "moments": sum(flat.numel() for key in ("exp_avg", "exp_avg_sq") for flat in optimizer.moments(key)),
+    }
+    weights = megalr.consolidated_state_dict(engine)
+    run_steps(engine, rule_training.batches(3))
+    assert optimizer.updates == loaded.updates + 3  # noqa: PLR2004
+    engine.destroy()
+    return loaded.dropped, left, weights

@@ -107,3 +107,30 @@ SAME = [
 @pytest.mark.parametrize(("method", "stage", "world"), SAME)
 def test_at_the_same_layout_every_bit_is_the_same(ranks, method, stage, world, tmp_path):
     assert ranks(world).run(f"{MODULE}:lost", method, 1, stage, str(tmp_path)) == [[]] * world
+
+
+@pytest.mark.parametrize(("stage", "world"), [(0, 1), (2, 2), (3, 3)])
+def test_with_another_rule_weights_stay_and_moments_begin_anew(ranks, saved, stage, world):
+    folder, _ = saved("GaLore", (0, 1, 1))
+    for dropped, left, weights in ranks(world).run(f"{MODULE}:load_other", "Muon", stage, folder):
+        assert dropped.startswith("moments and states of rule galore")
+        counts = {"factors": 0, "dense": 0}
+        assert left == {"updates": BEFORE, "steps": BEFORE, "counts": counts, "states": 0, "moments": 0}
+        manifest = read_manifest(Path(folder) / f"step{BEFORE}")
+        for name, weight in (weights or {}).items():
+            assert torch.equal(weight.view(-1), read_tensor(manifest, f"weights/{name}").view(-1))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "words"),
+    [
+        ("GaLore", "low-rank", "another model or parametrization (checkpoint -> now):\n  weights/model.layers.0"),
+        ("projected", "GaLore", "load it with the model and the megalr.parametrization that it was written with"),
+        ("VeLoRA", "Muon", "the checkpoint was written with rule adamw, activations"),
+    ],
+)
+def test_what_cannot_go_on_is_refused_and_changes_nothing(ranks, saved, source, target, words):
+    folder, _ = saved(source, (0, 1, 1))
+    for message, unchanged in ranks(2).run(f"{MODULE}:refused", target, 1, 2, folder):
+        assert words in message
+        assert unchanged
