@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.distributed.test_rules import assert_same_weights
-from tests.end_to_end.commands import ROOT, losses, small_run
+from tests.end_to_end.commands import EVALUATE, ROOT, losses, perplexity, plain, run, small_run
 
 TRAIN = "tests.distributed.pretraining:train"
 CONFIGS = ["zero1_lowrank_tp2.json", "zero2_galore_tp2.json"]
@@ -49,6 +49,15 @@ def test_the_exported_model_is_that_of_one(runs):
     two, one = (load_file(folder / f"export of {n}" / "model.safetensors") for n in (2, 1))
     assert two.keys() == one.keys()
     assert_same_weights(two, one, 1e-3)
+
+
+def test_its_run_is_scored_by_one(runs):
+    two, _ = runs
+    result = run([*plain(), EVALUATE, two], two.parent)
+    assert result.code == 0, result.output
+    assert perplexity(result.output) == pytest.approx(
+        json.loads((two / "summary.json").read_text())["perplexity"], rel=1e-4
+    )
 
 
 def test_a_run_goes_on_with_another_number(ranks, runs):

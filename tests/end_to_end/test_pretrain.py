@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -122,12 +123,23 @@ def test_a_run_a_checkpoint_and_the_export_score_the_same(finished, summary):
         assert perplexity(result.output) == pytest.approx(summary["perplexity"], rel=1e-5)
 
 
-def test_another_number_of_processes_cannot_go_on(finished):
+def test_another_number_of_processes_and_stage_go_on(finished):
+    folder, _ = finished
+    shutil.copytree(folder / "runs/zero2_lowrank", folder / "copy")
+    flags = ["--deepspeed", CONFIGS / "zero3_lowrank.json", *small_run(folder), "--steps", str(STEPS + 5)]
+    flags += ["--output", "copy", "--resume"]
+    result = run([*plain(), PRETRAIN, *flags], folder)
+    assert result.code == 0, result.output
+    assert "processes: 2 -> 1" in result.output and "zero_optimization.stage: 2 -> 3" in result.output
+    assert [row["step"] for row in metrics(folder / "copy") if "loss" in row] == list(range(1, STEPS + 6))
+
+
+def test_another_batch_cannot_go_on(finished):
     folder, _ = finished
     flags = ["--deepspeed", CONFIGS / "zero2_lowrank.json", *small_run(folder), "--steps", "60", "--resume"]
-    result = run([*plain(), PRETRAIN, *flags], folder)
+    result = run([*plain(), PRETRAIN, *flags, "--batch-size", "5"], folder)
     assert result.code == 2, result.output
-    assert "processes: 2 -> 1" in result.output
+    assert "train_batch_size: 12 -> 5" in result.output
     assert (folder / "runs/zero2_lowrank/summary.json").exists()
 
 
