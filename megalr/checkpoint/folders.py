@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalr.checkpoint.manifest import LATEST, MANIFEST, Manifest, newest_valid, problems, read_manifest
+from megalr.checkpoint.manifest import LATEST, MANIFEST, Manifest, newest_valid, problems, read_manifest, read_whole
 from megalr.errors import UserError
 
 # Of what engine.save_checkpoint writes: model states, ZeRO's states, layers of a pipeline.
@@ -70,19 +70,6 @@ def latest(directory: Path) -> str | None:
         return None
 
 
-def missing_or_cut(manifest: Manifest) -> list[str]:
-    """Files that are not there or have another size, which is seen without reading them."""
-    found = []
-    for name, expected in manifest.content["files"].items():
-        path = manifest.folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size is None:
-            found.append(f"{name} is missing")
-        elif size != expected["bytes"]:
-            found.append(f"{name} has {size:,} bytes instead of {expected['bytes']:,}")
-    return found
-
-
 def whole_checkpoint(place: Path) -> tuple[Manifest, list[str]]:
     """A checkpoint all of whose files have been read and are as they were written.
 
@@ -101,10 +88,7 @@ def whole_checkpoint(place: Path) -> tuple[Manifest, list[str]]:
             raise UserError("\n  ".join([f"no checkpoint in {place} is whole:", *skipped]))
         return manifest, skipped
     try:
-        manifest = read_manifest(place)
-        wrong = problems(manifest)
-        if wrong:
-            raise UserError("\n  ".join([f"{place} is damaged:", *wrong]))
+        manifest = read_whole(place)
     except UserError as error:
         others = [each.manifest for each in listed(place.parent) if each.manifest and each.folder.name != place.name]
         other = next((manifest for manifest in others if not problems(manifest)), None)

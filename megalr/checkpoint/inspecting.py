@@ -10,9 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from megalr.checkpoint.folders import Listed, is_one, latest, listed, missing_or_cut
+from megalr.checkpoint.folders import Listed, is_one, latest, listed
 from megalr.checkpoint.format import itemsize
-from megalr.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from megalr.checkpoint.manifest import MANIFEST, Manifest, missing_or_cut, read_manifest
 from megalr.errors import UserError
 from megalr.planner.report import human_bytes
 

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalr.checkpoint.contents import Contents
-from megalr.checkpoint.manifest import Manifest, candidates, find, newest_valid, problems, read_manifest
+from megalr.checkpoint.manifest import Manifest, candidates, find, newest_valid, problems, read_whole
 from megalr.checkpoint.planners import EntryLoader
 from megalr.checkpoint.reading import read_tensor
 from megalr.checkpoint.saving import Saver
@@ -111,10 +111,7 @@ def _find(place: Path, tag: str | None) -> tuple[Manifest, list[str]]:
             raise UserError(f"there is no checkpoint in {place} that could be loaded{':' if reasons else ''}{reasons}")
         return manifest, skipped
     try:
-        manifest = read_manifest(find(place, tag))
-        wrong = problems(manifest)
-        if wrong:
-            raise UserError("\n  ".join([f"{manifest.folder} is damaged:", *wrong]))
+        manifest = read_whole(find(place, tag))
     except UserError as error:
         others = (other for other in candidates(place)[0] if other.folder != place / tag and not problems(other))
         other = next(others, None)

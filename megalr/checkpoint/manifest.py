@@ -10,6 +10,7 @@ are safetensors, the rest is JSON.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -106,6 +107,32 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path} is damaged: {error}. Load another checkpoint") from error
 
 
+def read_whole(folder: Path) -> Manifest:
+    """The same, and make sure that all data is as it was written.
+
+    Raises:
+        UserError: for every file that is not; see :func:`problems`.
+    """
+    manifest = read_manifest(folder)
+    wrong = problems(manifest)
+    if wrong:
+        raise UserError("\n  ".join([f"{folder} is damaged:", *wrong]))
+    return manifest
+
+
+def missing_or_cut(manifest: Manifest) -> list[str]:
+    """Files that are not there or have another size, which is seen without reading them."""
+    found = []
+    for name, expected in manifest.content["files"].items():
+        path = manifest.folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            found.append(f"{name} is missing")
+        elif size != expected["bytes"]:
+            found.append(f"{name} has {size:,} bytes instead of {expected['bytes']:,}")
+    return found
+
+
 def problems(manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:
     """What is wrong with a checkpoint's files: each missing, cut short, too long or changed, and which tensor it hits.
 
@@ -116,7 +143,7 @@ def problems(manifest: Manifest, names: Iterable[str] | None = None) -> list[str
     pieces: dict[str, list[tuple[int, int, int, str]]] = {name: [] for name in manifest.content["files"]}
     for key, tensor in manifest.tensors.items():
         for _, sizes, file, begin, checksum in tensor["pieces"]:
-            pieces[file].append((begin, _bytes(sizes, tensor["dtype"]), checksum, key))
+            pieces[file].append((begin, math.prod(sizes) * itemsize(tensor["dtype"]), checksum, key))
     chosen = list(pieces if names is None else names)
     with ThreadPoolExecutor(READERS) as pool:
         return [line for found in pool.map(lambda name: _check(manifest, name, pieces[name]), chosen) for line in found]
@@ -267,8 +294,7 @@ def _tag_of(hidden: Path) -> str:
 def _is_whole(folder: Path) -> bool:
     """Whether there is a manifest, and every file that it names has its size."""
     try:
-        files = read_manifest(folder).content["files"]
-        return all((folder / name).stat().st_size == file["bytes"] for name, file in files.items())
+        return not missing_or_cut(read_manifest(folder))
     except (UserError, OSError):
         return False
 
@@ -316,13 +342,6 @@ def _checksum_of(read: Callable[[int], bytes], length: int) -> int:
             break
         value, length = zlib.crc32(block, value), length - len(block)
     return value
-
-
-def _bytes(sizes: Sequence[int], dtype: str) -> int:
-    size = itemsize(dtype)
-    for each in sizes:
-        size *= each
-    return size
 
 
 def _some(keys: Sequence[str]) -> str:
