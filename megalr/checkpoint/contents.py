@@ -14,12 +14,12 @@ from megalr.checkpoint.random_states import random_states, set_random_states
 from megalr.errors import UserError
 from megalr.layers.base import FactorizedLinear
 from megalr.optim.groups import logical_shape
-from megalr.optim.portable import MOMENTS, entries_of, make_room, numbers_of
+from megalr.optim.portable import MOMENTS, entries_of, make_room, numbers_of, settle
 from megalr.partition import frozen_parts, place_of_part, places_in_whole
 from megalr.partition.exchange import Item, write
 from megalr.partition.pieces import Entry, Piece, folded, rectangles
 
-COUNTS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+COUNTS = ("global_steps", "global_samples", "skipped_steps")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -84,14 +84,12 @@ class Contents:
             | {f"random/{_rank()}": Entry.of(random_states())}
         )
 
-    def make_room(
-        self, numbers: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]
-    ) -> str:
+    def make_room(self, numbers: Mapping[str, Any], saved: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> str:
         """Take over numbers, and have tensors for what was saved.
 
         Args:
             numbers: of :meth:`numbers`, with the matrices of all ranks.
-            saved: shapes by key.
+            saved: tensors on the meta device, by key.
             read: gives a saved tensor by its key.
 
         Returns:
@@ -114,7 +112,7 @@ class Contents:
         found |= self._buffers_read
         self._random_key = f"random/{_rank()}"
         if self._random_key in saved:
-            found[self._random_key] = Entry.of(torch.empty(saved[self._random_key], dtype=torch.uint8))
+            found[self._random_key] = Entry.of(torch.empty_like(saved[self._random_key], device="cpu"))
         self._targets = found
         return dropped
 
@@ -131,10 +129,13 @@ class Contents:
                     own = self._shard.layout.on(name, self._shard.rank)
                     write(piece.data[places.to(piece.data.device)], field, own)
         self._settle_buffers()
+        settle(self._optimizer, numbers["optimizer"])
         self._epilogue()
         engine = self._engine
         for key, value in numbers["engine"].items():
             setattr(engine, key, value)
+        # Where an update ends is counted in micro-batches, of which an update may have more or fewer now.
+        engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
         if engine.lr_scheduler is not None and numbers["scheduler"] is not None:
             engine.lr_scheduler.load_state_dict(numbers["scheduler"])
         scaler = _loss_scaler(engine)
@@ -146,12 +147,13 @@ class Contents:
         if self._random_key in self._targets:
             set_random_states(self._targets[self._random_key].pieces[0].data)
 
-    def _check_model(self, saved: Mapping[str, tuple[int, ...]]) -> None:
+    def _check_model(self, saved: Mapping[str, Tensor]) -> None:
         trained = {f"weights/{name}": folded(shape) for name, shape in self._shard.layout.shapes.items()}
         frozen = {f"frozen/{n}": folded(_whole(n, p)) for n, p in self._frozen_parameters()}
         buffers = {key: entry.shape for key, entry in self._buffers()}
         mine = trained | frozen | buffers
-        theirs = {key: shape for key, shape in saved.items() if key.split("/")[0] in ("weights", "frozen", "buffers")}
+        kinds = ("weights", "frozen", "buffers")
+        theirs = {key: tuple(each.shape) for key, each in saved.items() if key.split("/")[0] in kinds}
         wrong = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         if wrong:
             lines = [f"  {key}: {theirs.get(key, 'none')} -> {mine.get(key, 'none')}" for key in wrong[:5]]

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megalr.checkpoint.contents import Contents
 from megalr.checkpoint.manifest import Manifest, candidates, find, newest_valid, problems, read_whole
 from megalr.checkpoint.planners import EntryLoader
-from megalr.checkpoint.reading import read_tensor
+from megalr.checkpoint.reading import outlines, read_tensor
 from megalr.checkpoint.saving import Saver
 from megalr.checkpoint.storage import FolderReader
 from megalr.errors import UserError
@@ -68,7 +68,7 @@ def load_checkpoint(engine: Any, directory: str | Path, tag: str | None = None) 
     for line in skipped:
         logger.warning("passed over: %s", line)
     contents, numbers = Contents(engine), manifest.content["numbers"]
-    dropped = contents.make_room(numbers, manifest.shapes, lambda key: read_tensor(manifest, key))
+    dropped = contents.make_room(numbers, outlines(manifest), lambda key: read_tensor(manifest, key))
     wanted = contents.targets()
     missing = [key for key in wanted if key not in manifest.tensors]
     if missing:

@@ -27,6 +27,14 @@ def read_tensor(manifest: Manifest, key: str) -> Tensor:
     return whole
 
 
+def outlines(manifest: Manifest) -> dict[str, Tensor]:
+    """Shapes and dtypes of all logical tensors, as tensors on the meta device, by key."""
+    return {
+        key: torch.empty(found["shape"], dtype=BY_NAME[found["dtype"]], device="meta")
+        for key, found in manifest.tensors.items()
+    }
+
+
 def keys_of(manifest: Manifest, *kinds: str) -> Iterator[tuple[str, str]]:
     """Keys and names of the tensors of some kinds: "weights", "exp_avg", "rule", "frozen", "buffers", ..."""
     for key in manifest.tensors:

@@ -241,11 +241,28 @@ class MatrixUpdater:
             for key, value in tensors_of(state).items()
         }
 
-    def make_room(self, numbers: Mapping[str, Mapping[str, int]]) -> None:
-        """Have the states of exactly those matrices that are among all ranks' numbers; tensors are to be read into."""
+    def make_room(self, numbers: Mapping[str, Mapping[str, int]], saved: Mapping[str, Tensor]) -> None:
+        """Have the states of exactly those matrices that are among all ranks' numbers; tensors are to be read into.
+
+        Args:
+            numbers: of :meth:`numbers`, of all ranks.
+            saved: tensors on the meta device by the keys of :meth:`entries`, as they were saved: by these rules, or by
+                some that are logically alike, of which :meth:`convert` then has to be called.
+        """
         device = self._shard.buffers[0].device
-        mine = [m for m in self.matrices if self._keeps(m) and m.name in numbers]
-        self.states = {m.name: m.rule.init_state(m.shape, device) | dict(numbers[m.name]) for m in mine}
+        mine = {m.name for m in self.matrices if self._keeps(m) and m.name in numbers}
+        self.states = {name: dict(numbers[name]) for name in mine}
+        for entry, outline in saved.items():
+            kind, _, place = entry.partition("/")
+            name, _, key = place.rpartition("/")
+            if kind == "rule" and name in mine:
+                self.states[name][key] = torch.empty_like(outline, device=device)
+
+    def convert(self) -> None:
+        """Have what was read as these rules keep it."""
+        for m in self.matrices:
+            if m.name in self.states:
+                self.states[m.name] = m.rule.convert(self.states[m.name], m.shape)
 
     @property
     def rule_name(self) -> str:

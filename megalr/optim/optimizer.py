@@ -300,13 +300,20 @@ class MegalrOptimizer(torch.optim.Optimizer):
     def rule_form(self) -> dict[str, Any]:
         """What decides what the rule's state looks like, beside the parameters' shapes."""
         rule = self.config.optimizer.rule
-        form: dict[str, Any] = {"rule": "adamw"} if rule is None else dict(rule.form())
-        return form | {key: True for key in ("head", "embeddings") if getattr(self.config.optimizer, key)}
+        return self._with_extents({"rule": "adamw"} if rule is None else rule.form())
+
+    def logical_form(self) -> dict[str, Any]:
+        """The same but for how numbers are stored."""
+        rule = self.config.optimizer.rule
+        return self._with_extents({"rule": "adamw"} if rule is None else rule.logical_form())
 
     def layer_form(self) -> dict[str, Any]:
         """The same of what the layers keep."""
         form: dict[str, Any] = dict(self.config.parametrization.form())
         return form if self.config.activations is None else form | self.config.activations.form()
+
+    def _with_extents(self, form: Mapping[str, Any]) -> dict[str, Any]:
+        return {**form, **{key: True for key in ("head", "embeddings") if getattr(self.config.optimizer, key)}}
 
     def _load_matrices(self) -> None:
         """Hand over what was loaded, once the layout is known: DeepSpeed loads this state before its own masters."""

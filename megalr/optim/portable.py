@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from megalr.errors import UserError
 from megalr.optim.clock import Clock
@@ -26,6 +28,7 @@ def numbers_of(optimizer: MegalrOptimizer) -> dict[str, Any]:
         **optimizer.counts(),
         "lr": {group["name"]: float(group["lr"]) for group in optimizer.all_groups},
         "rule": optimizer.rule_form(),
+        "logical_rule": optimizer.logical_form(),
         "layers": optimizer.layer_form(),
         "events": {events.key: events.numbers() for events in optimizer.all_events},
         "matrices": {} if optimizer.matrices is None else optimizer.matrices.numbers(),
@@ -54,13 +57,15 @@ def entries_of(optimizer: MegalrOptimizer, *, once: bool) -> dict[str, Entry]:
     return found
 
 
-def make_room(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Collection[str]) -> str:
+def make_room(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Mapping[str, Tensor]) -> str:
     """Take over numbers, and have tensors for what was saved, whose values are to be read into :func:`entries_of`.
+
+    Then :func:`settle` makes of them what the optimizer goes on with.
 
     Args:
         optimizer: before or after updates.
         numbers: of :func:`numbers_of`, with the matrices of all ranks.
-        saved: keys of :func:`entries_of`, of all ranks.
+        saved: tensors on the meta device, by the keys of :func:`entries_of`, of all ranks.
 
     Returns:
         What of the saved state this optimizer has no use for, in a sentence for the reader; empty if it has all.
@@ -70,7 +75,8 @@ def make_room(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Col
     """
     _refuse_parts(optimizer)
     layers, rule = optimizer.layer_form(), optimizer.rule_form()
-    if numbers["layers"] != layers or (numbers["rule"] != rule and optimizer.all_events):
+    begins_anew = numbers["logical_rule"] != optimizer.logical_form()
+    if numbers["layers"] != layers or (begins_anew and optimizer.all_events):
         before, now = numbers["rule"] | numbers["layers"], rule | layers
         raise UserError(
             f"the checkpoint was written with {words(before)}, the configuration has {words(now)}: resume with the "
@@ -80,20 +86,25 @@ def make_room(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Col
     for group in optimizer.all_groups:
         group["lr"] = numbers["lr"].get(group["name"], group["lr"])
     optimizer.forget_update()
-    dropped = "" if numbers["rule"] == rule else f"moments and states of {words(numbers['rule'])}"
-    optimizer.clocks = {name: Clock() if dropped else Clock(**clock) for name, clock in numbers["clocks"].items()}
+    optimizer.clocks = {name: Clock() if begins_anew else Clock(**clock) for name, clock in numbers["clocks"].items()}
     shard = optimizer.prepare()
     for buffer, parameter in enumerate(shard.parameters):
         names = {f.name for f in shard.layout.fragments if f.buffer == buffer}
         optimizer.state.pop(parameter, None)
-        if not dropped and any(f"{MOMENTS[0]}/{name}" in saved for name in names):
+        if not begins_anew and any(f"{MOMENTS[0]}/{name}" in saved for name in names):
             optimizer.moments_of(parameter)
     if optimizer.matrices is not None:
-        optimizer.matrices.make_room({} if dropped else numbers["matrices"])
+        optimizer.matrices.make_room({} if begins_anew else numbers["matrices"], saved)
     for events in optimizer.all_events:
         events.load_numbers(numbers["events"][events.key])
         events.make_room(saved)
-    return dropped
+    return f"moments and states of {words(numbers['rule'])}" if begins_anew else ""
+
+
+def settle(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> None:
+    """Have what was read as the optimizer's rule keeps it; ``numbers`` as they were given to :func:`make_room`."""
+    if optimizer.matrices is not None and numbers["rule"] != optimizer.rule_form():
+        optimizer.matrices.convert()
 
 
 def _refuse_parts(optimizer: MegalrOptimizer) -> None:

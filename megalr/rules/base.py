@@ -96,6 +96,19 @@ class Rule(ABC):
         """The rule's name, and those of its settings that decide what its state looks like."""
         return {"rule": self.name}
 
+    def logical_form(self) -> dict[str, str | int | bool]:
+        """The same but for how numbers are stored: rules alike in this go on with each other's states."""
+        return self.form()
+
+    def convert(self, state: State, shape: Shape) -> State:
+        """The state of an m x n matrix as this rule keeps it, which may share tensors with what is given.
+
+        Args:
+            state: as a rule with the same :meth:`logical_form` keeps it.
+            shape: (m, n).
+        """
+        return state
+
     def rank_of(self, shape: Shape) -> int | None:
         """The rank that an m x n matrix is projected to; None for a rule without projection."""
         return None

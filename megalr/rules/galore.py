@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from megalr.rules.adam import adam_direction
-from megalr.rules.base import Basis, State
+from megalr.rules.base import Basis, Shape, State
 from megalr.rules.checks import require_positive
 from megalr.rules.projected import ProjectedRule, factors_back, project, project_back
+from megalr.rules.q_galore import plain_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,10 @@ class GaLore(ProjectedRule):
         # The product goes straight into W: no m x n temporary, and one pass over W instead of three.
         left, right = factors_back(self._low_update(grad, state, basis), state)
         weight.addmm_(left, right, alpha=-lr)
+
+    def convert(self, state: State, shape: Shape) -> State:
+        plain = plain_state(self, state, shape)
+        return {key: value.contiguous() if isinstance(value, Tensor) else value for key, value in plain.items()}
 
     def _low_update(self, grad: Tensor, state: State, basis: Basis | None) -> Tensor:
         """α N: (r, n), (m, r) or (r, r)."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from megalr.errors import UserError
 from megalr.rules.adam import adam_direction
 from megalr.rules.base import Basis, Shape, State, count, tensor
+from megalr.rules.bases import Side
 from megalr.rules.checks import require_at_least, require_positive
 from megalr.rules.projected import ProjectedRule, factors_back, project
 from megalr.rules.quantization import (
@@ -69,6 +70,21 @@ class QGaLore(ProjectedRule):
     def form(self) -> dict[str, str | int | bool]:
         return {**super().form(), "queue_size": self.queue_size, "min_8bit_size": self.min_8bit_size}
 
+    def logical_form(self) -> dict[str, str | int | bool]:
+        return {**super().form(), "rule": "galore"}
+
+    def convert(self, state: State, shape: Shape) -> State:
+        (side,) = self.sides(shape)
+        own, plain = self.init_state(shape, tensor(state, side).device), plain_state(self, state, shape)
+        own |= {key: value for key, value in state.items() if isinstance(value, int)}
+        self._keep_moments(own, plain)
+        packed = state if f"{side}_step" in state else _packed(side, tensor(plain, side))
+        own |= {key: packed[key] for key in (side, f"{side}_step", f"{side}_zero")}
+        if "cosines" in state:
+            known = tensor(state, "cosines")[-self.queue_size :]
+            tensor(own, "cosines")[-len(known) :] = known
+        return own
+
     def basis_keys(self, shape: Shape) -> tuple[str, ...]:
         (side,) = self.sides(shape)
         return (side, f"{side}_step", f"{side}_zero", "cosines")
@@ -109,14 +125,13 @@ class QGaLore(ProjectedRule):
         shape = grad.shape[0], grad.shape[1]
         (side,) = self.sides(shape)
         refreshes = count(state, "refreshes")
-        old = self._basis(state, shape)
+        old = _plain_basis(self, state, shape, side)
         (new,) = super().new_basis(grad, {**state, side: old}, updates=updates, seed=seed, name=name).values()
         cosines = tensor(state, "cosines").clone()
         if refreshes:
             cosine = torch.nn.functional.cosine_similarity(old[:, 0], new[:, 0], dim=0)
             cosines = torch.cat([cosines[1:], cosine.view(1)])
-        packed, step, zero = quantize_groups(new.T)  # a group is of one vector, or of few
-        return {side: packed, f"{side}_step": step, f"{side}_zero": zero, "cosines": cosines}
+        return {**_packed(side, new), "cosines": cosines}
 
     def adopt(self, state: State, basis: Basis | None) -> None:
         super().adopt(state, basis)
@@ -135,30 +150,54 @@ class QGaLore(ProjectedRule):
     def _factors(self, grad: Tensor, state: State, basis: Basis | None) -> tuple[Tensor, Tensor]:
         """Two matrices whose product is the update; the moments are quantized again."""
         shape = grad.shape[0], grad.shape[1]
-        (side,) = self.sides(shape)
         self.adopt(state, basis)
-        plain: State = {"step": count(state, "step"), side: self._basis(state, shape)}
-        quantizes = self._quantizes(self.low_shape(shape))
-        for key, signed in MOMENTS.items():
-            stored = tensor(state, key)
-            plain[key] = dequantize_blocks(stored, tensor(state, f"{key}_max"), signed=signed) if quantizes else stored
+        plain = plain_state(self, state, shape)
         direction = adam_direction(project(grad, plain), plain, self.betas, self.eps, self.scale)
         state["step"] = count(plain, "step")
-        for key, signed in MOMENTS.items() if quantizes else ():
-            codes, largest = quantize_blocks(tensor(plain, key), signed=signed)
-            tensor(state, key).copy_(codes)
-            tensor(state, f"{key}_max").copy_(largest)
+        self._keep_moments(state, plain)
         return factors_back(direction, plain)
 
-    def _basis(self, state: State, shape: Shape) -> Tensor:
-        """P or Q, (m, r) or (n, r), of the levels kept."""
-        (side,) = self.sides(shape)
-        size, rank = self._basis_shape(shape)
-        levels = tensor(state, side), tensor(state, f"{side}_step"), tensor(state, f"{side}_zero")
-        return dequantize_groups(*levels, (rank, size)).T
+    def _keep_moments(self, state: State, plain: State) -> None:
+        """Write fp32 moments into a state, in place."""
+        for key, signed in MOMENTS.items():
+            values = tensor(plain, key)
+            if self._quantizes((values.shape[0], values.shape[1])):
+                values, largest = quantize_blocks(values, signed=signed)
+                tensor(state, f"{key}_max").copy_(largest)
+            tensor(state, key).copy_(values)
 
     def _basis_shape(self, shape: Shape) -> Shape:
         return shape[0] if self.sides(shape) == ("left",) else shape[1], self.rank_of(shape)
 
     def _quantizes(self, low: Shape) -> bool:
         return low[0] * low[1] >= self.min_8bit_size
+
+
+def plain_state(rule: ProjectedRule, state: State, shape: Shape) -> State:
+    """GaLore's state of an m x n matrix, in fp32, of GaLore's or Q-GaLore's; what is fp32 already is the same tensor.
+
+    Args:
+        rule: either, whose rank and sides the state has.
+        state: left as it is.
+        shape: (m, n).
+    """
+    plain: State = {"refreshes": count(state, "refreshes"), "step": count(state, "step")}
+    for key, signed in MOMENTS.items():
+        stored, largest = tensor(state, key), state.get(f"{key}_max")
+        plain[key] = dequantize_blocks(stored, largest, signed=signed) if isinstance(largest, Tensor) else stored
+    return plain | {side: _plain_basis(rule, state, shape, side) for side in rule.sides(shape)}
+
+
+def _plain_basis(rule: ProjectedRule, state: State, shape: Shape, side: Side) -> Tensor:
+    """P, (m, r), or Q, (n, r)."""
+    if f"{side}_step" not in state:
+        return tensor(state, side)
+    levels = tensor(state, side), tensor(state, f"{side}_step"), tensor(state, f"{side}_zero")
+    size = shape[0] if side == "left" else shape[1]
+    return dequantize_groups(*levels, (rule.rank_of(shape), size)).T
+
+
+def _packed(side: Side, basis: Tensor) -> Basis:
+    """What is kept of P or Q."""
+    packed, step, zero = quantize_groups(basis.T)  # a group is of one vector, or of few
+    return {side: packed, f"{side}_step": step, f"{side}_zero": zero}

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, is_tensor
 
 import megalr
+from megalr.checkpoint.manifest import read_manifest
+from megalr.checkpoint.reading import read_tensor
+from megalr.rules.q_galore import plain_state
 from tests.distributed import rule_training
 from tests.distributed.rule_training import everything
 from tests.distributed.tensor_training import (
@@ -139,6 +142,36 @@ def rank_files(folder: str) -> list[str]:
     """Of a checkpoint, the same on every rank."""
     dist.barrier()
     return sorted(path.name for path in Path(folder).iterdir())
+
+
+def load_stored(method: str, stage: int, folder: str, params: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """Load states that were stored in another dtype: what was dropped, and how far what they stand for has changed."""
+    optimizer, section = METHODS[method]
+    config = tensor_configuration(1, stage, optimizer, megalr=section, scheduler=WARMUP_COSINE)
+    config["optimizer"]["params"] |= params
+    engine = megalr.initialize(model=dense_model(SPREAD), config=config)[0]
+    loaded = megalr.load_checkpoint(engine, folder)
+    manifest, errors = read_manifest(loaded.folder), {}
+    updater = engine.basic_optimizer.matrices
+    for m in (m for m in updater.matrices if m.name in updater.states):
+        saved: dict[str, Any] = dict(manifest.content["numbers"]["matrices"][m.name])
+        for key in (key for key in manifest.tensors if key.startswith(f"rule/{m.name}/")):
+            saved[key.rpartition("/")[2]] = read_tensor(manifest, key)
+        now, fresh = updater.states[m.name], m.rule.init_state(m.shape)
+        assert {key: _kind(value) for key, value in now.items()} == {key: _kind(value) for key, value in fresh.items()}
+        assert [now[key] for key in ("step", "refreshes")] == [saved[key] for key in ("step", "refreshes")]
+        before, after = (plain_state(m.rule, state, m.shape) for state in (saved, now))
+        errors[m.name] = max(
+            float((after[k] - v).abs().max() / v.abs().max()) for k, v in before.items() if is_tensor(v)
+        )
+    run_steps(engine, rule_training.batches(3))
+    assert engine.basic_optimizer.updates == loaded.updates + 3
+    engine.destroy()
+    return loaded.dropped, errors
+
+
+def _kind(value: Any) -> Any:
+    return (value.dtype, value.shape) if is_tensor(value) else type(value)
 
 
 def load_other(method: str, stage: int, folder: str) -> tuple[str, dict[str, Any], dict[str, Tensor] | None]:

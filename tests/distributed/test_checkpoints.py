@@ -82,10 +82,16 @@ def test_moves_in_bf16(ranks, saved, source, target, tmp_path):
     check_move(ranks, saved, "low-rank", source, target, tmp_path, 5e-2, bf16={"enabled": True})
 
 
-def check_move(ranks, saved, method, source, target, tmp_path, tolerance=1e-5, **changes):
-    folder, expected = saved(method, source, **changes)
+@pytest.mark.parametrize(("before", "after"), [(3, 4), (4, 1), (1, 3)])
+def test_moves_to_another_gradient_accumulation(ranks, saved, before, after, tmp_path):
+    check_move(ranks, saved, "low-rank", (1, 2, 1), (2, 1, 1), tmp_path, accumulations=(before, after))
+
+
+def check_move(ranks, saved, method, source, target, tmp_path, tolerance=1e-5, accumulations=(1, 1), **changes):
+    before, after = accumulations
+    folder, expected = saved(method, source, accumulation=before, **changes)
     stage, world, tensor = target
-    copy = tmp_path / "written again"
+    copy, changes = tmp_path / "written again", {**changes, "accumulation": after}
     got, dropped = ranks(world).run(f"{MODULE}:load", method, tensor, stage, folder, str(copy), **changes)[0]
     assert dropped == ""
     first, second = (read_manifest(Path(where) / f"step{BEFORE}") for where in (folder, copy))
@@ -119,6 +125,25 @@ def test_with_another_rule_weights_stay_and_moments_begin_anew(ranks, saved, sta
         manifest = read_manifest(Path(folder) / f"step{BEFORE}")
         for name, weight in (weights or {}).items():
             assert torch.equal(weight.view(-1), read_tensor(manifest, f"weights/{name}").view(-1))
+
+
+@pytest.mark.parametrize(("stage", "world"), [(1, 2), (3, 3)])
+@pytest.mark.parametrize(
+    ("source", "target", "changes", "tolerance"),
+    [
+        ("GaLore", "Q-GaLore", {}, 0.1),  # half a level of a basis's 15 is the most
+        ("Q-GaLore", "GaLore", {}, 1e-30),
+        ("Q-GaLore", "Q-GaLore", {"min_8bit_size": 10**6, "queue_size": 3}, 1e-30),
+    ],
+)
+def test_a_rules_states_go_on_in_another_dtype(ranks, saved, source, target, changes, tolerance, stage, world):
+    folder, _ = saved(source, (0, 1, 1))
+    errors = {}
+    for dropped, of_rank in ranks(world).run(f"{MODULE}:load_stored", target, stage, folder, changes):
+        assert dropped == ""
+        errors |= of_rank
+    assert errors.keys() == read_manifest(Path(folder) / f"step{BEFORE}").content["numbers"]["matrices"].keys()
+    assert max(errors.values()) < tolerance, errors
 
 
 @pytest.mark.parametrize(
