@@ -176,6 +176,7 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
         scheduler.step()
     optimizer.prepare()
     attach_guard(results[0])
+    _keep_frozen(results[0])
     return results
 
 
@@ -200,6 +201,23 @@ def _cut(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> None:
             check_heads(getattr(model, "config", None), ranks, "the number of mpu='s tensor-parallel ranks")
             check_neighbours(model, cuts)
         cut_layers(model, cuts, bwc_tensor_model_parallel_group(mpu))
+
+
+def _keep_frozen(engine: Any) -> None:
+    """Have ``engine.save_checkpoint`` write what DeepSpeed's zero_to_fp32.py reads of frozen weights at stage 1, too.
+
+    DeepSpeed writes it at stages 2 and 3 alone, and its script then leaves W0 and bases out without a word.
+    """
+    original = getattr(engine, "_common_checkpoint_state", None)
+    frozen = {name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad}
+    if original is None or engine.zero_optimization_stage() != 1 or not frozen:
+        return
+
+    def with_frozen(module: dict[str, Any], zero_state: bool, save_frozen: bool) -> dict[str, Any]:
+        state: dict[str, Any] = original(module, zero_state, save_frozen or frozen <= module.keys())
+        return state
+
+    engine._common_checkpoint_state = with_frozen
 
 
 def _refuse_pipeline(model: nn.Module, tensor: int) -> None:

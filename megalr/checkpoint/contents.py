@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalr.checkpoint.random_states import random_states, set_random_states
+from megalr.checkpoint.schedules import goes_on, schedule_numbers, set_schedule
 from megalr.errors import UserError
 from megalr.layers.base import FactorizedLinear
 from megalr.optim.groups import logical_shape
-from megalr.optim.portable import MOMENTS, entries_of, make_room, numbers_of, settle
+from megalr.optim.optimizer import MegalrOptimizer
+from megalr.optim.portable import MOMENTS, entries_of, make_room, numbers_of, set_rates, settle
 from megalr.partition import frozen_parts, place_of_part, places_in_whole
 from megalr.partition.exchange import Item, write
 from megalr.partition.pieces import Entry, Piece, folded, rectangles
@@ -27,6 +30,9 @@ class Contents:
     """An engine's state as numbers and entries; every method is collective.
 
     To load: :meth:`make_room`, read into :meth:`targets`, :meth:`settle`.
+
+    Attributes:
+        notes: what a reader of the log should know of a load.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -35,8 +41,14 @@ class Contents:
             engine: DeepSpeed's, with a :class:`~megalr.optim.MegalrOptimizer`.
 
         Raises:
-            UserError: it is a pipeline's.
+            UserError: it is a pipeline's, or has another optimizer.
         """
+        if not isinstance(engine.basic_optimizer, MegalrOptimizer):
+            raise UserError(
+                f"the engine's optimizer is {type(engine.basic_optimizer).__name__}, of which megalr's checkpoints "
+                "know nothing: make the engine with megalr.initialize or give deepspeed.initialize what "
+                "megalr.build_optimizer returns, or use engine.save_checkpoint and engine.load_checkpoint"
+            )
         if engine.pipeline_parallelism:
             raise UserError(
                 "megalr's checkpoints do not hold pipeline engines, of which each stage has a model of its own: use "
@@ -46,22 +58,26 @@ class Contents:
         self._optimizer = engine.basic_optimizer
         self._module: nn.Module = engine.module
         self._shard = self._optimizer.prepare()
+        for name, module in self._module.named_modules():
+            if type(module).get_extra_state is not nn.Module.get_extra_state:
+                warnings.warn(f"megalr's checkpoints do not hold what get_extra_state of {name} gives", stacklevel=3)
         # Values that tensor-parallel ranks have chosen from a sparse vector, and the places that they have in it.
         found = {name: places_in_whole(p) for name, p in self._module.named_parameters()}
         self._chosen = {name: places for name, places in found.items() if places is not None}
         self._targets: dict[str, Entry] = {}
+        self.notes: list[str] = []
 
     def numbers(self) -> dict[str, Any]:
         """Counts and settings, as JSON has them; the same on every rank but for "matrices"."""
         engine, numbers = self._engine, numbers_of(self._optimizer)
         shared = {id(p): n for n, p in reversed(list(self._module.named_parameters()))}
-        scheduler, scaler = engine.lr_scheduler, _loss_scaler(engine)
+        scaler = _loss_scaler(engine)
         guard = getattr(engine, "megalr_guard", None)
         return {
             "matrices": numbers.pop("matrices"),
             "optimizer": numbers,
             "engine": {key: getattr(engine, key) for key in COUNTS},
-            "scheduler": None if scheduler is None else _plain("the learning-rate schedule", scheduler.state_dict()),
+            "schedule": schedule_numbers(engine.lr_scheduler),
             "loss_scaler": {
                 key: getattr(scaler, key) for key in SCALER if engine.fp16_enabled() and hasattr(scaler, key)
             },
@@ -76,11 +92,11 @@ class Contents:
         }
 
     def entries(self) -> dict[str, Entry]:
-        """What this rank could write."""
+        """What this rank could write; buffers are the first one's, also where each has made its own statistics."""
         return (
             self._portable(once=True)
             | self._frozen()
-            | dict(self._buffers())
+            | (dict(self._buffers()) if _rank() == 0 else {})
             | {f"random/{_rank()}": Entry.of(random_states())}
         )
 
@@ -93,7 +109,7 @@ class Contents:
             read: gives a saved tensor by its key.
 
         Returns:
-            See :func:`megalr.optim.portable.make_room`.
+            What of the checkpoint the engine has no use for, in words; empty if it takes over all.
 
         Raises:
             UserError: the checkpoint is of another model or of settings that cannot be continued. Nothing has changed.
@@ -105,7 +121,9 @@ class Contents:
                 f"only so many can go on with it; there are {self._shares()}"
             )
         self._check_places(read)
-        dropped = make_room(self._optimizer, {**numbers["optimizer"], "matrices": numbers["matrices"]}, saved)
+        dropped = [make_room(self._optimizer, {**numbers["optimizer"], "matrices": numbers["matrices"]}, saved)]
+        if numbers["schedule"] is not None and not goes_on(self._engine.lr_scheduler, numbers["schedule"]):
+            dropped.append(f"the state of the learning-rate schedule {numbers['schedule']['type']}")
         self._prologue()
         found = self._portable(once=False) | self._frozen()
         self._buffers_read = {key: Entry.of(entry.pieces[0].data.clone()) for key, entry in self._buffers()}
@@ -114,7 +132,7 @@ class Contents:
         if self._random_key in saved:
             found[self._random_key] = Entry.of(torch.empty_like(saved[self._random_key], device="cpu"))
         self._targets = found
-        return dropped
+        return " and ".join(filter(None, dropped))
 
     def targets(self) -> dict[str, Entry]:
         """What this rank wants to read."""
@@ -136,8 +154,7 @@ class Contents:
             setattr(engine, key, value)
         # Where an update ends is counted in micro-batches, of which an update may have more or fewer now.
         engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-        if engine.lr_scheduler is not None and numbers["scheduler"] is not None:
-            engine.lr_scheduler.load_state_dict(numbers["scheduler"])
+        self._settle_schedule(numbers)
         scaler = _loss_scaler(engine)
         for key, value in numbers["loss_scaler"].items():
             setattr(scaler, key, value)
@@ -147,11 +164,25 @@ class Contents:
         if self._random_key in self._targets:
             set_random_states(self._targets[self._random_key].pieces[0].data)
 
+    def _settle_schedule(self, numbers: Mapping[str, Any]) -> None:
+        """A schedule and the rates that it made; where it begins anew, the rates are those that it begins with."""
+        schedule, saved = self._engine.lr_scheduler, numbers["schedule"]
+        if not goes_on(schedule, saved):
+            if schedule is not None:
+                self.notes.append(f"the learning-rate schedule {type(schedule).__name__} begins at its first step")
+            return
+        changed = set_rates(self._optimizer, numbers["optimizer"])
+        if schedule is not None:
+            set_schedule(schedule, saved)
+        elif changed:
+            rates = ", ".join(f"{name} {before:g} -> {rate:g}" for name, (before, rate) in changed.items())
+            self.notes.append(f"without a schedule, learning rates are the checkpoint's: {rates}")
+
     def _check_model(self, saved: Mapping[str, Tensor]) -> None:
         trained = {f"weights/{name}": folded(shape) for name, shape in self._shard.layout.shapes.items()}
         frozen = {f"frozen/{n}": folded(_whole(n, p)) for n, p in self._frozen_parameters()}
         buffers = {key: entry.shape for key, entry in self._buffers()}
-        mine = trained | frozen | buffers
+        mine = {key: shape for key, shape in (trained | frozen | buffers).items() if math.prod(shape)}
         kinds = ("weights", "frozen", "buffers")
         theirs = {key: tuple(each.shape) for key, each in saved.items() if key.split("/")[0] in kinds}
         wrong = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
@@ -279,10 +310,3 @@ def _loss_scaler(engine: Any) -> Any:
     """What holds fp16's loss scale: the wrapper itself or its scaler."""
     wrapper = engine.optimizer
     return getattr(wrapper, "loss_scaler", wrapper)
-
-
-def _plain(what: str, value: Any) -> Any:
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{what} has a state that JSON cannot hold: {error}") from error

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalr.checkpoint.contents import Contents
-from megalr.checkpoint.manifest import Manifest, candidates, find, newest_valid, problems, read_whole
+from megalr.checkpoint.folders import latest
+from megalr.checkpoint.manifest import MANIFEST, Manifest, candidates, find, newest_valid, problems, read_whole
 from megalr.checkpoint.planners import EntryLoader
 from megalr.checkpoint.reading import outlines, read_tensor
 from megalr.checkpoint.saving import Saver
@@ -23,6 +24,7 @@ from megalr.errors import UserError
 from megalr.partition.pieces import Entry
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def load_checkpoint(engine: Any, directory: str | Path, tag: str | None = None) 
 
     Args:
         engine: made with the model, and the settings that decide what its state looks like, of the one that saved.
-        directory: what ``save_checkpoint`` was given.
-        tag: which checkpoint; None for the newest whose files are as they were written.
+        directory: what ``save_checkpoint`` was given, or one checkpoint's folder in it.
+        tag: which checkpoint; None for the newest whose files are as they were written, whatever ``latest`` names.
 
     Raises:
         UserError: there is none, it is damaged (naming the file, the parameters, and the newest one that is not), or of
@@ -64,19 +66,19 @@ def load_checkpoint(engine: Any, directory: str | Path, tag: str | None = None) 
     saver = Saver.current()
     saver.wait()
     place = Path(directory).expanduser().absolute()
+    if tag is None and (place / MANIFEST).is_file():
+        place, tag = place.parent, place.name
     manifest, skipped = _from_first(saver.group, lambda: _find(place, tag))
-    for line in skipped:
-        logger.warning("passed over: %s", line)
     contents, numbers = Contents(engine), manifest.content["numbers"]
-    dropped = contents.make_room(numbers, outlines(manifest), lambda key: read_tensor(manifest, key))
-    wanted = contents.targets()
-    missing = [key for key in wanted if key not in manifest.tensors]
-    if missing:
-        raise UserError(f"{manifest.folder} lacks {', '.join(missing[:3])}: another version of megalr has written it")
-    read_entries(manifest, wanted, saver.group)
+    dropped = _together(saver.group, lambda: _make_room(contents, manifest))
+    read_entries(manifest, contents.targets(), saver.group)
     contents.settle(numbers)
+    notes = [f"passed over: {line}" for line in skipped] + contents.notes
     if dropped:
-        logger.warning("%s: %s were dropped; they start anew", manifest.folder, dropped)
+        notes.append(f"dropped of {manifest.folder}, to begin anew: {dropped}")
+    if saver.is_first:
+        for note in notes + _of_latest(place, tag, manifest):
+            logger.warning(note)
     return Loaded(manifest.folder, manifest.updates, manifest.content["client"], skipped, dropped)
 
 
@@ -118,6 +120,45 @@ def _find(place: Path, tag: str | None) -> tuple[Manifest, list[str]]:
         offer = f'load tag="{other.folder.name}" instead, the newest that can be' if other else "there is no other"
         raise UserError(f"{error}\nNothing was loaded; {offer}") from error
     return manifest, []
+
+
+def _of_latest(place: Path, tag: str | None, loaded: Manifest) -> list[str]:
+    """A note for who has written an older checkpoint's name into ``latest``, as one goes back with DeepSpeed's."""
+    named = latest(place)
+    if tag is not None or named in (None, loaded.folder.name):
+        return []
+    older = [other.folder.name for other in candidates(place)[0] if other.order < loaded.order]
+    return [f'`latest` names {named}, which was written before {loaded.folder.name}: tag="{named}" loads it'] * (
+        named in older
+    )
+
+
+def _make_room(contents: Contents, manifest: Manifest) -> str:
+    numbers = manifest.content["numbers"]
+    dropped = contents.make_room(numbers, outlines(manifest), lambda key: read_tensor(manifest, key))
+    missing = [key for key in contents.targets() if key not in manifest.tensors]
+    if missing:
+        raise UserError(f"{manifest.folder} lacks {', '.join(missing[:3])}: another version of megalr has written it")
+    return dropped
+
+
+def _together(group: dist.ProcessGroup | None, act: Callable[[], T]) -> T:
+    """What it returns; where it fails on some processes, it has failed on all, which would wait for those else."""
+    if group is None:
+        return act()
+    failed: Exception | None = None
+    try:
+        done = act()
+    except Exception as error:
+        failed = error
+    words: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(words, None if failed is None else str(failed), group=group)
+    if failed is not None:
+        raise failed
+    others = [f"process {rank}: {said}" for rank, said in enumerate(words) if said is not None]
+    if others:
+        raise UserError(f"nothing was loaded, since another process could not; {others[0]}")
+    return done
 
 
 def _from_first(group: dist.ProcessGroup | None, find: Callable[[], Any]) -> Any:

@@ -92,19 +92,19 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         outer = json.loads(path.read_text(encoding="utf-8"))
-        version, content = outer["version"], outer["content"]
-        if version != VERSION:
-            raise UserError(
-                f"{path} is of version {version}, and this megalr reads version {VERSION}: load the checkpoint with "
-                "the megalr that wrote it"
-            )
-        if _checksum(content) != outer["checksum"]:
-            raise ValueError("its checksum does not match")
-        return Manifest(folder, content)
+        version = outer["version"]
+        if version == VERSION:
+            if _checksum(outer["content"]) != outer["checksum"]:
+                raise ValueError("its checksum does not match")
+            return Manifest(folder, outer["content"])
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the checkpoint was never finished, or is no megalr checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}. Load another checkpoint") from error
+    raise UserError(
+        f"{path} is of version {version}, and this megalr reads version {VERSION}: load the checkpoint with the megalr "
+        "that wrote it"
+    )
 
 
 def read_whole(folder: Path) -> Manifest:

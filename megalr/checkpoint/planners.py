@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megalr.checkpoint.format import DTYPES
+from megalr.errors import UserError
 from megalr.partition.pieces import Entry, Piece
 
 _Places = dict[tuple[str, torch.Size], Tensor]
@@ -37,7 +39,18 @@ class EntrySaver(DefaultSavePlanner):
         self._data = _places(entries)
 
     def create_local_plan(self) -> SavePlan:
-        """What this rank could write."""
+        """What this rank could write.
+
+        Raises:
+            UserError: it is of a dtype that files cannot hold.
+        """
+        for key, entry in self._entries.items():
+            if entry.dtype not in DTYPES:
+                kind, _, name = key.partition("/")
+                raise UserError(
+                    f"{name} ({kind}) has dtype {entry.dtype}, which checkpoints cannot hold: keep it as real numbers "
+                    "(torch.view_as_real), or a buffer out of the model's state (persistent=False)"
+                )
         items = [
             WriteItem(
                 MetadataIndex(key, torch.Size(piece.offsets)),

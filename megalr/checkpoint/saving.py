@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
@@ -24,6 +25,8 @@ from megalr.checkpoint.planners import EntrySaver
 from megalr.checkpoint.storage import FolderWriter
 from megalr.errors import UserError
 from megalr.partition.pieces import Entry, Piece
+
+logger = logging.getLogger(__name__)
 
 LONGEST_TAG = 200  # characters; hidden folders have a few more, and file systems take 255 bytes
 TAG = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.+=-]{{0,{LONGEST_TAG - 1}}}")
@@ -98,7 +101,7 @@ def write_entries(
     saver.wait()
     writer = FolderWriter(directory, tag, document, keep)
     planner = EntrySaver(saver.copied(entries) if asynchronous else entries, deepcopy(matrices))
-    saver.start(lambda: _write(writer, planner, saver.group, directory / tag))
+    saver.start(lambda: _write(writer, planner, saver, directory / tag), asynchronous)
     if not asynchronous:
         saver.wait()
 
@@ -118,12 +121,14 @@ class Saver:
     Attributes:
         group: all processes, by gloo; None where there is but one. Of its own, so that messages do not meet those of
             the training, and on the CPU, so that none waits for what a GPU has to do.
+        is_first: whether this is the first of them.
     """
 
     _current: ClassVar[tuple[Any, Saver] | None] = None
 
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.is_first = self.group is None or dist.get_rank() == 0
         self._pool = ThreadPoolExecutor(1, "megalr-checkpoint")
         self._pending: Future[None] | None = None
         # What was copied last, by key and place; kept, since memory that is new costs more than the copy itself.
@@ -156,9 +161,9 @@ class Saver:
         self._copies[where] = copy.copy_(data, non_blocking=data.is_cuda)
         return copy
 
-    def start(self, write: Any) -> None:
-        """Have it done beside."""
-        self._pending = self._pool.submit(write)
+    def start(self, write: Callable[[], None], asynchronous: bool) -> None:
+        """Have it done beside; what goes wrong while nobody waits is in the log before :meth:`wait` raises it."""
+        self._pending = self._pool.submit(_logged(write) if asynchronous and self.is_first else write)
 
     def wait(self) -> None:
         """Wait until it is done, and raise what it raised."""
@@ -167,7 +172,8 @@ class Saver:
             pending.result()
 
 
-def _write(writer: FolderWriter, planner: EntrySaver, group: dist.ProcessGroup | None, place: Path) -> None:
+def _write(writer: FolderWriter, planner: EntrySaver, saver: Saver, place: Path) -> None:
+    group = saver.group
     try:
         dcp.save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:
@@ -181,11 +187,22 @@ def _write(writer: FolderWriter, planner: EntrySaver, group: dist.ProcessGroup |
         causes = f"processes have lost each other, one may have died ({str(error).partition('. ')[0]})"
     else:
         return
-    if group is None or dist.get_rank(group) == 0:
+    if saver.is_first:
         abandon(place.parent, place.name)
     before = [manifest for manifest in candidates(place.parent)[0] if not manifest.folder.name.startswith(".")]
     left = f"the newest one is {before[0].folder}" if before else "there is none yet"
     raise UserError(f"{place} {what}: {causes}. Checkpoints written before are as they were: {left}") from failed
+
+
+def _logged(write: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        try:
+            write()
+        except Exception as error:
+            logger.error("%s", error)
+            raise
+
+    return run
 
 
 def _words(cause: BaseException) -> str:

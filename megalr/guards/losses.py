@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 
 LEAST = 20  # losses to have a standard deviation that means something
+ROUNDING = 1e-6  # of the mean: losses that were equal but for it have no deviation to measure by
 
 
 class LossWindow:
@@ -33,8 +34,8 @@ class LossWindow:
         # The same on all ranks and after a resume: sums that are rounded once depend on no order.
         mean = math.fsum(self._losses) / known
         deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in self._losses) / (known - 1))
-        # Losses that are all equal have no deviation to measure by.
-        if deviation == 0.0 or loss <= mean + self._deviations * deviation:
+        deviation = max(deviation, ROUNDING * abs(mean), math.ulp(0.0))
+        if loss <= mean + self._deviations * deviation:
             return None
         above = (loss - mean) / deviation
         return f"loss {loss:.4g} is {above:.1f} deviations above the mean {mean:.4g} of the last {known}"

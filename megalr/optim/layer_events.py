@@ -137,6 +137,11 @@ class LayerEvents(ABC):
             if f"remainders/{name}" in saved:
                 self.merging.make_room(name, weight)
 
+    def settle(self) -> None:
+        """Go on with what was read since :meth:`make_room`."""
+        for name, weight in self._with_remainder():
+            self.merging.settle(name, weight)
+
     def state_dict(self) -> dict[str, Any]:
         """Counts, and what this rank keeps of frozen weights: plain numbers and tensors, by name."""
         return self.numbers() | {"remainders": dict(self.remainders)}

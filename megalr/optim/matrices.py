@@ -246,12 +246,13 @@ class MatrixUpdater:
 
         Args:
             numbers: of :meth:`numbers`, of all ranks.
-            saved: tensors on the meta device by the keys of :meth:`entries`, as they were saved: by these rules, or by
-                some that are logically alike, of which :meth:`convert` then has to be called.
+            saved: of rules that keep the same in another way, their tensors on the meta device, by the keys of
+                :meth:`entries`; :meth:`convert` is due when they have been read. Empty for these rules' own.
         """
         device = self._shard.buffers[0].device
-        mine = {m.name for m in self.matrices if self._keeps(m) and m.name in numbers}
-        self.states = {name: dict(numbers[name]) for name in mine}
+        mine = {m.name: m for m in self.matrices if self._keeps(m) and m.name in numbers}
+        fresh = {} if saved else {name: m.rule.init_state(m.shape, device) for name, m in mine.items()}
+        self.states = {name: fresh.get(name, {}) | dict(numbers[name]) for name in mine}
         for entry, outline in saved.items():
             kind, _, place = entry.partition("/")
             name, _, key = place.rpartition("/")
@@ -263,6 +264,11 @@ class MatrixUpdater:
         for m in self.matrices:
             if m.name in self.states:
                 self.states[m.name] = m.rule.convert(self.states[m.name], m.shape)
+
+    @property
+    def parameters(self) -> set[str]:
+        """Names of those that it updates."""
+        return {_parameter(m.name) for m in self.matrices}
 
     @property
     def rule_name(self) -> str:

@@ -87,9 +87,17 @@ class Merging:
         return Entry(folded(shape), flat.dtype, tuple(rectangles(shape, first, flat)))
 
     def make_room(self, name: str, weight: Tensor) -> None:
-        """A remainder to be read into :meth:`remainder`'s pieces."""
+        """A remainder to be read into :meth:`remainder`'s pieces, if it is of any use: to go on with, or in fp32."""
+        if self._rounding != "remainder" and weight.dtype != torch.float32:
+            return
         first, last = self._share(name, weight, *frozen_parts(weight)[0])
         self.remainders[name] = torch.zeros(last - first, dtype=weight.dtype, device=weight.device)
+
+    def settle(self, name: str, weight: Tensor) -> None:
+        """Where a remainder was read, and fp32 has room for it: add it to the weight."""
+        if weight.dtype == torch.float32:
+            _, held = frozen_parts(weight)[0]
+            held.add_(self.remainders.pop(name))
 
     def _with_remainder(self, name: str, weight: Tensor, delta: Tensor, decay: float) -> None:
         parts = frozen_parts(weight)
@@ -112,9 +120,10 @@ class Merging:
                 part.copy_(whole[begin : begin + part.numel()])
 
     def _share(self, name: str, weight: Tensor, start: int, held: Tensor) -> tuple[int, int]:
-        """The elements whose remainder this rank keeps."""
+        """The elements whose remainder this rank keeps; or, of a weight in fp32, those to which it is to be added."""
         layout, numel = self._shard.layout, math.prod(logical_shape(weight))
-        if held.numel() < numel or layout.is_replicated(f"{name}.{self._trained}"):
+        everything = weight.dtype == torch.float32 or held.numel() < numel
+        if everything or layout.is_replicated(f"{name}.{self._trained}"):
             return start, start + held.numel()
         chunk = math.ceil(numel / layout.world_size)
         return min(numel, self._shard.rank * chunk), min(numel, (self._shard.rank + 1) * chunk)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from megalr.optim.optimizer import MegalrOptimizer, words
 from megalr.partition.pieces import Entry, entry_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SHOWN = 3  # names in a message
 
 
 def numbers_of(optimizer: MegalrOptimizer) -> dict[str, Any]:
@@ -82,9 +83,9 @@ def make_room(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Map
             f"the checkpoint was written with {words(before)}, the configuration has {words(now)}: resume with the "
             "settings that it was written with"
         )
+    if not begins_anew:
+        _check_routes(optimizer, numbers["matrices"], saved)
     optimizer.updates = numbers["updates"]
-    for group in optimizer.all_groups:
-        group["lr"] = numbers["lr"].get(group["name"], group["lr"])
     optimizer.forget_update()
     optimizer.clocks = {name: Clock() if begins_anew else Clock(**clock) for name, clock in numbers["clocks"].items()}
     shard = optimizer.prepare()
@@ -94,17 +95,55 @@ def make_room(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Map
         if not begins_anew and any(f"{MOMENTS[0]}/{name}" in saved for name in names):
             optimizer.moments_of(parameter)
     if optimizer.matrices is not None:
-        optimizer.matrices.make_room({} if begins_anew else numbers["matrices"], saved)
+        converts = numbers["rule"] != rule
+        optimizer.matrices.make_room({} if begins_anew else numbers["matrices"], saved if converts else {})
     for events in optimizer.all_events:
         events.load_numbers(numbers["events"][events.key])
         events.make_room(saved)
     return f"moments and states of {words(numbers['rule'])}" if begins_anew else ""
 
 
+def set_rates(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Take over the learning rates of groups that there are still; those that were others before, and what they are."""
+    changed = {}
+    for group in optimizer.all_groups:
+        before, rate = group["lr"], numbers["lr"].get(group["name"], group["lr"])
+        group["lr"] = rate
+        if rate != before:
+            changed[group["name"]] = before, rate
+    return changed
+
+
 def settle(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> None:
-    """Have what was read as the optimizer's rule keeps it; ``numbers`` as they were given to :func:`make_room`."""
+    """Have what was read as the optimizer keeps it; ``numbers`` as they were given to :func:`make_room`."""
     if optimizer.matrices is not None and numbers["rule"] != optimizer.rule_form():
         optimizer.matrices.convert()
+    for events in optimizer.all_events:
+        events.settle()
+
+
+def _check_routes(optimizer: MegalrOptimizer, matrices: Collection[str], saved: Collection[str]) -> None:
+    """Refuse states of parameters that another rule updates now, alike on all ranks.
+
+    Args:
+        matrices: names of those that the rule had states of.
+        saved: keys of all tensors.
+    """
+    updater, shard = optimizer.matrices, optimizer.prepare()
+    others = set(matrices) - (set() if updater is None else {m.name for m in updater.matrices})
+    by_rule = set() if updater is None else updater.parameters
+    for buffer in range(len(shard.buffers)):
+        names = {f.name for f in shard.layout.fragments if f.buffer == buffer and shard.layout.numel(f.name)}
+        known = {name for name in names if f"{MOMENTS[0]}/{name}" in saved}
+        others |= known & by_rule
+        if known:
+            others |= names - known
+    if others:
+        some = ", ".join(sorted(others)[:SHOWN]) + ", ..." * (len(others) > SHOWN)
+        raise UserError(
+            f"the checkpoint's optimizer updated {some} by another rule than the configuration has for them: resume "
+            "with the target_modules, head and embeddings of optimizer.params that it was written with"
+        )
 
 
 def _refuse_parts(optimizer: MegalrOptimizer) -> None:

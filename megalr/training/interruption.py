@@ -31,6 +31,12 @@ TRY_AGAIN = os.EX_TEMPFAIL  # 75: the exit code of a run that was stopped and ca
 _SAME_REQUEST = 1.0  # seconds
 
 
+def end_at_once_when_asked() -> None:
+    """Make SIGTERM and SIGUSR1 end this process with "try again" until there is something worth saving."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: os._exit(TRY_AGAIN))
+
+
 class StopRequest:
     """Notes a request to stop. A context manager: handlers are installed inside and put back afterwards.
 

@@ -105,7 +105,7 @@ class Loop:
             data, dropped = load_checkpoint(self.engine, self._folder, notes)
             self._batches.load_state_dict(data)
         if dropped:
-            self._screen.say(f"of the checkpoint {dropped} were dropped; they start anew")
+            self._screen.say(f"dropped of the checkpoint, to begin anew: {dropped}")
         self.step, self.tokens = notes.step, notes.tokens
         self._saved_step = notes.step
         self.metrics.cut(notes.step)

@@ -118,6 +118,8 @@ def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, s
     folder, notes, skipped, finished = ranks.from_first(lambda: _folder_and_notes(arguments))
     for line in skipped:
         screen.say(f"passed over: {line}")
+    if arguments.resume and notes is None:
+        screen.say(f"the run in {folder.path} has no checkpoint yet: it begins anew")
     with ranks.together():
         resolved = resolve(content, _request(arguments, model, ranks, output=str(folder.path)))
         megalr = MegalrConfig.from_json(resolved.config)
@@ -215,7 +217,8 @@ def _folder_and_notes(arguments: PretrainArguments) -> tuple[RunFolder, Notes | 
     """The run's folder; if it is to go on, what its checkpoint says, and what was passed over; if it is finished."""
     name = Path(arguments.deepspeed).stem
     folder = choose_run_folder(name, arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
-    notes, skipped = read_notes(folder) if arguments.resume else (None, [])
+    # What a run has written before its first checkpoint is written again.
+    notes, skipped = read_notes(folder) if arguments.resume and not folder.has_only_begun else (None, [])
     return folder, notes, skipped, folder.summary.exists()
 
 

@@ -20,7 +20,7 @@ from megalr.data import Batches, unigram_perplexity
 from megalr.training.arguments import PretrainArguments, parse_arguments
 from megalr.training.evaluation import Evaluation, evaluate
 from megalr.training.export import export_dense
-from megalr.training.interruption import exit_code
+from megalr.training.interruption import end_at_once_when_asked, exit_code
 from megalr.training.loop import Loop, LoopSettings
 from megalr.training.models import build_model
 from megalr.training.plan import Plan, make_plan
@@ -45,6 +45,7 @@ def main(argv: Sequence[str], *, models_folder: Path) -> int:
         The exit code: 0 at the end, 2 after a user's mistake and where a guard stopped the run; after a request to stop
         75, "try again", or 0 where that was Ctrl-C.
     """
+    end_at_once_when_asked()
     return run_program(argv, parse_arguments, lambda arguments, ranks: pretrain(arguments, ranks, models_folder))
 
 

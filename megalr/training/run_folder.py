@@ -59,6 +59,11 @@ class RunFolder:
         return self.saved_at is not None
 
     @property
+    def has_only_begun(self) -> bool:
+        """Whether a run is in the folder that was interrupted before its first checkpoint."""
+        return self.settings.exists() and not self.can_resume and not self.summary.exists()
+
+    @property
     def saved_at(self) -> float | None:
         """When the latest checkpoint was finished, in seconds; None without any."""
         # Where a run was killed just before it could say which one is the latest there is none that says so.
@@ -79,7 +84,8 @@ def choose_run_folder(name: str, output: str | None, *, resume: bool, overwrite:
     Args:
         name: the configuration's, for the default ``runs/<name>``, ``runs/<name>-2``, ...
         output: the folder that the user asked for, or None for the default.
-        resume: the run is to be continued: without ``output``, the one with the latest checkpoint.
+        resume: the run is to be continued: without ``output``, the one with the latest checkpoint; with it also one
+            that has only begun.
         overwrite: a run in the folder may be deleted.
 
     Raises:
@@ -116,7 +122,7 @@ def _default_folders(name: str) -> list[RunFolder]:
 def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"--output {folder.path} is a file: name a folder")
-    if resume and not folder.can_resume:
+    if resume and not (folder.can_resume or folder.has_only_begun):
         raise UserError(f"there is no checkpoint in {folder.checkpoints}, so there is nothing to resume")
     if folder.is_taken and not (resume or overwrite):
         state = "a finished run" if folder.summary.exists() else "an unfinished run"

@@ -82,6 +82,21 @@ def test_moves_in_bf16(ranks, saved, source, target, tmp_path):
     check_move(ranks, saved, "low-rank", source, target, tmp_path, 5e-2, bf16={"enabled": True})
 
 
+@pytest.mark.parametrize("target", [(0, 2, 1), (2, 3, 1), (3, 2, 1)])
+def test_what_rounding_has_cut_off_is_back_in_fp32(ranks, saved, target, tmp_path):
+    folder, _ = saved("ReLoRA", (1, 2, 1), bf16={"enabled": True})
+    stage, world, tensor = target
+    ranks(world).run(f"{MODULE}:load", "ReLoRA", tensor, stage, folder, str(tmp_path))
+    first, second = (read_manifest(Path(where) / f"step{BEFORE}") for where in (folder, tmp_path))
+    names = [key.partition("/")[2] for key in first.tensors if key.startswith("remainders/")]
+    assert len(names) == 6  # noqa: PLR2004  (layers of two blocks)
+    for name in names:
+        weight, remainder = (read_tensor(first, key) for key in (f"frozen/{name}.weight", f"remainders/{name}"))
+        assert remainder.norm() > 0
+        assert torch.equal(read_tensor(second, f"frozen/{name}.weight"), weight.float() + remainder.float())
+    assert not [key for key in second.tensors if key.startswith("remainders/")]
+
+
 @pytest.mark.parametrize(("before", "after"), [(3, 4), (4, 1), (1, 3)])
 def test_moves_to_another_gradient_accumulation(ranks, saved, before, after, tmp_path):
     check_move(ranks, saved, "low-rank", (1, 2, 1), (2, 1, 1), tmp_path, accumulations=(before, after))

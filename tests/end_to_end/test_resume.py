@@ -107,6 +107,27 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, launcher, stop, c
     assert_same_checkpoints(tmp_path / "stopped" / last, tmp_path / "whole" / last)
 
 
+def test_a_run_that_was_stopped_before_its_first_update_begins_anew(tmp_path):
+    flags = ["--deepspeed", CONFIGS / "zero2_lowrank.json", *small_run(tmp_path), "--steps", "3", "--eval-every", "3"]
+    flags += ["--max-eval-tokens", "100000", "--output", "a run"]  # enough to be interrupted in the first evaluation
+    with started([*plain(), PRETRAIN, *flags], tmp_path) as process:
+        read_until(process, b"writing to")
+        warn_ranks(process)
+        rest, _ = process.communicate(timeout=120)
+        assert process.returncode == 75, rest.decode()
+    assert (tmp_path / "a run/run.json").exists()
+    assert not (tmp_path / "a run/checkpoints").exists()
+
+    again = run([*plain(), PRETRAIN, *flags, "--resume"], tmp_path)
+    assert again.code == 0, again.output
+    assert "has no checkpoint yet: it begins anew" in again.output
+    assert [row["step"] for row in metrics(tmp_path / "a run")][-1] == 3
+
+    elsewhere = run([*plain(), PRETRAIN, *flags, "--resume", "--output", "nowhere"], tmp_path)
+    assert elsewhere.code == 2
+    assert "so there is nothing to resume" in elsewhere.output
+
+
 def test_a_killed_launcher_leaves_a_checkpoint(tmp_path):
     """`kill` of the `deepspeed` command reaches no rank; they notice."""
     flags = ["--deepspeed", CONFIGS / "zero2_lowrank.json", *small_run(tmp_path), "--output", "stopped"]

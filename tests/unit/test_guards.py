@@ -57,9 +57,16 @@ def test_too_few_losses_judge_nothing():
     assert window([3.0, 3.2, 3.0, 3.2], size=4).objection(1e6)
 
 
-def test_losses_that_are_equal_or_not_judged():
-    assert window([3.0] * 30).objection(4.0) is None
+def test_no_deviations_no_judgement():
     assert window([3.0, 3.2] * 20, deviations=None).objection(1e6) is None
+
+
+def test_of_losses_that_were_equal_one_stands_out_if_it_differs_by_more_than_rounding():
+    assert window([3.0] * 30).objection(3.0) is None
+    assert window([3.0] * 30).objection(3.0 + 2e-6) is None
+    assert window([3.0] * 30).objection(4.0) is not None
+    assert window([0.0] * 30).objection(0.0) is None
+    assert window([0.0] * 30).objection(1.0) is not None
 
 
 def test_old_losses_are_forgotten():

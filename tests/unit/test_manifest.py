@@ -23,7 +23,7 @@ from megalr.checkpoint.manifest import (
     tidy,
     write_manifest,
 )
-from megalr.checkpoint.saving import _check_tag, write_entries
+from megalr.checkpoint.saving import _check_tag, wait_for_checkpoint, write_entries
 from megalr.errors import UserError
 from tests import known_state
 from tests.known_state import write
@@ -168,9 +168,21 @@ def test_a_manifest_that_is_none(folder, text):
     check_passed_over(folder, f"{path} is damaged: ")
 
 
+def test_a_failure_that_nobody_waits_for_is_in_the_log(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    write_entries(tmp_path / "file", "step1", {"numbers": {}}, {}, {}, keep=None, asynchronous=True)
+    with pytest.raises(UserError, match="step1 could not be written: process 0: "):
+        wait_for_checkpoint()
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "megalr.checkpoint.saving"]
+    assert line.startswith(f"{tmp_path / 'file' / 'step1'} could not be written: process 0: ")
+    wait_for_checkpoint()  # it is said once
+
+
 def test_a_manifest_of_another_version(folder):
     path = folder / "step3" / MANIFEST
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    path.write_text('{"version": 2, "otherwise": []}')
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))} is of version 2, .* that wrote it$"):
+        read_manifest(path.parent)
     check_passed_over(
         folder,
         f"{path} is of version 2, and this megalr reads version {VERSION}: load the checkpoint with the megalr that "

@@ -1,0 +1,73 @@
+"""A learning-rate schedule's state as JSON has it, and whether a schedule of now can go on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megalr.errors import UserError
+
+ITEMS = "(items)"  # of a dictionary whose keys are not all strings, which JSON's have to be
+
+
+def schedule_numbers(schedule: Any) -> dict[str, Any] | None:
+    """A schedule's class and state; None for no schedule.
+
+    Raises:
+        UserError: JSON cannot hold its state.
+    """
+    if schedule is None:
+        return None
+    name = type(schedule).__name__
+    return {"type": name, "state": {key: _plain(value, f"{name}.{key}") for key, value in _state(schedule).items()}}
+
+
+def goes_on(schedule: Any, numbers: Mapping[str, Any] | None) -> bool:
+    """Whether a schedule has a use for a saved state: there is neither, or both have the same values to go on from."""
+    if schedule is None or numbers is None:
+        return schedule is None and numbers is None
+    return _state(schedule).keys() == numbers["state"].keys()
+
+
+def set_schedule(schedule: Any, numbers: Mapping[str, Any]) -> None:
+    """Take over what :func:`schedule_numbers` gave of a schedule that :func:`goes_on`."""
+    now = _state(schedule)
+    schedule.load_state_dict({key: _revived(value, now[key]) for key, value in numbers["state"].items()})
+
+
+def _state(schedule: Any) -> dict[str, Any]:
+    state: dict[str, Any] = schedule.state_dict()
+    return state
+
+
+def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value) and ITEMS not in value:
+            return {key: _plain(each, f"{where}.{key}") for key, each in value.items()}
+        return {ITEMS: [[_plain(key, where), _plain(each, f"{where}[{key}]")] for key, each in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_plain(each, where) for each in value]
+    if value is None or isinstance(value, str | int | float):  # of numpy's numbers those that are Python's, too
+        return value
+    raise UserError(
+        f"the learning-rate schedule's {where} is a {type(value).__name__}, which JSON cannot hold: give the schedule "
+        "a state_dict of numbers and strings"
+    )
+
+
+def _revived(saved: Any, like: Any) -> Any:
+    """What was saved, in the type that a schedule has it in now: a Counter is more than a dictionary."""
+    if isinstance(saved, list):
+        likes = like if isinstance(like, list | tuple) and len(like) == len(saved) else [None] * len(saved)
+        several = [_revived(each, its_like) for each, its_like in zip(saved, likes, strict=True)]
+        return tuple(several) if isinstance(like, tuple) else several
+    if not isinstance(saved, dict):
+        return saved
+    items = saved[ITEMS] if ITEMS in saved else list(saved.items())
+    known = like if isinstance(like, Mapping) else {}
+    revived = {_hashable(key): _revived(value, known.get(_hashable(key))) for key, value in items}
+    return type(like)(revived) if isinstance(like, dict) else revived
+
+
+def _hashable(key: Any) -> Any:
+    return tuple(key) if isinstance(key, list) else key
