@@ -18,7 +18,7 @@ from megalr.layers.base import FactorizedLinear
 from megalr.optim.groups import logical_shape
 from megalr.optim.optimizer import MegalrOptimizer
 from megalr.optim.portable import MOMENTS, entries_of, make_room, numbers_of, set_rates, settle
-from megalr.partition import frozen_parts, place_of_part, places_in_whole
+from megalr.partition import frozen_parts, place_of_part, places_in_whole, tensor_parallel_rank
 from megalr.partition.exchange import Item, write
 from megalr.partition.pieces import Entry, Piece, folded, rectangles
 
@@ -96,8 +96,8 @@ class Contents:
         return (
             self._portable(once=True)
             | self._frozen()
-            | (dict(self._buffers()) if _rank() == 0 else {})
-            | {f"random/{_rank()}": Entry.of(random_states())}
+            | (dict(self._buffers()) if dist.get_rank() == 0 else {})
+            | {"random/{}.{}".format(*self._ranks()): Entry.of(random_states())}
         )
 
     def make_room(self, numbers: Mapping[str, Any], saved: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> str:
@@ -128,7 +128,10 @@ class Contents:
         found = self._portable(once=False) | self._frozen()
         self._buffers_read = {key: Entry.of(entry.pieces[0].data.clone()) for key, entry in self._buffers()}
         found |= self._buffers_read
-        self._random_key = f"random/{_rank()}"
+        data, tensor = self._ranks()
+        own = f"random/{data}.{tensor}"
+        # Ranks that share layers have to draw alike, unless those of the checkpoint did not.
+        self._random_key = own if own in saved else f"random/{data}.0"
         if self._random_key in saved:
             found[self._random_key] = Entry.of(torch.empty_like(saved[self._random_key], device="cpu"))
         self._targets = found
@@ -245,6 +248,10 @@ class Contents:
         size: int = bwc_tensor_model_parallel_world_size(groups.mpu)
         return size
 
+    def _ranks(self) -> tuple[int, int]:
+        """This one among those that read other data, and among those that share layers with it."""
+        return dist.get_rank(self._engine.seq_data_parallel_group), tensor_parallel_rank() if self._shares() > 1 else 0
+
     def _frozen_parameters(self) -> Iterator[tuple[str, Any]]:
         return ((n, p) for n, p in self._module.named_parameters() if not p.requires_grad)
 
@@ -300,10 +307,6 @@ class Contents:
 
 def _whole(name: str, parameter: Tensor) -> tuple[int, ...]:
     return place_of_part(name, parameter)[1]
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _loss_scaler(engine: Any) -> Any:

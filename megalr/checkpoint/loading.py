@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +46,6 @@ class Loaded:
     dropped: str = ""
 
 
-@torch.no_grad()
 def load_checkpoint(engine: Any, directory: str | Path, tag: str | None = None) -> Loaded:
     """Load what :func:`megalr.save_checkpoint` wrote, whatever stage, processes and tensor parallelism wrote it.
 
@@ -69,17 +68,24 @@ def load_checkpoint(engine: Any, directory: str | Path, tag: str | None = None) 
     if tag is None and (place / MANIFEST).is_file():
         place, tag = place.parent, place.name
     manifest, skipped = _from_first(saver.group, lambda: _find(place, tag))
-    contents, numbers = Contents(engine), manifest.content["numbers"]
+    if saver.is_first:
+        for note in [*(f"passed over: {line}" for line in skipped), *_of_latest(place, tag, manifest)]:
+            logger.warning(note)
+    return replace(load_whole(engine, manifest), skipped=skipped)
+
+
+@torch.no_grad()
+def load_whole(engine: Any, manifest: Manifest) -> Loaded:
+    """Load a checkpoint whose files have been checked; see :func:`load_checkpoint`. Collective."""
+    saver, contents = Saver.current(), Contents(engine)
     dropped = _together(saver.group, lambda: _make_room(contents, manifest))
     read_entries(manifest, contents.targets(), saver.group)
-    contents.settle(numbers)
-    notes = [f"passed over: {line}" for line in skipped] + contents.notes
-    if dropped:
-        notes.append(f"dropped of {manifest.folder}, to begin anew: {dropped}")
+    contents.settle(manifest.content["numbers"])
+    notes = [f"dropped of {manifest.folder}, to begin anew: {dropped}"] if dropped else []
     if saver.is_first:
-        for note in notes + _of_latest(place, tag, manifest):
+        for note in notes + contents.notes:
             logger.warning(note)
-    return Loaded(manifest.folder, manifest.updates, manifest.content["client"], skipped, dropped)
+    return Loaded(manifest.folder, manifest.updates, manifest.content["client"], dropped=dropped)
 
 
 def read_entries(manifest: Manifest, wanted: Mapping[str, Entry], group: dist.ProcessGroup | None) -> None:

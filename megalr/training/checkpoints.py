@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import megalr
-from megalr.checkpoint.manifest import newest_valid
+from megalr.checkpoint.loading import load_whole
+from megalr.checkpoint.manifest import Manifest, newest_valid
 from megalr.errors import UserError
 from megalr.training.run_folder import RunFolder
 
@@ -32,6 +33,21 @@ class Notes:
     settings: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Resumable:
+    """A checkpoint to go on from, whose files have been checked.
+
+    Attributes:
+        notes: what it says of the run.
+        manifest: what it says of itself.
+        skipped: newer ones that are not valid, and why.
+    """
+
+    notes: Notes
+    manifest: Manifest
+    skipped: list[str]
+
+
 def save_checkpoint(
     engine: Any, folder: RunFolder, notes: Notes, data_state: dict[str, Any], *, keep: int | None
 ) -> None:
@@ -46,8 +62,8 @@ def save_checkpoint(
     )
 
 
-def read_notes(folder: RunFolder) -> tuple[Notes, list[str]]:
-    """What the folder's newest valid checkpoint says of itself, and which newer ones are not valid and why.
+def find_checkpoint(folder: RunFolder) -> Resumable:
+    """The folder's newest valid checkpoint.
 
     Raises:
         UserError: there is none, or it is not a run's.
@@ -57,9 +73,10 @@ def read_notes(folder: RunFolder) -> tuple[Notes, list[str]]:
         reasons = "".join(f"\n  {line}" for line in skipped)
         raise UserError(f"no checkpoint in {folder.checkpoints} can be loaded{':' if reasons else ''}{reasons}")
     try:
-        return Notes(tag=manifest.folder.name, **manifest.content["client"]["run"]), skipped
+        notes = Notes(tag=manifest.folder.name, **manifest.content["client"]["run"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{manifest.folder} is no checkpoint of a pretraining run: {error}") from error
+    return Resumable(notes, manifest, skipped)
 
 
 def check_notes(notes: Notes, required: Mapping[str, Any], folder: RunFolder) -> None:
@@ -76,13 +93,13 @@ def check_notes(notes: Notes, required: Mapping[str, Any], folder: RunFolder) ->
         )
 
 
-def load_checkpoint(engine: Any, folder: RunFolder, notes: Notes) -> tuple[dict[str, Any], str]:
+def load_checkpoint(engine: Any, manifest: Manifest) -> tuple[dict[str, Any], str]:
     """Load what :func:`save_checkpoint` wrote, random states included. Collective.
 
     Returns:
         The data stream's state, and what the optimizer of now has no use for, in words.
     """
-    loaded = megalr.load_checkpoint(engine, folder.checkpoints, notes.tag)
+    loaded = load_whole(engine, manifest)
     scheduler = engine.lr_scheduler
     if hasattr(scheduler, "last_batch_iteration"):
         scheduler.step(scheduler.last_batch_iteration)  # the rates of this configuration, not those that were saved

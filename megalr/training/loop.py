@@ -13,10 +13,10 @@ from torch import Tensor
 
 import megalr
 from megalr.data import Batches, Examples
-from megalr.errors import GuardError
+from megalr.errors import GuardError, UserError
 from megalr.optim.groups import logical_shape
 from megalr.training.arguments import Interval
-from megalr.training.checkpoints import Notes, load_checkpoint, save_checkpoint
+from megalr.training.checkpoints import Notes, Resumable, load_checkpoint, save_checkpoint
 from megalr.training.ds_config import Batch
 from megalr.training.evaluation import IGNORED, Evaluation, evaluate, predicted_tokens, to_device
 from megalr.training.interruption import StopRequest, agreed_reason
@@ -99,10 +99,11 @@ class Loop:
         self._tokens_here = 0  # of this process's run, without what was resumed
         self._bytes_moved = engine.basic_optimizer.bytes_moved
 
-    def resume(self, notes: Notes) -> None:
+    def resume(self, checkpoint: Resumable) -> None:
         """Go on from a checkpoint."""
+        notes = checkpoint.notes
         with self._ranks.together():
-            data, dropped = load_checkpoint(self.engine, self._folder, notes)
+            data, dropped = load_checkpoint(self.engine, checkpoint.manifest)
             self._batches.load_state_dict(data)
         if dropped:
             self._screen.say(f"dropped of the checkpoint, to begin anew: {dropped}")
@@ -118,7 +119,7 @@ class Loop:
             checkpoint either way.
 
         Raises:
-            UserError: a guard stops the run.
+            UserError: a guard stops the run, or its last checkpoint could not be written.
         """
         settings = self._settings
         reason: str | None = None
@@ -176,9 +177,13 @@ class Loop:
         return None
 
     def save(self) -> None:
-        """Begin to write a checkpoint, unless this step has one."""
+        """Begin to write a checkpoint, unless this step has one; the one before may have failed."""
         if self._saved_step == self.step:
             return
+        try:
+            megalr.wait_for_checkpoint()
+        except UserError as error:  # on all ranks alike
+            self._screen.say(f"{error}\nThe training goes on, and tries again with step {self.step:,}")
         notes = Notes(f"step{self.step}", self.step, self.tokens, self._required, self._noted)
         save_checkpoint(self.engine, self._folder, notes, self._batches.state_dict(), keep=self._settings.keep)
         self._saved_step = self.step

@@ -21,7 +21,7 @@ from megalr.training.arguments import (
     LARGEST_DEFAULT_MICRO_BATCH,
     PretrainArguments,
 )
-from megalr.training.checkpoints import Notes, check_notes, differences, read_notes
+from megalr.training.checkpoints import Notes, Resumable, check_notes, differences, find_checkpoint
 from megalr.training.deepspeed_check import check_deepspeed_config
 from megalr.training.ds_config import Request, Resolved, resolve
 from megalr.training.export import check_export_folder
@@ -73,7 +73,7 @@ class Plan:
         resolved: the DeepSpeed JSON without "auto".
         megalr: its typed view.
         folder: where the run is written.
-        notes: of the checkpoint to go on from, if any.
+        checkpoint: to go on from, if any.
         tokenizer, data_config, data, model: what is read by what.
         required, noted: settings to keep with checkpoints, see :class:`~megalr.training.checkpoints.Notes`.
     """
@@ -83,7 +83,7 @@ class Plan:
     resolved: Resolved
     megalr: MegalrConfig
     folder: RunFolder
-    notes: Notes | None
+    checkpoint: Resumable | None
     tokenizer: PreTrainedTokenizerFast
     data_config: DataConfig
     data: Data
@@ -115,10 +115,10 @@ def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, s
         resolve(content, _request(arguments, model, ranks))  # its complaints come before those about folders and text
         if arguments.export is not None and ranks.is_first:
             check_export_folder(arguments.export, may_replace=arguments.overwrite)
-    folder, notes, skipped, finished = ranks.from_first(lambda: _folder_and_notes(arguments))
-    for line in skipped:
+    folder, checkpoint, finished = ranks.from_first(lambda: _folder_and_checkpoint(arguments))
+    for line in checkpoint.skipped if checkpoint is not None else ():
         screen.say(f"passed over: {line}")
-    if arguments.resume and notes is None:
+    if arguments.resume and checkpoint is None:
         screen.say(f"the run in {folder.path} has no checkpoint yet: it begins anew")
     with ranks.together():
         resolved = resolve(content, _request(arguments, model, ranks, output=str(folder.path)))
@@ -137,8 +137,8 @@ def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, s
         for line in resolved.notes:
             screen.say(line)
         required, noted = _settings(resolved, model, ranks)
-        if notes is not None:
-            _check_resumable(notes, required, noted, resolved, folder, screen, finished=finished)
+        if checkpoint is not None:
+            _check_resumable(checkpoint.notes, required, noted, resolved, folder, screen, finished=finished)
     ranks.from_first(lambda: _fetch_tokenizer(arguments.tokenizer))
     with ranks.together():
         tokenizer = load_tokenizer(arguments.tokenizer)
@@ -152,7 +152,7 @@ def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, s
         resolved=resolved,
         megalr=megalr,
         folder=folder,
-        notes=notes,
+        checkpoint=checkpoint,
         tokenizer=tokenizer,
         data_config=text,
         data=data,
@@ -213,13 +213,13 @@ def _request(arguments: PretrainArguments, model: LlamaConfig, ranks: Ranks, out
     return request_for(arguments, model, seed=arguments.seed, world_size=ranks.data_size, on_gpu=on_gpu, output=output)
 
 
-def _folder_and_notes(arguments: PretrainArguments) -> tuple[RunFolder, Notes | None, list[str], bool]:
-    """The run's folder; if it is to go on, what its checkpoint says, and what was passed over; if it is finished."""
+def _folder_and_checkpoint(arguments: PretrainArguments) -> tuple[RunFolder, Resumable | None, bool]:
+    """The run's folder; the checkpoint to go on from, if it is to go on; whether it is finished."""
     name = Path(arguments.deepspeed).stem
     folder = choose_run_folder(name, arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     # What a run has written before its first checkpoint is written again.
-    notes, skipped = read_notes(folder) if arguments.resume and not folder.has_only_begun else (None, [])
-    return folder, notes, skipped, folder.summary.exists()
+    checkpoint = find_checkpoint(folder) if arguments.resume and not folder.has_only_begun else None
+    return folder, checkpoint, folder.summary.exists()
 
 
 def _fetch_tokenizer(name: str | None) -> None:

@@ -64,11 +64,11 @@ def pretrain(arguments: PretrainArguments, ranks: Ranks, models_folder: Path) ->
     unigram = ranks.from_first(lambda: _unigram(plan))
     ranks.from_first(lambda: _prepare_folder(plan))
     loop = build_loop(plan, ranks, screen)
-    if plan.notes is not None:
-        loop.resume(plan.notes)  # the last that may refuse: a finished run stays as it is until then
+    if plan.checkpoint is not None:
+        loop.resume(plan.checkpoint)  # the last that may refuse: a finished run stays as it is until then
     ranks.from_first(lambda: _write_settings(plan, ranks))
     _introduce(plan, loop, ranks, screen)
-    if plan.notes is None:
+    if plan.checkpoint is None:
         loop.evaluate()
     untrained = loop.metrics.untrained_perplexity()
     screen.say(f"unigram model of the training text: held-out perplexity {unigram:,.2f}")
@@ -143,7 +143,7 @@ def _test(loop: Loop, plan: Plan, ranks: Ranks) -> Evaluation | None:
 
 def _prepare_folder(plan: Plan) -> None:
     """Make room; what is cleared is free, or the user said --overwrite."""
-    if plan.notes is None:
+    if plan.checkpoint is None:
         plan.folder.clear()
     plan.folder.path.mkdir(parents=True, exist_ok=True)
 

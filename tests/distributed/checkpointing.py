@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,21 @@ def refused(
         after = _all(engine)
         engine.destroy()
     return message, all(same(v, after[k]) for k, v in before.items() if k != "random")
+
+
+def drawn(tensor: int, folder: str, save: bool) -> tuple[int, int]:
+    """What Python and torch draw next on a rank, after a save from a seed of its own, or after a load."""
+    with tensor_parallel_groups():
+        engine = engine_of("Muon", tensor, 1)
+        random.seed(dist.get_rank())
+        torch.manual_seed(dist.get_rank() if save else 7)
+        if save:
+            megalr.save_checkpoint(engine, folder)
+        else:
+            megalr.load_checkpoint(engine, folder)
+        found = random.getrandbits(30), int(torch.randint(1 << 30, ()))
+        engine.destroy()
+    return found
 
 
 def rank_files(folder: str) -> list[str]:

@@ -82,6 +82,18 @@ def test_moves_in_bf16(ranks, saved, source, target, tmp_path):
     check_move(ranks, saved, "low-rank", source, target, tmp_path, 5e-2, bf16={"enabled": True})
 
 
+def test_random_states_are_those_of_who_reads_the_same_data(ranks, tmp_path):
+    first, second = ranks(2).run(f"{MODULE}:drawn", 1, str(tmp_path), save=True)
+    assert first != second
+    assert ranks(2).run(f"{MODULE}:drawn", 1, str(tmp_path), save=False) == [first, second]
+    assert ranks(2).run(f"{MODULE}:drawn", 2, str(tmp_path), save=False) == [first, first]
+    assert ranks(4).run(f"{MODULE}:drawn", 2, str(tmp_path), save=False) == [first, first, second, second]
+    assert ranks(1).run(f"{MODULE}:drawn", 1, str(tmp_path), save=False) == [first]
+    (_, drawn_without), *_ = ranks(3).run(f"{MODULE}:drawn", 1, str(tmp_path), save=False)[2:]
+    torch.manual_seed(7)
+    assert drawn_without == int(torch.randint(1 << 30, ()))  # one that the checkpoint has none for goes on with its own
+
+
 @pytest.mark.parametrize("target", [(0, 2, 1), (2, 3, 1), (3, 2, 1)])
 def test_what_rounding_has_cut_off_is_back_in_fp32(ranks, saved, target, tmp_path):
     folder, _ = saved("ReLoRA", (1, 2, 1), bf16={"enabled": True})
@@ -95,6 +107,9 @@ def test_what_rounding_has_cut_off_is_back_in_fp32(ranks, saved, target, tmp_pat
         assert remainder.norm() > 0
         assert torch.equal(read_tensor(second, f"frozen/{name}.weight"), weight.float() + remainder.float())
     assert not [key for key in second.tensors if key.startswith("remainders/")]
+    for key in first.tensors:
+        if key.split("/")[0] in ("weights", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(read_tensor(first, key), read_tensor(second, key))
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 4), (4, 1), (1, 3)])

@@ -128,6 +128,37 @@ def test_a_run_that_was_stopped_before_its_first_update_begins_anew(tmp_path):
     assert "so there is nothing to resume" in elsewhere.output
 
 
+def test_a_checkpoint_that_could_not_be_written_ends_no_run(tmp_path):
+    flags = [
+        "--deepspeed",
+        CONFIGS / "zero2_lowrank.json",
+        *small_run(tmp_path),
+        "--save-every",
+        "2",
+        "--output",
+        "run",
+    ]
+    assert run([*plain(), PRETRAIN, *flags, "--output", "run", "--steps", "2"], tmp_path).code == 0
+    blocked = tmp_path / "run/checkpoints/step4"
+    blocked.mkdir()
+    (blocked / "somebody else's").write_text("")
+
+    rest = run([*plain(), PRETRAIN, *flags, "--output", "run", "--steps", "6", "--resume"], tmp_path)
+    assert rest.code == 0, rest.output
+    assert "step4 could not be written: process 0: it is there already and no megalr checkpoint" in rest.output
+    assert "The training goes on, and tries again with step 6" in rest.output
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step6"
+
+    last = run([*plain(), PRETRAIN, *flags, "--steps", "4", "--output", "other"], tmp_path)
+    assert last.code == 0, last.output
+    other = tmp_path / "other/checkpoints/step6"
+    other.mkdir()
+    (other / "somebody else's").write_text("")
+    last = run([*plain(), PRETRAIN, *flags, "--steps", "6", "--output", "other", "--resume"], tmp_path)
+    assert last.code == 2, last.output  # nothing to go on from, and nobody who would try again
+    assert "step6 could not be written" in last.output
+
+
 def test_a_killed_launcher_leaves_a_checkpoint(tmp_path):
     """`kill` of the `deepspeed` command reaches no rank; they notice."""
     flags = ["--deepspeed", CONFIGS / "zero2_lowrank.json", *small_run(tmp_path), "--output", "stopped"]

@@ -6,7 +6,7 @@ import pytest
 
 from megalr.checkpoint.manifest import write_manifest
 from megalr.errors import UserError
-from megalr.training.checkpoints import Notes, check_notes, differences, read_notes
+from megalr.training.checkpoints import Notes, check_notes, differences, find_checkpoint
 from megalr.training.export import check_export_folder
 from megalr.training.metrics import MetricsLog
 from megalr.training.run_folder import RunFolder
@@ -61,12 +61,12 @@ def test_notes_of_a_checkpoint_that_no_run_wrote(tmp_path):
     folder = RunFolder(tmp_path)
     (folder.checkpoints / "global_step7").mkdir(parents=True)
     with pytest.raises(UserError, match="global_step7/manifest.json is missing: the checkpoint was never finished"):
-        read_notes(folder)
+        find_checkpoint(folder)
     numbers = {"optimizer": {"updates": 7}}
     content = {"numbers": numbers, "client": {}, "written": 1, "files": {}, "tensors": {}}
     write_manifest(folder.checkpoints / "global_step7", content)
     with pytest.raises(UserError, match="global_step7 is no checkpoint of a pretraining run"):
-        read_notes(folder)
+        find_checkpoint(folder)
 
 
 def test_an_export_replaces_nothing_unasked(tmp_path):
