@@ -33,6 +33,7 @@ from megalr.parallel import (
     tensor_parallel_size,
 )
 from megalr.partition import mark_gradients, places_in_whole, whole_frozen
+from megalr.pipelines import check_pipeline, check_stages
 
 UNSHARED = "compressed activations cannot be shared by tensor-parallel ranks: remove megalr.activations"
 
@@ -87,8 +88,8 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
 
 def _build_optimizer(model: nn.Module, content: Json) -> MegalrOptimizer:
     """:func:`build_optimizer` for a configuration that is complete, whoever cuts the layers."""
-    _refuse_pipeline(model, tensor_parallel_size(content))
     parsed = MegalrConfig.from_json(content)
+    check_pipeline(model, tensor_parallel_size(content), parsed.guards)
     layers = replaced_layers(model)
     if not layers and not isinstance(parsed.parametrization, FullConfig):
         raise UserError(
@@ -96,6 +97,7 @@ def _build_optimizer(model: nn.Module, content: Json) -> MegalrOptimizer:
             "layer: call megalr.parametrize(model, config) before megalr.build_optimizer"
         )
     groups = parameter_groups(model, parsed.optimizer)
+    check_stages(model, content, len(groups))
     compressed = compressed_layers(model)
     if parsed.activations is not None and not compressed:
         raise UserError(
@@ -175,7 +177,8 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     if getattr(scheduler, "last_batch_iteration", None) == -1:
         scheduler.step()
     optimizer.prepare()
-    attach_guard(results[0])
+    if not results[0].pipeline_parallelism:
+        attach_guard(results[0])
     _keep_frozen(results[0])
     return results
 
@@ -218,16 +221,6 @@ def _keep_frozen(engine: Any) -> None:
         return state
 
     engine._common_checkpoint_state = with_frozen
-
-
-def _refuse_pipeline(model: nn.Module, tensor: int) -> None:
-    """Raise a UserError for a ``PipelineModule`` whose layers so many tensor-parallel ranks are to share, or do."""
-    topology = getattr(model, "topology", None)
-    if callable(topology) and max(tensor, topology().get_dim("model")) > 1:
-        raise UserError(
-            "tensor parallelism together with pipeline stages is not supported: use one of them, with a "
-            '"tensor_parallel.autotp_size" of 1 and a topology without a "model" axis for pipeline stages'
-        )
 
 
 def _mark_gradients(model: nn.Module, content: Json) -> None:

@@ -252,13 +252,21 @@ def written_now(directory: Path) -> int:
 
 def is_own(folder: Path) -> bool:
     """Whether a folder is a checkpoint or what is left of one, which a save may replace."""
-    return (folder / MANIFEST).is_file() or all(OWN_NAMES.fullmatch(path.name) for path in folder.iterdir())
+    return all(OWN_NAMES.fullmatch(path.name) for path in folder.iterdir()) or _is_read(folder)
 
 
 def find(directory: Path, tag: str) -> Path:
     """A checkpoint's folder, hidden if its publication was interrupted."""
     places = (directory / tag, unfinished(directory, tag), _replaced(directory, tag))
     return next((place for place in places if (place / MANIFEST).is_file()), places[0])
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those that it is to be in, and wait until the disk has their names."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in reversed(new):
+        sync_folder(each.parent)
 
 
 def write_and_sync(path: Path, text: str) -> None:
@@ -289,6 +297,15 @@ def _hidden(directory: Path, suffix: str) -> list[Path]:
 
 def _tag_of(hidden: Path) -> str:
     return hidden.stem[1:]
+
+
+def _is_read(folder: Path) -> bool:
+    """Whether there is a manifest of a checkpoint."""
+    try:
+        read_manifest(folder)
+    except (UserError, OSError):
+        return False
+    return True
 
 
 def _is_whole(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +29,8 @@ from megalr.partition.pieces import Entry, Piece
 
 logger = logging.getLogger(__name__)
 
+# All wait for the slowest disk, and to load for the first process, which reads every byte.
+PATIENCE = timedelta(hours=6)
 LONGEST_TAG = 200  # characters; hidden folders have a few more, and file systems take 255 bytes
 TAG = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.+=-]{{0,{LONGEST_TAG - 1}}}")
 VERSIONS_OF = ("megalr", "torch", "deepspeed", "transformers")
@@ -127,7 +130,7 @@ class Saver:
     _current: ClassVar[tuple[Any, Saver] | None] = None
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
         self.is_first = self.group is None or dist.get_rank() == 0
         self._pool = ThreadPoolExecutor(1, "megalr-checkpoint")
         self._pending: Future[None] | None = None

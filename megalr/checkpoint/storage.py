@@ -33,6 +33,7 @@ from megalr.checkpoint.format import BY_NAME, DTYPES, piece_name
 from megalr.checkpoint.manifest import (
     Manifest,
     is_own,
+    make_folder,
     prune,
     publish,
     sync_folder,
@@ -78,7 +79,7 @@ class FolderWriter(StorageWriter):
         place = self._directory / self._tag
         if place.exists() and not (place.is_dir() and is_own(place)):
             raise UserError("it is there already and no megalr checkpoint: choose another tag or directory")
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self._directory)
         tidy(self._directory)
         self._folder.mkdir()
         names = [f"rank-{index:05d}.safetensors" for index in range(len(plans))]

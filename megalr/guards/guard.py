@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalr.errors import GuardError
+from megalr.errors import GuardError, UserError
 from megalr.guards.losses import LossWindow
 from megalr.guards.replicas import compare_replicas, find_replicas, in_words
 from megalr.optim.optimizer import MegalrOptimizer
+from megalr.pipelines import UNGUARDED
 
 GRADIENT = "gradient is not finite"
 _SHOWN_LOSSES = 5  # in the message of a run that is stopped
@@ -27,7 +28,12 @@ def attach_guard(engine: Any) -> Guard:
     Args:
         engine: what ``deepspeed.initialize`` gives, with a :class:`~megalr.optim.MegalrOptimizer`; it gets an attribute
             ``megalr_guard``.
+
+    Raises:
+        UserError: it is a pipeline's.
     """
+    if engine.pipeline_parallelism:
+        raise UserError(UNGUARDED)
     guard = Guard(engine)
     engine.backward, engine.step, engine.megalr_guard = guard.backward, guard.step, guard
     return guard

@@ -93,21 +93,26 @@ def train(stage: int, optimizer: str) -> dict[str, Tensor] | None:
 
 
 def refused(stage: int, how: str) -> str:
-    """The message of a pipeline whose layers tensor-parallel ranks are to share as well; empty where it starts."""
+    """The message of a pipeline that cannot work: tensor parallelism, guards, ...; empty where it starts."""
     with tensor_parallel_groups():
         axes = {"num_stages": 2}
         if how == "topology":
             axes = {"topology": PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=1)}
         model = PipelineModule(LAYERS, loss_fn=loss_of, seed_layers=True, base_seed=SEED, seed_fn=_seed, **axes)
         config = configuration(stage)
-        if how == "topology":
-            mark_cut(next(model.parameters()), 0)
-        else:
-            config["tensor_parallel"] = {"autotp_size": 2}
         config["optimizer"] = {"type": "GaLoreAdamW", "params": settings("GaLoreAdamW")}
         del config["megalr"]
+        if how == "topology":
+            mark_cut(next(model.parameters()), 0)
+        elif how == "guards":
+            config["megalr"] = {"guards": {"spike_deviations": 3}}
+        elif how == "uneven":
+            config["optimizer"] = {"type": "AdamW"}  # the first stage alone has an embedding beside its matrices
+        else:
+            config["tensor_parallel"] = {"autotp_size": 2}
+        config["train_micro_batch_size_per_gpu"] = config["train_batch_size"] // (dist.get_world_size() // 2)
         try:
-            megalr.initialize(model=model, config=config)
+            megalr.initialize(model=model, config=config)[0].destroy()
         except megalr.UserError as error:
             return str(error)
     return ""

@@ -24,7 +24,7 @@ MODULE = "tests.distributed.checkpoint_jobs"
             "StepLR",
             "WarmupLR",
             "the state of the learning-rate schedule StepLR",
-            ["the learning-rate schedule WarmupLR begins at its first step", "dropped of "],
+            ["dropped of ", "the learning-rate schedule WarmupLR begins at its first step"],
         ),
         ("none", "StepLR", "", ["the learning-rate schedule StepLR begins at its first step"]),
         ("WarmupLR", "none", "the state of the learning-rate schedule WarmupLR", ["dropped of "]),

@@ -270,7 +270,7 @@ def test_inspect_one(made, capsys):
         [f"weights/model.layers.{i}.self_attn.q_proj.B", "24x5", "F32", "2", "pieces"] for i in range(2)
     ]
     everything = run(capsys, "inspect", folder / TAG, "--tensors")[1]
-    assert "random/1.0" in everything
+    assert "random/0.1" in everything
     assert "exp_avg/model.norm.weight" in everything
     assert "no tensor" in run(capsys, "inspect", folder / TAG, "--tensors", "nothing")[1]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megalr.checkpoint.manifest import LATEST, newest_valid
+from megalr.checkpoint.manifest import LATEST, MANIFEST, newest_valid
 from tests import known_state
 from tests.distributed.crashing import BALLAST
 from tests.distributed.forking import Ended, Forker, Killing
@@ -74,6 +74,8 @@ class Run:
             assert manifest is not None, ended
             assert self.returned <= manifest.updates <= self.begun, (self.__dict__, ended)
             assert known_state.wrong(manifest, columns) == []
+            if changes.get("tag") is None:  # else a checkpoint is without its name for a moment
+                assert (self.folder / (self.folder / LATEST).read_text() / MANIFEST).is_file()
         return ended
 
     def finish(self, keep: int, **changes: Any) -> None:

@@ -28,3 +28,15 @@ def test_two_stages_equal_one_process(ranks, stage, optimizer):
 def test_tensor_parallel_layers_are_refused(ranks, stage, how):
     for message in ranks(4).run("tests.distributed.pipelining:refused", stage, how):
         assert "tensor parallelism together with pipeline stages is not supported" in message
+
+
+def test_guards_are_refused(ranks):
+    for message in ranks(4).run("tests.distributed.pipelining:refused", 0, "guards"):
+        assert "guards do not see the losses and steps of pipeline engines: leave megalr.guards out" in message
+
+
+def test_stages_that_zero_would_wait_for_are_refused(ranks):
+    for message in ranks(4).run("tests.distributed.pipelining:refused", 1, "uneven"):
+        assert "pipeline stages have 1 and 2 groups of parameters" in message
+        assert "use ZeRO stage 0" in message
+    assert ranks(4).run("tests.distributed.pipelining:refused", 0, "uneven") == [""] * 4

@@ -6,7 +6,9 @@ import os
 import pickle
 import re
 import shutil
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +22,12 @@ from megalr.checkpoint.manifest import (
     problems,
     prune,
     read_manifest,
+    read_whole,
     tidy,
     write_manifest,
 )
 from megalr.checkpoint.saving import _check_tag, wait_for_checkpoint, write_entries
+from megalr.checkpoint.storage import FolderWriter
 from megalr.errors import UserError
 from tests import known_state
 from tests.known_state import write
@@ -429,7 +433,6 @@ def test_a_rename_that_fails_gives_the_old_one_its_name_back(folder, monkeypatch
 
 def test_a_file_that_the_first_process_does_not_see(folder, monkeypatch):
     """As when every node writes to a disk of its own."""
-    from megalr.checkpoint.storage import FolderWriter
 
     written = FolderWriter._write
 
@@ -451,6 +454,77 @@ def test_json_that_is_read_is_what_was_summed(tmp_path):
     content = {"numbers": {1: "a", "1": "b", "x": float("nan"), "y": (1, 2), "z": "é\udcff"}}
     write_manifest(tmp_path, content)
     assert read_manifest(tmp_path).content["numbers"]["1"] == "b"
+
+
+def test_nothing_has_its_name_before_the_disk_has_it(tmp_path, monkeypatch):
+    done = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def record_sync(handle):
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).relative_to(tmp_path)}")
+        fsync(handle)
+
+    def record_rename(source, target):
+        done.append(f"rename {source.name} {target.name}")
+        rename(source, target)
+
+    def record_replace(source, target):
+        done.append(f"replace {source.name} {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    monkeypatch.setattr(os, "replace", record_replace)
+    write(tmp_path / "new" / "folder", 1)
+    part = "new/folder/.step1.part"
+    assert done == [
+        "sync .",
+        "sync new",
+        f"sync {part}/{FILE}",
+        f"sync {part}",
+        f"sync {part}/{MANIFEST}",
+        f"sync {part}",
+        "sync new/folder/.latest.part",
+        "rename .step1.part step1",
+        "sync new/folder",
+        "replace .latest.part latest",
+        "sync new/folder",
+    ]
+
+
+def test_what_is_written_beside_is_what_there_was(tmp_path, monkeypatch):
+    """At once, and again into the copies that are kept."""
+    go_on, write_file = threading.Event(), FolderWriter._write
+
+    def wait_and_write(self, plan, planner):
+        assert go_on.wait(60)
+        return write_file(self, plan, planner)
+
+    monkeypatch.setattr(FolderWriter, "_write", wait_and_write)
+    for updates in (1, 2):
+        go_on.clear()
+        state = known_state.entries(updates, 0, 1)
+        write_entries(
+            tmp_path, f"step{updates}", known_state.document(updates), state, {}, keep=None, asynchronous=True
+        )
+        for entry in state.values():
+            entry.pieces[0].data.fill_(-1)
+        go_on.set()
+        wait_for_checkpoint()
+        assert known_state.wrong(read_whole(tmp_path / f"step{updates}"), known_state.LIGHT) == []
+
+
+@pytest.mark.parametrize("content", ['{"name": "an app"}', "", "\x00"])
+def test_somebody_elses_folder_is_not_replaced(tmp_path, content):
+    other = tmp_path / "step1"
+    other.mkdir()
+    (other / MANIFEST).write_text(content)
+    (other / "index.html").write_text("")
+    with pytest.raises(
+        UserError, match="it is there already and no megalr checkpoint: choose another tag or directory"
+    ):
+        write(tmp_path, 1)
+    assert sorted(path.name for path in other.iterdir()) == ["index.html", MANIFEST]
 
 
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(folder):
