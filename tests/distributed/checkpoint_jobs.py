@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import megalr
 from megalr.checkpoint.loading import _together
 from megalr.checkpoint.manifest import LATEST
 from megalr.checkpoint.saving import Saver
+from megalr.checkpoint.storage import FolderWriter
 from tests.distributed import checkpointing
 from tests.distributed.rule_training import batches, everything
 from tests.distributed.training import configuration, run_steps, same
@@ -222,6 +224,24 @@ def ways_to_name(stage: int, folder: str) -> tuple[list[int], list[str]]:
         (Path(folder) / LATEST).write_text(first.name)
         updates.append(megalr.load_checkpoint(engine, folder).updates)
     return updates, said
+
+
+def load_at_once(stage: int, folder: str) -> int:
+    """Updates of what is loaded while the only checkpoint is still being written."""
+    engine, go_on, write_file = engine_of(stage), threading.Event(), FolderWriter._write
+    steps(engine, 1)
+
+    def wait_and_write(writer: FolderWriter, plan: Any, planner: Any) -> Any:
+        assert go_on.wait(60)
+        return write_file(writer, plan, planner)
+
+    FolderWriter._write = wait_and_write  # type: ignore[method-assign]
+    try:
+        megalr.save_checkpoint(engine, folder, asynchronous=True)
+        threading.Timer(0.2, go_on.set).start()
+        return megalr.load_checkpoint(engine, folder).updates
+    finally:
+        FolderWriter._write = write_file  # type: ignore[method-assign]
 
 
 def extra_state(stage: int, folder: str) -> list[str]:

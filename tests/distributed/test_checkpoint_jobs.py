@@ -95,6 +95,10 @@ def test_a_folder_a_checkpoint_of_it_and_latest(ranks, tmp_path):
     assert others == []
 
 
+def test_a_load_waits_for_what_is_being_written(ranks, tmp_path):
+    assert ranks(2).run(f"{MODULE}:load_at_once", 1, str(tmp_path)) == [1, 1]
+
+
 def test_a_state_of_a_modules_own_is_not_kept_without_a_word(ranks, tmp_path):
     (said,) = ranks(1).run(f"{MODULE}:extra_state", 1, str(tmp_path))
     assert said == ["megalr's checkpoints do not hold what get_extra_state of layers.2 gives"]
