@@ -140,21 +140,6 @@ def one_update(stage: int, optimizer: str, clipping: float) -> dict[str, Tensor]
     return weights
 
 
-def exported(stage: int, optimizer: str, folder: str) -> list[str]:
-    """Names of weights that DeepSpeed's own conversion of a checkpoint to fp32 gives differently; of rank 0."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    engine = engine_of(rule_configuration(stage, optimizer))
-    run_steps(engine, batches(2))
-    engine.save_checkpoint(folder)
-    weights = megalr.consolidated_state_dict(engine)
-    engine.destroy()
-    if weights is None:
-        return []
-    converted = get_fp32_state_dict_from_zero_checkpoint(folder)
-    return [name for name, w in weights.items() if not torch.equal(converted[name].reshape(w.shape), w)]
-
-
 def resume_with(stage: int, folder: str, **params: Any) -> str:
     """A checkpoint, loaded by an optimizer with other settings; the message, empty where there is none."""
     engine = engine_of(rule_configuration(stage, "GaLoreAdamW"))

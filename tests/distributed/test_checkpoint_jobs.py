@@ -82,9 +82,8 @@ def test_buffers_are_the_first_processs(ranks, tmp_path, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("method", ["low-rank", "projected", "SLTrain", "ReLoRA", "Muon"])
+@pytest.mark.parametrize("method", ["low-rank", "projected", "SLTrain", "ReLoRA", "GaLore", "Muon"])
 def test_deepspeed_converts_its_own_checkpoints(ranks, tmp_path, method, stage):
-    """GaLore's: test_rules."""
     assert ranks(2).run(f"{MODULE}:converted_by_deepspeed", method, stage, str(tmp_path)) == [[], []]
 
 
