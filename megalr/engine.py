@@ -216,8 +216,9 @@ def _keep_frozen(engine: Any) -> None:
     if original is None or engine.zero_optimization_stage() != 1 or not frozen:
         return
 
-    def with_frozen(module: dict[str, Any], zero_state: bool, save_frozen: bool) -> dict[str, Any]:
-        state: dict[str, Any] = original(module, zero_state, save_frozen or frozen <= module.keys())
+    def with_frozen(module: dict[str, Any] | None, zero_state: bool, save_frozen: bool) -> dict[str, Any]:
+        # A pipeline's stages write files of their own; what the user leaves out is not there.
+        state: dict[str, Any] = original(module, zero_state, save_frozen or frozen <= (module or {}).keys())
         return state
 
     engine._common_checkpoint_state = with_frozen
