@@ -19,6 +19,7 @@ from megalr.partition.pieces import Entry, Piece
 PRIME = 8191
 SHARED = "frozen/bias"  # all ranks have all of it, and one writes it
 LIGHT = 8  # columns
+FILE = "rank-00000.safetensors"
 
 
 def shapes(columns: int = LIGHT) -> dict[str, tuple[int, ...]]:
@@ -87,3 +88,8 @@ def check_only_text_and_tensors(folder: Path) -> None:
             assert 8 + length + spans[-1][1] == len(data)
             with safe_open(path, framework="pt") as opened:
                 assert sorted(opened.keys()) == sorted(header)
+
+
+def names(folder: Path) -> list[str]:
+    """What is in a folder."""
+    return sorted(path.name for path in folder.iterdir())

@@ -1,11 +1,11 @@
-"""What a folder is that the command line was given: a checkpoint, the directory of several, or something else."""
+"""What there is in a folder: a checkpoint, several, of which the newest that is whole is wanted, or something else."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalr.checkpoint.manifest import LATEST, MANIFEST, Manifest, newest_valid, problems, read_manifest, read_whole
+from megalr.checkpoint.manifest import LATEST, MANIFEST, Manifest, problems, read_manifest, read_whole
 from megalr.errors import UserError
 
 # Of what engine.save_checkpoint writes: model states, ZeRO's states, layers of a pipeline.
@@ -50,16 +50,55 @@ def is_one(place: Path) -> bool:
 
 
 def listed(directory: Path) -> list[Listed]:
-    """The checkpoints in a directory, newest first, their data not looked at; those that cannot be read come last."""
+    """The checkpoints in a directory, newest first, their data not looked at; those that cannot be read come last.
+
+    What an interrupted save or deletion has left is none of them, and the next save removes it.
+    """
     found = []
     for folder in _folders(directory):
-        hidden = folder.name.startswith(".")  # what an interrupted save or deletion has left
+        hidden = folder.name.startswith(".")
         if _is_checkpoint(folder) and ((folder / MANIFEST).is_file() or not hidden):
             try:
                 found.append(Listed(folder, read_manifest(folder)))
             except UserError as error:
                 found.append(Listed(folder, None, str(error)))
     return sorted(found, key=lambda each: each.manifest.order if each.manifest else -1, reverse=True)
+
+
+def candidates(directory: Path) -> list[Manifest]:
+    """Those that can be read."""
+    return [each.manifest for each in listed(directory) if each.manifest is not None]
+
+
+def newest_valid(directory: Path, besides: Path | None = None) -> tuple[Manifest | None, list[str]]:
+    """The newest checkpoint whose data is as it was written, and what was passed over and why.
+
+    Args:
+        directory: what :func:`megalr.save_checkpoint` was given.
+        besides: one that is not looked at.
+    """
+    others = [each for each in listed(directory) if each.folder != besides]
+    skipped = [each.wrong for each in others if each.manifest is None]
+    for manifest in [each.manifest for each in others if each.manifest is not None]:
+        wrong = problems(manifest)
+        if not wrong:
+            return manifest, skipped
+        skipped.append(wrong[0] + (f" (and {len(wrong) - 1} more files)" if wrong[1:] else ""))
+    return None, skipped
+
+
+def newest_whole(directory: Path) -> tuple[Manifest, list[str]]:
+    """The same where there has to be one.
+
+    Raises:
+        UserError: there is none, and why or what there is instead.
+    """
+    manifest, skipped = newest_valid(directory)
+    if manifest is not None:
+        return manifest, skipped
+    if not skipped:
+        is_one(directory)
+    raise UserError("\n  ".join([f"no checkpoint in {directory} is whole:", *skipped]))
 
 
 def latest(directory: Path) -> str | None:
@@ -83,15 +122,11 @@ def whole_checkpoint(place: Path) -> tuple[Manifest, list[str]]:
         UserError: it is damaged, naming what is and the newest other one that is not; or there is none.
     """
     if not is_one(place):
-        manifest, skipped = newest_valid(place)
-        if manifest is None:
-            raise UserError("\n  ".join([f"no checkpoint in {place} is whole:", *skipped]))
-        return manifest, skipped
+        return newest_whole(place)
     try:
         manifest = read_whole(place)
     except UserError as error:
-        others = [each.manifest for each in listed(place.parent) if each.manifest and each.folder.name != place.name]
-        other = next((manifest for manifest in others if not problems(manifest)), None)
+        other, _ = newest_valid(place.parent, besides=place)
         offer = f"{other.folder} is whole, the newest that is" if other else "no other one beside it is whole"
         raise UserError(f"{error}\nNothing was written; {offer}") from error
     return manifest, []
@@ -102,4 +137,4 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def _folders(directory: Path) -> list[Path]:
-    return sorted(folder for folder in directory.iterdir() if folder.is_dir())
+    return sorted(folder for folder in directory.iterdir() if folder.is_dir()) if directory.is_dir() else []

@@ -14,9 +14,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalr.checkpoint.contents import Contents
-from megalr.checkpoint.folders import latest
-from megalr.checkpoint.manifest import MANIFEST, Manifest, candidates, find, newest_valid, problems, read_whole
+from megalr.checkpoint.folders import candidates, latest, newest_valid, newest_whole
+from megalr.checkpoint.manifest import MANIFEST, Manifest, read_whole
 from megalr.checkpoint.planners import EntryLoader
+from megalr.checkpoint.publishing import find
 from megalr.checkpoint.reading import outlines, read_tensor
 from megalr.checkpoint.saving import Saver
 from megalr.checkpoint.storage import FolderReader
@@ -113,16 +114,11 @@ def read_entries(manifest: Manifest, wanted: Mapping[str, Entry], group: dist.Pr
 def _find(place: Path, tag: str | None) -> tuple[Manifest, list[str]]:
     """The checkpoint to load, its files checked."""
     if tag is None:
-        manifest, skipped = newest_valid(place)
-        if manifest is None:
-            reasons = "".join(f"\n  {line}" for line in skipped)
-            raise UserError(f"there is no checkpoint in {place} that could be loaded{':' if reasons else ''}{reasons}")
-        return manifest, skipped
+        return newest_whole(place)
     try:
         manifest = read_whole(find(place, tag))
     except UserError as error:
-        others = (other for other in candidates(place)[0] if other.folder != place / tag and not problems(other))
-        other = next(others, None)
+        other, _ = newest_valid(place, besides=place / tag)
         offer = f'load tag="{other.folder.name}" instead, the newest that can be' if other else "there is no other"
         raise UserError(f"{error}\nNothing was loaded; {offer}") from error
     return manifest, []
@@ -133,7 +129,7 @@ def _of_latest(place: Path, tag: str | None, loaded: Manifest) -> list[str]:
     named = latest(place)
     if tag is not None or named in (None, loaded.folder.name):
         return []
-    older = [other.folder.name for other in candidates(place)[0] if other.order < loaded.order]
+    older = [other.folder.name for other in candidates(place) if other.order < loaded.order]
     return [f'`latest` names {named}, which was written before {loaded.folder.name}: tag="{named}" loads it'] * (
         named in older
     )

@@ -1,28 +1,20 @@
-"""A checkpoint's folder: the manifest that says what has to be in it, and whether it is.
+"""A checkpoint's manifest, which says what has to be in its folder, and whether it is.
 
-``DIR/<tag>/manifest.json`` is written last of all, when every file that it names is on the disk, into a folder whose
-name begins with a dot; then the folder is renamed, and then ``DIR/latest`` names it. A deletion hides the folder first
-and removes its manifest before all else. So whatever was interrupted, a folder with a manifest is whole, hidden or not,
-or its checksums tell; and the next save finishes or undoes what has been left half-way. No file is a pickle: tensors
-are safetensors, the rest is JSON.
+No file is a pickle: tensors are safetensors, the rest is JSON.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import re
-import shutil
-import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalr.checkpoint.disk import write_and_sync
 from megalr.checkpoint.format import itemsize
 from megalr.errors import UserError
 
@@ -31,8 +23,6 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 READ_AT_ONCE = 1 << 24  # bytes
 READERS = 8  # threads
-# What is in a checkpoint's folder, and what NFS makes of a file that is deleted while another process has it open.
-OWN_NAMES = re.compile(r"rank-\d+\.safetensors|manifest\.json|\.nfs\w+")
 
 
 @dataclass(frozen=True)
@@ -147,180 +137,6 @@ def problems(manifest: Manifest, names: Iterable[str] | None = None) -> list[str
     chosen = list(pieces if names is None else names)
     with ThreadPoolExecutor(READERS) as pool:
         return [line for found in pool.map(lambda name: _check(manifest, name, pieces[name]), chosen) for line in found]
-
-
-def candidates(directory: Path) -> tuple[list[Manifest], list[str]]:
-    """The checkpoints in a folder, newest first, their data not yet looked at; and what is none, and why.
-
-    Args:
-        directory: what :func:`megalr.save_checkpoint` was given.
-    """
-    found, refused = [], []
-    for folder in sorted(directory.iterdir()) if directory.is_dir() else []:
-        if not folder.is_dir() or (folder.name.startswith(".") and not (folder / MANIFEST).is_file()):
-            continue  # an interrupted save or deletion leaves such a folder, and the next save removes it
-        try:
-            found.append(read_manifest(folder))
-        except UserError as error:
-            refused.append(str(error))
-    return sorted(found, key=lambda manifest: manifest.order, reverse=True), refused
-
-
-def newest_valid(directory: Path) -> tuple[Manifest | None, list[str]]:
-    """The newest checkpoint whose data is as it was written, and what was passed over and why."""
-    found, skipped = candidates(directory)
-    for manifest in found:
-        wrong = problems(manifest)
-        if not wrong:
-            return manifest, skipped
-        skipped.append(wrong[0] + (f" (and {len(wrong) - 1} more files)" if wrong[1:] else ""))
-    return None, skipped
-
-
-def unfinished(directory: Path, tag: str) -> Path:
-    """Where a checkpoint is written."""
-    return directory / f".{tag}.part"
-
-
-def publish(directory: Path, tag: str) -> Path:
-    """Give a written checkpoint its name, and make it the latest."""
-    place, old, new = directory / tag, _replaced(directory, tag), directory / f".{LATEST}.part"
-    write_and_sync(new, tag)  # before all else: nothing of what follows needs room on the disk
-    if place.exists():
-        _remove(old)
-        os.rename(place, old)
-    os.rename(unfinished(directory, tag), place)
-    sync_folder(directory)
-    os.replace(new, directory / LATEST)
-    sync_folder(directory)
-    _remove(old)
-    return place
-
-
-def abandon(directory: Path, tag: str) -> None:
-    """Undo a save that has failed, as far as it came: what it would have replaced is back, and its room free."""
-    place, old = directory / tag, _replaced(directory, tag)
-    with suppress(OSError):  # there is an error already, which this one must not hide
-        if (old / MANIFEST).is_file() and not place.exists():
-            os.rename(old, place)
-    _remove(unfinished(directory, tag))
-    with suppress(OSError):
-        (directory / f".{LATEST}.part").unlink(missing_ok=True)
-
-
-def tidy(directory: Path) -> None:
-    """Finish or undo what interrupted saves and deletions have left, while no other save is under way.
-
-    A written checkpoint that only lacks its name gets it: the run may have gone on from it, and what it was to replace
-    may be hidden as well. What is hidden and not this module's stays.
-    """
-    for part in _hidden(directory, ".part"):
-        if _is_whole(part):
-            publish(directory, _tag_of(part))
-        else:
-            _remove(part)
-    for old in _hidden(directory, ".old"):
-        place = directory / _tag_of(old)
-        if not place.exists() and _is_whole(old):
-            os.rename(old, place)
-        else:
-            _remove(old)
-
-
-def prune(directory: Path, keep: int) -> None:
-    """Remove the oldest checkpoints, so that ``keep`` are left.
-
-    One whose files are not there in full does not count, lest it displace one that can be loaded; it is removed when it
-    is older than those that stay. Checksums are not looked at, which would take as long as loading: the newest, which
-    has just been written, stays in any case.
-    """
-    left = 0
-    for manifest in candidates(directory)[0]:
-        if left < max(1, keep):
-            left += _is_whole(manifest.folder)
-            continue
-        hidden = _replaced(directory, manifest.folder.name)
-        _remove(hidden)
-        os.rename(manifest.folder, hidden)
-        _remove(hidden)
-
-
-def written_now(directory: Path) -> int:
-    """The time for a new checkpoint: nanoseconds, later than all that are there even if the clock was put back."""
-    return max([time.time_ns(), *(manifest.order + 1 for manifest in candidates(directory)[0])])
-
-
-def is_own(folder: Path) -> bool:
-    """Whether a folder is a checkpoint or what is left of one, which a save may replace."""
-    return all(OWN_NAMES.fullmatch(path.name) for path in folder.iterdir()) or _is_read(folder)
-
-
-def find(directory: Path, tag: str) -> Path:
-    """A checkpoint's folder, hidden if its publication was interrupted."""
-    places = (directory / tag, unfinished(directory, tag), _replaced(directory, tag))
-    return next((place for place in places if (place / MANIFEST).is_file()), places[0])
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those that it is to be in, and wait until the disk has their names."""
-    new = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for each in reversed(new):
-        sync_folder(each.parent)
-
-
-def write_and_sync(path: Path, text: str) -> None:
-    """Write a file, and wait until the disk has it."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has a folder's names."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replaced(directory: Path, tag: str) -> Path:
-    """Where a checkpoint waits for its deletion."""
-    return directory / f".{tag}.old"
-
-
-def _hidden(directory: Path, suffix: str) -> list[Path]:
-    return [f for f in sorted(directory.glob(f".*{suffix}")) if f.is_dir() and is_own(f)]
-
-
-def _tag_of(hidden: Path) -> str:
-    return hidden.stem[1:]
-
-
-def _is_read(folder: Path) -> bool:
-    """Whether there is a manifest of a checkpoint."""
-    try:
-        read_manifest(folder)
-    except (UserError, OSError):
-        return False
-    return True
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether there is a manifest, and every file that it names has its size."""
-    try:
-        return not missing_or_cut(read_manifest(folder))
-    except (UserError, OSError):
-        return False
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder; without its manifest it is no checkpoint any more, however far the deletion comes."""
-    with suppress(OSError):
-        (folder / MANIFEST).unlink()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check(manifest: Manifest, name: str, pieces: Sequence[tuple[int, int, int, str]]) -> list[str]:

@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalr.checkpoint.contents import Contents
-from megalr.checkpoint.manifest import LATEST, abandon, candidates
+from megalr.checkpoint.folders import candidates
+from megalr.checkpoint.manifest import LATEST
 from megalr.checkpoint.planners import EntrySaver
+from megalr.checkpoint.publishing import abandon
 from megalr.checkpoint.storage import FolderWriter
 from megalr.errors import UserError
 from megalr.partition.pieces import Entry, Piece
@@ -192,7 +194,7 @@ def _write(writer: FolderWriter, planner: EntrySaver, saver: Saver, place: Path)
         return
     if saver.is_first:
         abandon(place.parent, place.name)
-    before = [manifest for manifest in candidates(place.parent)[0] if not manifest.folder.name.startswith(".")]
+    before = [manifest for manifest in candidates(place.parent) if not manifest.folder.name.startswith(".")]
     left = f"the newest one is {before[0].folder}" if before else "there is none yet"
     raise UserError(f"{place} {what}: {causes}. Checkpoints written before are as they were: {left}") from failed
 

@@ -29,19 +29,10 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from megalr.checkpoint.disk import make_folder, sync_folder
 from megalr.checkpoint.format import BY_NAME, DTYPES, piece_name
-from megalr.checkpoint.manifest import (
-    Manifest,
-    is_own,
-    make_folder,
-    prune,
-    publish,
-    sync_folder,
-    tidy,
-    unfinished,
-    write_manifest,
-    written_now,
-)
+from megalr.checkpoint.manifest import Manifest, write_manifest
+from megalr.checkpoint.publishing import is_own, prune, publish, tidy, unfinished, written_now
 from megalr.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import megalr
+from megalr.checkpoint.folders import newest_whole
 from megalr.checkpoint.loading import load_whole
-from megalr.checkpoint.manifest import Manifest, newest_valid
+from megalr.checkpoint.manifest import Manifest
 from megalr.errors import UserError
 from megalr.training.run_folder import RunFolder
 
@@ -68,10 +69,7 @@ def find_checkpoint(folder: RunFolder) -> Resumable:
     Raises:
         UserError: there is none, or it is not a run's.
     """
-    manifest, skipped = newest_valid(folder.checkpoints)
-    if manifest is None:
-        reasons = "".join(f"\n  {line}" for line in skipped)
-        raise UserError(f"no checkpoint in {folder.checkpoints} can be loaded{':' if reasons else ''}{reasons}")
+    manifest, skipped = newest_whole(folder.checkpoints)
     try:
         notes = Notes(tag=manifest.folder.name, **manifest.content["client"]["run"])
     except (KeyError, TypeError) as error:

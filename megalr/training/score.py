@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from megalr.checkpoint.manifest import Manifest, newest_valid, read_manifest
+from megalr.checkpoint.folders import newest_whole
+from megalr.checkpoint.manifest import Manifest, read_manifest
 from megalr.checkpoint.weights import Weights
 from megalr.data import DataConfig, load_data, load_tokenizer
 from megalr.errors import UserError
@@ -143,10 +144,7 @@ def load_scored(folder: Path) -> Scored:
         UserError: it is none of them.
     """
     if (folder / "run.json").is_file():
-        manifest, skipped = newest_valid(folder / "checkpoints")
-        if manifest is None:
-            raise UserError("\n  ".join([f"{folder} has no checkpoint that can be read", *skipped]))
-        return _from_checkpoint(folder, manifest)
+        return _from_checkpoint(folder, newest_whole(folder / "checkpoints")[0])
     if (folder.parent.parent / "run.json").is_file() and folder.parent.name == "checkpoints":
         return _from_checkpoint(folder.parent.parent, read_manifest(folder))
     if (folder / "config.json").is_file():

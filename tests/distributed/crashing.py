@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalr.checkpoint.folders import candidates
 from megalr.checkpoint.loading import _find, _from_first, read_entries
-from megalr.checkpoint.manifest import candidates
 from megalr.checkpoint.saving import Saver, wait_for_checkpoint, write_entries
 from megalr.errors import UserError
 from tests import known_state
@@ -157,7 +157,7 @@ def saving(
 def _load(report: Callable[..., None], rank: int, directory: Path, columns: int) -> int:
     """The count of updates in what could be loaded, whose values are known."""
     group = Saver.current().group
-    anything = _from_first(group, lambda: bool(candidates(directory)[0]))
+    anything = _from_first(group, lambda: bool(candidates(directory)))
     if not anything:
         return 0
     manifest, skipped = _from_first(group, lambda: _find(directory, None))

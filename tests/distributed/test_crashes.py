@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from megalr.checkpoint.manifest import LATEST, MANIFEST, newest_valid
+from megalr.checkpoint.folders import newest_valid
+from megalr.checkpoint.manifest import LATEST, MANIFEST
 from tests import known_state
 from tests.distributed.crashing import BALLAST
 from tests.distributed.forking import Ended, Forker, Killing

@@ -60,7 +60,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 def test_notes_of_a_checkpoint_that_no_run_wrote(tmp_path):
     folder = RunFolder(tmp_path)
     (folder.checkpoints / "global_step7").mkdir(parents=True)
-    with pytest.raises(UserError, match="global_step7/manifest.json is missing: the checkpoint was never finished"):
+    with pytest.raises(UserError, match="checkpoints holds no checkpoint that megalr.save_checkpoint has written"):
+        find_checkpoint(folder)
+    (folder.checkpoints / "global_step7/mp_rank_00_model_states.pt").write_text("")
+    with pytest.raises(UserError, match="checkpoints holds checkpoints of DeepSpeed's own"):
         find_checkpoint(folder)
     numbers = {"optimizer": {"updates": 7}}
     content = {"numbers": numbers, "client": {}, "written": 1, "files": {}, "tensors": {}}

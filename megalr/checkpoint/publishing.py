@@ -1,0 +1,145 @@
+"""How a checkpoint gets its name, and how it goes: whatever is interrupted, what was there before stays.
+
+``DIR/<tag>/manifest.json`` is written last of all, when every file that it names is on the disk, into a folder whose
+name begins with a dot; then the folder is renamed, and then ``DIR/latest`` names it. A deletion hides the folder first
+and removes its manifest before all else. So a folder with a manifest is whole, hidden or not, or its checksums tell;
+and the next save finishes or undoes what has been left half-way.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from megalr.checkpoint.disk import sync_folder, write_and_sync
+from megalr.checkpoint.folders import candidates
+from megalr.checkpoint.manifest import LATEST, MANIFEST, missing_or_cut, read_manifest
+from megalr.errors import UserError
+
+# What is in a checkpoint's folder, and what NFS makes of a file that is deleted while another process has it open.
+OWN_NAMES = re.compile(r"rank-\d+\.safetensors|manifest\.json|\.nfs\w+")
+
+
+def unfinished(directory: Path, tag: str) -> Path:
+    """Where a checkpoint is written."""
+    return directory / f".{tag}.part"
+
+
+def publish(directory: Path, tag: str) -> Path:
+    """Give a written checkpoint its name, and make it the latest."""
+    place, old, new = directory / tag, _replaced(directory, tag), directory / f".{LATEST}.part"
+    write_and_sync(new, tag)  # before all else: nothing of what follows needs room on the disk
+    if place.exists():
+        _remove(old)
+        os.rename(place, old)
+    os.rename(unfinished(directory, tag), place)
+    sync_folder(directory)
+    os.replace(new, directory / LATEST)
+    sync_folder(directory)
+    _remove(old)
+    return place
+
+
+def abandon(directory: Path, tag: str) -> None:
+    """Undo a save that has failed, as far as it came: what it would have replaced is back, and its room free."""
+    place, old = directory / tag, _replaced(directory, tag)
+    with suppress(OSError):  # there is an error already, which this one must not hide
+        if (old / MANIFEST).is_file() and not place.exists():
+            os.rename(old, place)
+    _remove(unfinished(directory, tag))
+    with suppress(OSError):
+        (directory / f".{LATEST}.part").unlink(missing_ok=True)
+
+
+def tidy(directory: Path) -> None:
+    """Finish or undo what interrupted saves and deletions have left, while no other save is under way.
+
+    A written checkpoint that only lacks its name gets it: the run may have gone on from it, and what it was to replace
+    may be hidden as well. What is hidden and not this module's stays.
+    """
+    for part in _hidden(directory, ".part"):
+        if _is_whole(part):
+            publish(directory, _tag_of(part))
+        else:
+            _remove(part)
+    for old in _hidden(directory, ".old"):
+        place = directory / _tag_of(old)
+        if not place.exists() and _is_whole(old):
+            os.rename(old, place)
+        else:
+            _remove(old)
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Remove the oldest checkpoints, so that ``keep`` are left.
+
+    One whose files are not there in full does not count, lest it displace one that can be loaded; it is removed when it
+    is older than those that stay. Checksums are not looked at, which would take as long as loading: the newest, which
+    has just been written, stays in any case.
+    """
+    left = 0
+    for manifest in candidates(directory):
+        if left < max(1, keep):
+            left += _is_whole(manifest.folder)
+            continue
+        hidden = _replaced(directory, manifest.folder.name)
+        _remove(hidden)
+        os.rename(manifest.folder, hidden)
+        _remove(hidden)
+
+
+def written_now(directory: Path) -> int:
+    """The time for a new checkpoint: nanoseconds, later than all that are there even if the clock was put back."""
+    return max([time.time_ns(), *(manifest.order + 1 for manifest in candidates(directory))])
+
+
+def is_own(folder: Path) -> bool:
+    """Whether a folder is a checkpoint or what is left of one, which a save may replace."""
+    return all(OWN_NAMES.fullmatch(path.name) for path in folder.iterdir()) or _is_read(folder)
+
+
+def find(directory: Path, tag: str) -> Path:
+    """A checkpoint's folder, hidden if its publication was interrupted."""
+    places = (directory / tag, unfinished(directory, tag), _replaced(directory, tag))
+    return next((place for place in places if (place / MANIFEST).is_file()), places[0])
+
+
+def _replaced(directory: Path, tag: str) -> Path:
+    """Where a checkpoint waits for its deletion."""
+    return directory / f".{tag}.old"
+
+
+def _hidden(directory: Path, suffix: str) -> list[Path]:
+    return [f for f in sorted(directory.glob(f".*{suffix}")) if f.is_dir() and is_own(f)]
+
+
+def _tag_of(hidden: Path) -> str:
+    return hidden.stem[1:]
+
+
+def _is_read(folder: Path) -> bool:
+    """Whether there is a manifest of a checkpoint."""
+    try:
+        read_manifest(folder)
+    except (UserError, OSError):
+        return False
+    return True
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether there is a manifest, and every file that it names has its size."""
+    try:
+        return not missing_or_cut(read_manifest(folder))
+    except (UserError, OSError):
+        return False
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder; without its manifest it is no checkpoint any more, however far the deletion comes."""
+    with suppress(OSError):
+        (folder / MANIFEST).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
