@@ -154,7 +154,7 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     Returns:
         ``(engine, optimizer, dataloader, scheduler)``, as ``deepspeed.initialize``; the
         :class:`~megalr.optim.MegalrOptimizer` itself is ``engine.basic_optimizer``, and what guards the run
-        ``engine.megalr_guard``.
+        ``engine.megalr_guard`` (not of a pipeline).
 
     Raises:
         UserError: for a configuration that cannot work, before anything is built.

@@ -45,11 +45,13 @@ def check_stages(model: nn.Module, content: Json, groups: int) -> None:
         content: the DeepSpeed JSON.
         groups: how many groups of parameters the optimizer of this stage has.
     """
-    if not callable(getattr(model, "topology", None)):
+    if not callable(getattr(model, "topology", None)) or not (content.get("zero_optimization") or {}).get("stage", 0):
         return
+    group = dist.new_group(backend="gloo")  # on the CPU: nobody may have said yet which GPU is whose
     counts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(counts, groups)
-    if (content.get("zero_optimization") or {}).get("stage", 0) and len(set(counts)) > 1:
+    dist.all_gather_object(counts, groups, group=group)
+    dist.destroy_process_group(group)
+    if len(set(counts)) > 1:
         raise UserError(
             f"pipeline stages have {' and '.join(map(str, sorted(set(counts))))} groups of parameters (of matrices, of "
             "norms and biases, ...), and DeepSpeed's ZeRO, which adds up norms group by group, would wait for ever: "

@@ -17,7 +17,7 @@ from megalr.errors import UserError
 from megalr.layers.base import FactorizedLinear
 from megalr.optim.groups import logical_shape
 from megalr.optim.optimizer import MegalrOptimizer
-from megalr.optim.portable import MOMENTS, entries_of, make_room, numbers_of, set_rates, settle
+from megalr.optim.portable import MOMENTS, check, entries_of, make_room, numbers_of, set_rates, settle
 from megalr.partition import frozen_parts, place_of_part, places_in_whole, tensor_parallel_rank
 from megalr.partition.exchange import Item, write
 from megalr.partition.pieces import Entry, Piece, folded, rectangles
@@ -29,7 +29,7 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 class Contents:
     """An engine's state as numbers and entries; every method is collective.
 
-    To load: :meth:`make_room`, read into :meth:`targets`, :meth:`settle`.
+    To load: :meth:`check`, :meth:`make_room`, read into :meth:`targets`, :meth:`settle`.
 
     Attributes:
         notes: what a reader of the log should know of a load.
@@ -100,8 +100,8 @@ class Contents:
             | {"random/{}.{}".format(*self._ranks()): Entry.of(random_states())}
         )
 
-    def make_room(self, numbers: Mapping[str, Any], saved: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> str:
-        """Take over numbers, and have tensors for what was saved.
+    def check(self, numbers: Mapping[str, Any], saved: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> str:
+        """Make sure that the engine can go on from a checkpoint; nothing is changed.
 
         Args:
             numbers: of :meth:`numbers`, with the matrices of all ranks.
@@ -112,8 +112,9 @@ class Contents:
             What of the checkpoint the engine has no use for, in words; empty if it takes over all.
 
         Raises:
-            UserError: the checkpoint is of another model or of settings that cannot be continued. Nothing has changed.
+            UserError: the checkpoint is of another model or of settings that cannot be continued; an update has begun.
         """
+        self._check_boundary()
         self._check_model(saved)
         if numbers["chosen_by"] not in (0, self._shares()):
             raise UserError(
@@ -121,9 +122,18 @@ class Contents:
                 f"only so many can go on with it; there are {self._shares()}"
             )
         self._check_places(read)
-        dropped = [make_room(self._optimizer, {**numbers["optimizer"], "matrices": numbers["matrices"]}, saved)]
-        if numbers["schedule"] is not None and not goes_on(self._engine.lr_scheduler, numbers["schedule"]):
+        dropped = [check(self._optimizer, numbers["optimizer"])]
+        if numbers["schedule"] is not None and not self._schedule_goes_on(numbers):
             dropped.append(f"the state of the learning-rate schedule {numbers['schedule']['type']}")
+        return " and ".join(filter(None, dropped))
+
+    def make_room(self, numbers: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
+        """Take over numbers, and have tensors for what was saved.
+
+        Args:
+            numbers, saved: that :meth:`check` was given.
+        """
+        make_room(self._optimizer, {**numbers["optimizer"], "matrices": numbers["matrices"]}, saved)
         self._prologue()
         found = self._portable(once=False) | self._frozen()
         self._buffers_read = {key: Entry.of(entry.pieces[0].data.clone()) for key, entry in self._buffers()}
@@ -135,7 +145,6 @@ class Contents:
         if self._random_key in saved:
             found[self._random_key] = Entry.of(torch.empty_like(saved[self._random_key], device="cpu"))
         self._targets = found
-        return " and ".join(filter(None, dropped))
 
     def targets(self) -> dict[str, Entry]:
         """What this rank wants to read."""
@@ -167,19 +176,42 @@ class Contents:
         if self._random_key in self._targets:
             set_random_states(self._targets[self._random_key].pieces[0].data)
 
+    def _schedule_goes_on(self, numbers: Mapping[str, Any]) -> bool:
+        return goes_on(self._engine.lr_scheduler, numbers["schedule"], same_groups=self._has_groups_of(numbers))
+
+    def _has_groups_of(self, numbers: Mapping[str, Any]) -> bool:
+        """Whether learning rates of groups can be taken over: those of another rule mean something else."""
+        names = [group["name"] for group in self._optimizer.all_groups]
+        same_rule = numbers["optimizer"]["logical_rule"] == self._optimizer.logical_form()
+        return same_rule and list(numbers["optimizer"]["lr"]) == names
+
     def _settle_schedule(self, numbers: Mapping[str, Any]) -> None:
-        """A schedule and the rates that it made; where it begins anew, the rates are those that it begins with."""
+        """A schedule and the rates that it has made of the groups; those of other groups stay."""
         schedule, saved = self._engine.lr_scheduler, numbers["schedule"]
-        if not goes_on(schedule, saved):
+        if not self._schedule_goes_on(numbers):
             if schedule is not None:
-                self.notes.append(f"the learning-rate schedule {type(schedule).__name__} begins at its first step")
+                name = type(schedule).__name__
+                self.notes.append(f"the learning-rate schedule {name} is not the checkpoint's: it stays where it is")
             return
-        changed = set_rates(self._optimizer, numbers["optimizer"])
+        same_groups = self._has_groups_of(numbers)
+        changed = set_rates(self._optimizer, numbers["optimizer"]) if same_groups else {}
         if schedule is not None:
-            set_schedule(schedule, saved)
+            set_schedule(schedule, saved, same_groups=same_groups)
         elif changed:
             rates = ", ".join(f"{name} {before:g} -> {rate:g}" for name, (before, rate) in changed.items())
             self.notes.append(f"without a schedule, learning rates are the checkpoint's: {rates}")
+
+    def _check_boundary(self) -> None:
+        """Refuse a load while gradients are there, which ZeRO would add those of the next micro-batch to."""
+        engine = self._engine
+        managed = getattr(engine, "managed_gradient_accumulation", None)
+        given = getattr(engine, "_is_gradient_accumulation_boundary", None) is not None
+        counts = not given and (managed is None or managed())
+        if counts and engine.micro_steps % engine.gradient_accumulation_steps():
+            raise UserError(
+                f"an update has begun: {engine.micro_steps % engine.gradient_accumulation_steps()} of its "
+                f"{engine.gradient_accumulation_steps()} micro-batches are made. Load between two updates"
+            )
 
     def _check_model(self, saved: Mapping[str, Tensor]) -> None:
         trained = {f"weights/{name}": folded(shape) for name, shape in self._shard.layout.shapes.items()}

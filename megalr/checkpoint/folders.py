@@ -96,8 +96,8 @@ def newest_whole(directory: Path) -> tuple[Manifest, list[str]]:
     manifest, skipped = newest_valid(directory)
     if manifest is not None:
         return manifest, skipped
-    if not skipped:
-        is_one(directory)
+    if not skipped and is_one(directory):
+        read_manifest(directory)
     raise UserError("\n  ".join([f"no checkpoint in {directory} is whole:", *skipped]))
 
 

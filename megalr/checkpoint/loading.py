@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalr.checkpoint.contents import Contents
@@ -26,6 +27,7 @@ from megalr.partition.pieces import Entry
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+PARTLY = "A part has been loaded: do not go on training before another load has succeeded"
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,15 @@ def load_checkpoint(engine: Any, directory: str | Path, tag: str | None = None) 
 def load_whole(engine: Any, manifest: Manifest) -> Loaded:
     """Load a checkpoint whose files have been checked; see :func:`load_checkpoint`. Collective."""
     saver, contents = Saver.current(), Contents(engine)
-    dropped = _together(saver.group, lambda: _make_room(contents, manifest))
+    numbers, saved = manifest.content["numbers"], outlines(manifest)
+
+    def read(key: str) -> Tensor:
+        return read_tensor(manifest, key)
+
+    dropped = _together(saver.group, lambda: contents.check(numbers, saved, read), "Nothing was loaded")
+    _together(saver.group, lambda: _make_room(contents, manifest, saved), PARTLY)
     read_entries(manifest, contents.targets(), saver.group)
-    contents.settle(manifest.content["numbers"])
+    contents.settle(numbers)
     notes = [f"dropped of {manifest.folder}, to begin anew: {dropped}"] if dropped else []
     if saver.is_first:
         for note in notes + contents.notes:
@@ -105,10 +113,7 @@ def read_entries(manifest: Manifest, wanted: Mapping[str, Entry], group: dist.Pr
         dcp.load({}, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         causes = "; ".join(f"process {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items()))
-        raise UserError(
-            f"{manifest.folder} was whole, and yet could not be read: {causes}. A part has been loaded: do not go on "
-            "training before another load has succeeded"
-        ) from error
+        raise UserError(f"{manifest.folder} was whole, and yet could not be read: {causes}. {PARTLY}") from error
 
 
 def _find(place: Path, tag: str | None) -> tuple[Manifest, list[str]]:
@@ -135,17 +140,21 @@ def _of_latest(place: Path, tag: str | None, loaded: Manifest) -> list[str]:
     )
 
 
-def _make_room(contents: Contents, manifest: Manifest) -> str:
-    numbers = manifest.content["numbers"]
-    dropped = contents.make_room(numbers, outlines(manifest), lambda key: read_tensor(manifest, key))
+def _make_room(contents: Contents, manifest: Manifest, saved: Mapping[str, Tensor]) -> None:
+    contents.make_room(manifest.content["numbers"], saved)
     missing = [key for key in contents.targets() if key not in manifest.tensors]
     if missing:
         raise UserError(f"{manifest.folder} lacks {', '.join(missing[:3])}: another version of megalr has written it")
-    return dropped
 
 
-def _together(group: dist.ProcessGroup | None, act: Callable[[], T]) -> T:
-    """What it returns; where it fails on some processes, it has failed on all, which would wait for those else."""
+def _together(group: dist.ProcessGroup | None, act: Callable[[], T], otherwise: str) -> T:
+    """What it returns; where it fails on some processes, it has failed on all, which would wait for those else.
+
+    Args:
+        group: of all processes; None for one that is alone.
+        act: what to do.
+        otherwise: where that leaves the processes on which it has not failed.
+    """
     if group is None:
         return act()
     failed: Exception | None = None
@@ -159,7 +168,7 @@ def _together(group: dist.ProcessGroup | None, act: Callable[[], T]) -> T:
         raise failed
     others = [f"process {rank}: {said}" for rank, said in enumerate(words) if said is not None]
     if others:
-        raise UserError(f"nothing was loaded, since another process could not; {others[0]}")
+        raise UserError(f"another process could not load: {others[0]}. {otherwise}")
     return done
 
 

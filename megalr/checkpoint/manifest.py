@@ -18,7 +18,7 @@ from megalr.checkpoint.disk import write_and_sync
 from megalr.checkpoint.format import itemsize
 from megalr.errors import UserError
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 READ_AT_ONCE = 1 << 24  # bytes

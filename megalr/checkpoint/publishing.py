@@ -99,7 +99,8 @@ def written_now(directory: Path) -> int:
 
 def is_own(folder: Path) -> bool:
     """Whether a folder is a checkpoint or what is left of one, which a save may replace."""
-    return all(OWN_NAMES.fullmatch(path.name) for path in folder.iterdir()) or _is_read(folder)
+    names = {path.name for path in folder.iterdir()}
+    return (all(map(OWN_NAMES.fullmatch, names)) and names != {MANIFEST}) or _is_read(folder)
 
 
 def find(directory: Path, tag: str) -> Path:

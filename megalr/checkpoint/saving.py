@@ -187,9 +187,12 @@ def _write(writer: FolderWriter, planner: EntrySaver, saver: Saver, place: Path)
             "could not be written",
             "; ".join(f"process {rank}: {_words(cause)}" for rank, (cause, _) in sorted(error.failures.items())),
         )
-    except RuntimeError as error:  # of the group: what a process raises itself comes as the other
+    except Exception as error:  # of the group: what a process raises itself comes as the other
         failed, what = error, "may not have been written"
-        causes = f"processes have lost each other, one may have died ({str(error).partition('. ')[0]})"
+        causes = (
+            "processes have lost each other, one may have died, or ended its process group without "
+            f"megalr.wait_for_checkpoint() ({str(error).partition('. ')[0]})"
+        )
     else:
         return
     if saver.is_first:

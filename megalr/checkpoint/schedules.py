@@ -7,6 +7,7 @@ from typing import Any
 
 from megalr.errors import UserError
 
+POSITION = "last_batch_iteration"  # all that is in the state of DeepSpeed's
 ITEMS = "(items)"  # of a dictionary whose keys are not all strings, which JSON's have to be
 
 
@@ -22,17 +23,31 @@ def schedule_numbers(schedule: Any) -> dict[str, Any] | None:
     return {"type": name, "state": {key: _plain(value, f"{name}.{key}") for key, value in _state(schedule).items()}}
 
 
-def goes_on(schedule: Any, numbers: Mapping[str, Any] | None) -> bool:
-    """Whether a schedule has a use for a saved state: there is neither, or both have the same values to go on from."""
+def goes_on(schedule: Any, numbers: Mapping[str, Any] | None, *, same_groups: bool) -> bool:
+    """Whether a schedule has a use for a saved state: there is neither, or it can go on from there.
+
+    DeepSpeed's schedules can go on from each other's, which say where they are. Each of torch's has a state of its own
+    kind, with the rates of every group in it.
+
+    Args:
+        schedule: of now.
+        numbers: of :func:`schedule_numbers`.
+        same_groups: whether the optimizer's groups are those that the state was saved of.
+    """
     if schedule is None or numbers is None:
         return schedule is None and numbers is None
-    return _state(schedule).keys() == numbers["state"].keys()
+    keys = _state(schedule).keys()
+    if keys != numbers["state"].keys():
+        return False
+    return keys == {POSITION} or (type(schedule).__name__ == numbers["type"] and same_groups)
 
 
-def set_schedule(schedule: Any, numbers: Mapping[str, Any]) -> None:
+def set_schedule(schedule: Any, numbers: Mapping[str, Any], *, same_groups: bool) -> None:
     """Take over what :func:`schedule_numbers` gave of a schedule that :func:`goes_on`."""
     now = _state(schedule)
     schedule.load_state_dict({key: _revived(value, now[key]) for key, value in numbers["state"].items()})
+    if not same_groups:
+        schedule.step(numbers["state"][POSITION])  # so that groups have the rates of there before the next update
 
 
 def _state(schedule: Any) -> dict[str, Any]:

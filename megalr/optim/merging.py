@@ -90,8 +90,9 @@ class Merging:
         """A remainder to be read into :meth:`remainder`'s pieces, if it is of any use: to go on with, or in fp32."""
         if self._rounding != "remainder" and weight.dtype != torch.float32:
             return
-        first, last = self._share(name, weight, *frozen_parts(weight)[0])
-        self.remainders[name] = torch.zeros(last - first, dtype=weight.dtype, device=weight.device)
+        start, held = frozen_parts(weight)[0]
+        first, last = self._share(name, weight, start, held)
+        self.remainders[name] = torch.zeros(last - first, dtype=weight.dtype, device=held.device)
 
     def settle(self, name: str, weight: Tensor) -> None:
         """Where a remainder was read, and fp32 has room for it: add it to the weight."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +30,7 @@ def numbers_of(optimizer: MegalrOptimizer) -> dict[str, Any]:
         "lr": {group["name"]: float(group["lr"]) for group in optimizer.all_groups},
         "rule": optimizer.rule_form(),
         "logical_rule": optimizer.logical_form(),
+        "by_rule": _by_rule(optimizer),
         "layers": optimizer.layer_form(),
         "events": {events.key: events.numbers() for events in optimizer.all_events},
         "matrices": {} if optimizer.matrices is None else optimizer.matrices.numbers(),
@@ -58,21 +59,19 @@ def entries_of(optimizer: MegalrOptimizer, *, once: bool) -> dict[str, Entry]:
     return found
 
 
-def make_room(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Mapping[str, Tensor]) -> str:
-    """Take over numbers, and have tensors for what was saved, whose values are to be read into :func:`entries_of`.
-
-    Then :func:`settle` makes of them what the optimizer goes on with.
+def check(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> str:
+    """Make sure that an optimizer can go on from saved numbers; alike on all ranks, and nothing is changed.
 
     Args:
         optimizer: before or after updates.
-        numbers: of :func:`numbers_of`, with the matrices of all ranks.
-        saved: tensors on the meta device, by the keys of :func:`entries_of`, of all ranks.
+        numbers: of :func:`numbers_of`.
 
     Returns:
-        What of the saved state this optimizer has no use for, in a sentence for the reader; empty if it has all.
+        What of the saved state this optimizer has no use for, in words for the reader; empty if it has all.
 
     Raises:
-        UserError: the state is of another parametrization, or of another rule where layers keep more than weights.
+        UserError: the state is of another parametrization, of a rule for other parameters, or of another rule where
+            layers keep more than weights.
     """
     _refuse_parts(optimizer)
     layers, rule = optimizer.layer_form(), optimizer.rule_form()
@@ -83,8 +82,29 @@ def make_room(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Map
             f"the checkpoint was written with {words(before)}, the configuration has {words(now)}: resume with the "
             "settings that it was written with"
         )
-    if not begins_anew:
-        _check_routes(optimizer, numbers["matrices"], saved)
+    if begins_anew:
+        return f"moments and states of {words(numbers['rule'])}"
+    others = sorted({*numbers["by_rule"]} ^ {*_by_rule(optimizer)})
+    if others:
+        some = ", ".join(others[:SHOWN]) + ", ..." * (len(others) > SHOWN)
+        raise UserError(
+            f"the checkpoint's optimizer updated {some} by another rule than the configuration has for them: resume "
+            "with the target_modules, head and embeddings of optimizer.params that it was written with"
+        )
+    return ""
+
+
+def make_room(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
+    """Take over numbers, and have tensors for what was saved, whose values are to be read into :func:`entries_of`.
+
+    Then :func:`settle` makes of them what the optimizer goes on with.
+
+    Args:
+        optimizer: that :func:`check` was given.
+        numbers: of :func:`numbers_of`, with the matrices of all ranks.
+        saved: tensors on the meta device, by the keys of :func:`entries_of`, of all ranks.
+    """
+    begins_anew = numbers["logical_rule"] != optimizer.logical_form()
     optimizer.updates = numbers["updates"]
     optimizer.forget_update()
     optimizer.clocks = {name: Clock() if begins_anew else Clock(**clock) for name, clock in numbers["clocks"].items()}
@@ -95,12 +115,11 @@ def make_room(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Map
         if not begins_anew and any(f"{MOMENTS[0]}/{name}" in saved for name in names):
             optimizer.moments_of(parameter)
     if optimizer.matrices is not None:
-        converts = numbers["rule"] != rule
+        converts = numbers["rule"] != optimizer.rule_form()
         optimizer.matrices.make_room({} if begins_anew else numbers["matrices"], saved if converts else {})
     for events in optimizer.all_events:
         events.load_numbers(numbers["events"][events.key])
         events.make_room(saved)
-    return f"moments and states of {words(numbers['rule'])}" if begins_anew else ""
 
 
 def set_rates(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -122,28 +141,9 @@ def settle(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> None:
         events.settle()
 
 
-def _check_routes(optimizer: MegalrOptimizer, matrices: Collection[str], saved: Collection[str]) -> None:
-    """Refuse states of parameters that another rule updates now, alike on all ranks.
-
-    Args:
-        matrices: names of those that the rule had states of.
-        saved: keys of all tensors.
-    """
-    updater, shard = optimizer.matrices, optimizer.prepare()
-    others = set(matrices) - (set() if updater is None else {m.name for m in updater.matrices})
-    by_rule = set() if updater is None else updater.parameters
-    for buffer in range(len(shard.buffers)):
-        names = {f.name for f in shard.layout.fragments if f.buffer == buffer and shard.layout.numel(f.name)}
-        known = {name for name in names if f"{MOMENTS[0]}/{name}" in saved}
-        others |= known & by_rule
-        if known:
-            others |= names - known
-    if others:
-        some = ", ".join(sorted(others)[:SHOWN]) + ", ..." * (len(others) > SHOWN)
-        raise UserError(
-            f"the checkpoint's optimizer updated {some} by another rule than the configuration has for them: resume "
-            "with the target_modules, head and embeddings of optimizer.params that it was written with"
-        )
+def _by_rule(optimizer: MegalrOptimizer) -> list[str]:
+    """Names of the parameters that the rule updates, also of those that have no state now."""
+    return [] if optimizer.matrices is None else sorted(optimizer.matrices.parameters)
 
 
 def _refuse_parts(optimizer: MegalrOptimizer) -> None:

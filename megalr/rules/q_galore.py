@@ -71,7 +71,8 @@ class QGaLore(ProjectedRule):
         return {**super().form(), "queue_size": self.queue_size, "min_8bit_size": self.min_8bit_size}
 
     def logical_form(self) -> dict[str, str | int | bool]:
-        return {**super().form(), "rule": "galore"}
+        # What a subclass keeps beside is nothing to GaLore.
+        return {**super().form(), "rule": "galore"} if self.name == QGaLore.name else self.form()
 
     def convert(self, state: State, shape: Shape) -> State:
         (side,) = self.sides(shape)

@@ -91,17 +91,18 @@ def check_notes(notes: Notes, required: Mapping[str, Any], folder: RunFolder) ->
         )
 
 
-def load_checkpoint(engine: Any, manifest: Manifest) -> tuple[dict[str, Any], str]:
-    """Load what :func:`save_checkpoint` wrote, random states included. Collective.
+def load_checkpoint(engine: Any, manifest: Manifest) -> dict[str, Any]:
+    """Load what :func:`save_checkpoint` wrote, random states included; what is dropped is in the log. Collective.
 
     Returns:
-        The data stream's state, and what the optimizer of now has no use for, in words.
+        The data stream's state.
     """
     loaded = load_whole(engine, manifest)
     scheduler = engine.lr_scheduler
     if hasattr(scheduler, "last_batch_iteration"):
         scheduler.step(scheduler.last_batch_iteration)  # the rates of this configuration, not those that were saved
-    return loaded.client_state["data"], loaded.dropped
+    data: dict[str, Any] = loaded.client_state["data"]
+    return data
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:

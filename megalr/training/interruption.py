@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterable
 from types import FrameType
@@ -28,13 +29,45 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 TRY_AGAIN = os.EX_TEMPFAIL  # 75: the exit code of a run that was stopped and can go on
+_REQUESTS = (signal.SIGTERM, signal.SIGUSR1)
 _SAME_REQUEST = 1.0  # seconds
 
 
 def end_at_once_when_asked() -> None:
-    """Make SIGTERM and SIGUSR1 end this process with "try again" until there is something worth saving."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: os._exit(TRY_AGAIN))
+    """Make SIGTERM and SIGUSR1 end this process with "try again" until there is something worth saving.
+
+    Also while it waits in a library for others, when no handler of Python's is called: a thread does it, which the
+    interpreter tells of signals through a pipe. Processes that are forked off are as if this had not been called.
+    """
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    for number in _REQUESTS:
+        signal.signal(number, lambda number, frame: None)
+    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    threading.Thread(target=_end_when_told, args=(told,), daemon=True, name="megalr-signals").start()
+    # A signal for a process that is forked off must not come before it is one of its own: the pipe is shared.
+    os.register_at_fork(before=_hold_requests, after_in_parent=_let_requests, after_in_child=_forget_requests)
+
+
+def _end_when_told(told: int) -> None:
+    while number := os.read(told, 1):
+        if number[0] in _REQUESTS:
+            os._exit(TRY_AGAIN)
+
+
+def _hold_requests() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
+
+
+def _let_requests() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _REQUESTS)
+
+
+def _forget_requests() -> None:
+    signal.set_wakeup_fd(-1)
+    for number in _REQUESTS:
+        signal.signal(number, signal.SIG_DFL)
+    _let_requests()
 
 
 class StopRequest:
@@ -48,6 +81,7 @@ class StopRequest:
         self._reason: str | None = None
         self._first_interrupt: float | None = None
         self._previous: dict[int, Any] = {}
+        self._wakeup = -1
         self._launchers = _launchers()
 
     @property
@@ -60,14 +94,16 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._note)
+        self._wakeup = signal.set_wakeup_fd(-1)  # see end_at_once_when_asked
         return self
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._reason is not None:
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+            for number in _REQUESTS:
                 signal.signal(number, signal.SIG_IGN)
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

@@ -94,7 +94,8 @@ class Loop:
         self._screen = screen
         self._required, self._noted = required, noted
         self.metrics = MetricsLog(folder.metrics, enabled=ranks.is_first)
-        self._saved_step: int | None = None
+        self._saved_step: int | None = None  # begun to be written
+        self._written_step: int | None = None
         self._evaluated_step: int | None = None
         self._tokens_here = 0  # of this process's run, without what was resumed
         self._bytes_moved = engine.basic_optimizer.bytes_moved
@@ -103,12 +104,10 @@ class Loop:
         """Go on from a checkpoint."""
         notes = checkpoint.notes
         with self._ranks.together():
-            data, dropped = load_checkpoint(self.engine, checkpoint.manifest)
+            data = load_checkpoint(self.engine, checkpoint.manifest)
             self._batches.load_state_dict(data)
-        if dropped:
-            self._screen.say(f"dropped of the checkpoint, to begin anew: {dropped}")
         self.step, self.tokens = notes.step, notes.tokens
-        self._saved_step = notes.step
+        self._saved_step = self._written_step = notes.step
         self.metrics.cut(notes.step)
 
     def train(self) -> str | None:
@@ -116,7 +115,7 @@ class Loop:
 
         Returns:
             None at the end; the reason, such as "SIGTERM", where a request to stop came first. There is a
-            checkpoint either way.
+            checkpoint either way; where the last one could not be written after a request, an older one or none.
 
         Raises:
             UserError: a guard stops the run, or its last checkpoint could not be written.
@@ -135,7 +134,11 @@ class Loop:
                 if self.step % settings.eval_every == 0 and reason is None:
                     reason = self.evaluate(request)
             self.save()
-            megalr.wait_for_checkpoint()
+            failed = self._failed_save()
+            if failed is not None and reason is None:
+                raise AgreedError(str(failed)) from failed
+            if failed is not None:
+                self._screen.say(str(failed))
             if reason is None and self._evaluated_step != self.step:
                 reason = self.evaluate(request)
             self._screen.end_bar()
@@ -180,10 +183,9 @@ class Loop:
         """Begin to write a checkpoint, unless this step has one; the one before may have failed."""
         if self._saved_step == self.step:
             return
-        try:
-            megalr.wait_for_checkpoint()
-        except UserError as error:  # on all ranks alike
-            self._screen.say(f"{error}\nThe training goes on, and tries again with step {self.step:,}")
+        failed = self._failed_save()
+        if failed is not None:
+            self._screen.say(f"{failed}\nThe training goes on, and tries again with step {self.step:,}")
         notes = Notes(f"step{self.step}", self.step, self.tokens, self._required, self._noted)
         save_checkpoint(self.engine, self._folder, notes, self._batches.state_dict(), keep=self._settings.keep)
         self._saved_step = self.step
@@ -217,6 +219,15 @@ class Loop:
         asked, save = self._ranks.sum([mine is not None, due])
         return agreed_reason(self._ranks.gather(mine)) if asked else None, bool(save)
 
+    def _failed_save(self) -> UserError | None:
+        """Wait for the checkpoint under way; why it could not be written, on all ranks alike."""
+        try:
+            megalr.wait_for_checkpoint()
+        except UserError as error:
+            return error
+        self._written_step = self._saved_step
+        return None
+
     def _train_step(self) -> None:
         """One update."""
         engine, ranks, batch = self.engine, self._ranks, self._settings.batch
@@ -245,8 +256,9 @@ class Loop:
         self._note_step(total / (batch.accumulation * ranks.data_size), lr)
         if stopped is not None:
             self._screen.end_bar()
-            megalr.wait_for_checkpoint()
-            raise AgreedError(f"step {self.step}: {stopped}\n{self._last_checkpoint()}") from stopped
+            failed = self._failed_save()
+            words = [f"step {self.step}: {stopped}", *([str(failed)] if failed else []), self._last_checkpoint()]
+            raise AgreedError("\n".join(words)) from stopped
 
     def _note_step(self, loss: float, lr: float) -> None:
         speed = self.tokens_per_second
@@ -274,9 +286,9 @@ class Loop:
             self._report({"Train/Samples/train_loss": loss, "Train/Samples/grad_norm": row["grad_norm"]})
 
     def _last_checkpoint(self) -> str:
-        if self._saved_step is None:
+        if self._written_step is None:
             return "no checkpoint has been written (--save-every)"
-        return f"the last checkpoint is that of step {self._saved_step}, in {self._folder.checkpoints}"
+        return f"the last checkpoint is that of step {self._written_step}, in {self._folder.checkpoints}"
 
     def _report(self, numbers: dict[str, float | None]) -> None:
         """Give numbers to DeepSpeed's monitors, against the sequences read, as DeepSpeed gives its own."""

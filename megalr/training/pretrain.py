@@ -142,8 +142,10 @@ def _test(loop: Loop, plan: Plan, ranks: Ranks) -> Evaluation | None:
 
 
 def _prepare_folder(plan: Plan) -> None:
-    """Make room; what is cleared is free, or the user said --overwrite."""
+    """Make room; what is cleared is free, had only begun, or the user said --overwrite."""
     if plan.checkpoint is None:
+        if plan.arguments.resume:
+            plan.folder.keep_metrics()
         plan.folder.clear()
     plan.folder.path.mkdir(parents=True, exist_ok=True)
 

@@ -72,10 +72,17 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete what a run writes."""
-        for file in (self.settings, self.metrics, self.plot, self.summary, self.routing):
-            file.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.path / "tensorboard", self.path / "csv_monitor"):
             shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.metrics, self.plot, self.summary, self.routing, self.settings):
+            file.unlink(missing_ok=True)
+
+    def keep_metrics(self) -> Path | None:
+        """Rename the metrics of a run that is to begin anew; the new name, None where there are none."""
+        if not self.metrics.exists():
+            return None
+        kept = self.metrics.with_name(f"metrics-{self.metrics.stat().st_mtime_ns}.jsonl")
+        return self.metrics.rename(kept)
 
 
 def choose_run_folder(name: str, output: str | None, *, resume: bool, overwrite: bool) -> RunFolder:

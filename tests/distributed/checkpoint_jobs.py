@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 import megalr
-from megalr.checkpoint.loading import _together
+from megalr.checkpoint.contents import Contents
 from megalr.checkpoint.manifest import LATEST
-from megalr.checkpoint.saving import Saver
 from megalr.checkpoint.storage import FolderWriter
 from tests.distributed import checkpointing
 from tests.distributed.rule_training import batches, everything
@@ -79,13 +78,25 @@ class _Stateful(nn.Identity):
         pass
 
 
+RULES: dict[str, dict[str, Any]] = {"GaLoreAdamW": {"rank": 2}, "BAdam": {"switch_interval": 100}}
+
+
 def engine_of(
-    stage: int, schedule: str = "none", lr: float = 0.01, targets: list[str] | None = None, **net: bool
+    stage: int,
+    schedule: str = "none",
+    *,
+    lr: float = 0.01,
+    targets: list[str] | None = None,
+    rule: str = "GaLoreAdamW",
+    gradient_accumulation_steps: int = 1,
+    **net: bool,
 ) -> Any:
-    """A fresh model under a fresh engine; GaLore for the layers of ``targets``, AdamW without."""
+    """A fresh model under a fresh engine; a rule for the layers of ``targets``, AdamW without."""
     config = configuration(stage, optimizer={"type": "AdamW", "params": {"lr": lr}})
+    config["gradient_accumulation_steps"] = gradient_accumulation_steps
+    config["train_batch_size"] *= gradient_accumulation_steps
     if targets:
-        config["optimizer"] = {"type": "GaLoreAdamW", "params": {"lr": lr, "rank": 2, "target_modules": targets}}
+        config["optimizer"] = {"type": rule, "params": {"lr": lr, "target_modules": targets, **RULES[rule]}}
     config["megalr"] = {}
     more = {} if SCHEDULES[schedule] is None else {"lr_scheduler": SCHEDULES[schedule]}
     return megalr.initialize(model=Net(**net), config=config, **more)[0]
@@ -156,35 +167,60 @@ def refused(stage: int, folder: str, what: str) -> str:
     return ""
 
 
-def other_targets(stage: int, folder: str, saved: list[str], now: list[str] | None) -> tuple[str, bool]:
-    """The message of a load by a rule for other layers, and whether all is as it was."""
-    engine = engine_of(stage, targets=saved)
+def other_targets(
+    stage: int, folder: str, saved: list[str], now: list[str], rule: str, fails: int | None = None
+) -> tuple[str, bool]:
+    """The message of a load by a rule for other layers, or that fails on one rank, and whether all is as it was."""
+    engine = engine_of(stage, targets=saved, rule=rule)
     steps(engine, 3)
     megalr.save_checkpoint(engine, folder)
-    engine = engine_of(stage, targets=now)
+    engine = engine_of(stage, targets=now, rule=rule)
     steps(engine, 2)
-    before, message = everything(engine), ""
+    before, message, check = everything(engine), "", Contents._check_places
+
+    def fail(*args: Any) -> None:
+        if torch.distributed.get_rank() == fails:
+            raise OSError("no such device")
+
+    Contents._check_places = fail  # type: ignore[method-assign]
     try:
         megalr.load_checkpoint(engine, folder)
     except megalr.UserError as error:
         message = str(error)
+    except OSError as error:
+        message = str(error)
+    finally:
+        Contents._check_places = check  # type: ignore[method-assign]
     after = everything(engine)
     steps(engine, 1)
     return message, before.keys() == after.keys() and all(same(value, after[key]) for key, value in before.items())
 
 
-def one_cannot_load(number: int) -> str:
-    """The message on each rank where one alone fails before anything is read."""
-
-    def act() -> None:
-        if torch.distributed.get_rank() == number:
-            raise OSError("no such device")
-
+def begun(stage: int, folder: str) -> str:
+    """The message of a load in mid-update."""
+    engine = engine_of(stage, gradient_accumulation_steps=3)
+    steps(engine, 3)
+    megalr.save_checkpoint(engine, folder)
+    steps(engine, 2)
     try:
-        _together(Saver.current().group, act)
-    except (OSError, megalr.UserError) as error:
+        megalr.load_checkpoint(engine, folder)
+    except megalr.UserError as error:
         return str(error)
     return ""
+
+
+def other_groups(stage: int, folder: str, schedule: str) -> tuple[list[float], list[float], str]:
+    """Learning rates after an update of AdamW that goes on from GaLore's, what they should be, and what is dropped."""
+    first = engine_of(stage, schedule, targets=["layers.1"], lr=0.02)
+    steps(first, 3)
+    megalr.save_checkpoint(first, folder)
+    found, position = engine_of(stage, schedule, lr=0.01), 3 if schedule == "WarmupLR" else 0
+    dropped = megalr.load_checkpoint(found, folder).dropped
+    expected = engine_of(stage, schedule, lr=0.01)
+    steps(expected, position)
+    rates = [[group["lr"] for group in engine.optimizer.param_groups] for engine in (found, expected)]
+    steps(found, 1)
+    return rates[0], rates[1], dropped
 
 
 def own_statistics(stage: int, folder: str) -> list[float]:

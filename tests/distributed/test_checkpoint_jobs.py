@@ -24,9 +24,9 @@ MODULE = "tests.distributed.checkpoint_jobs"
             "StepLR",
             "WarmupLR",
             "the state of the learning-rate schedule StepLR",
-            ["dropped of ", "the learning-rate schedule WarmupLR begins at its first step"],
+            ["dropped of ", "the learning-rate schedule WarmupLR is not the checkpoint's: it stays where it is"],
         ),
-        ("none", "StepLR", "", ["the learning-rate schedule StepLR begins at its first step"]),
+        ("none", "StepLR", "", ["the learning-rate schedule StepLR is not the checkpoint's: it stays where it is"]),
         ("WarmupLR", "none", "the state of the learning-rate schedule WarmupLR", ["dropped of "]),
     ],
 )
@@ -62,18 +62,41 @@ def test_what_cannot_be_kept_is_refused_on_all_ranks(ranks, tmp_path, what, word
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize(
-    ("saved", "now"), [(["layers"], ["layers.0"]), (["layers.1"], ["layers"]), (["layers.0"], ["layers.1"])]
+    ("rule", "saved", "now"),
+    [
+        ("GaLoreAdamW", ["layers"], ["layers.0"]),
+        ("GaLoreAdamW", ["layers.1"], ["layers"]),
+        ("GaLoreAdamW", ["layers.0"], ["layers.1"]),
+        ("BAdam", ["layers"], ["layers.0"]),  # one of the layers rests, and has no state
+        ("BAdam", ["layers"], ["layers.1"]),
+    ],
 )
-def test_a_rule_for_other_layers_is_refused_on_all_ranks(ranks, tmp_path, saved, now, stage):
-    for message, unchanged in ranks(2).run(f"{MODULE}:other_targets", stage, str(tmp_path), saved, now):
+def test_a_rule_for_other_layers_is_refused_on_all_ranks(ranks, tmp_path, rule, saved, now, stage):
+    for message, unchanged in ranks(2).run(f"{MODULE}:other_targets", stage, str(tmp_path), saved, now, rule):
         assert "by another rule than the configuration has for them: resume with the target_modules" in message
         assert unchanged
 
 
-def test_what_one_rank_cannot_load_all_give_up(ranks):
-    said = ranks(3).run(f"{MODULE}:one_cannot_load", 1)
-    others = "nothing was loaded, since another process could not; process 1: no such device"
-    assert said == [others, "no such device", others]
+@pytest.mark.parametrize("stage", [0, 3])
+def test_what_one_rank_cannot_load_all_give_up(ranks, tmp_path, stage):
+    layers = ["layers"]
+    found = ranks(3).run(f"{MODULE}:other_targets", stage, str(tmp_path), layers, layers, "GaLoreAdamW", fails=1)
+    others = "another process could not load: process 1: no such device. Nothing was loaded"
+    assert found == [(others, True), ("no such device", True), (others, True)]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_load_in_mid_update_is_refused(ranks, tmp_path, stage):
+    for message in ranks(2).run(f"{MODULE}:begun", stage, str(tmp_path)):
+        assert message.startswith("an update has begun: 2 of its 3 micro-batches are made")
+
+
+@pytest.mark.parametrize("schedule", ["none", "StepLR", "WarmupLR"])
+def test_another_rules_learning_rates_are_not_taken_over(ranks, tmp_path, schedule):
+    for rates, expected, dropped in ranks(2).run(f"{MODULE}:other_groups", 1, str(tmp_path), schedule):
+        assert rates == expected
+        assert dropped.startswith("moments and states of rule galore")
+        assert ("the state of the learning-rate schedule StepLR" in dropped) == (schedule == "StepLR")
 
 
 @pytest.mark.parametrize("stage", [0, 3])

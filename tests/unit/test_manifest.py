@@ -150,7 +150,7 @@ def test_bits_of_the_manifest(folder):
     check_passed_over(folder, f"{path} is damaged: ")
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", "[]", "3", "{}", '{"version": 1}', "\0" * 100, "\udcff"])
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", "3", "{}", f'{{"version": {VERSION}}}', "\0" * 100, "\udcff"])
 def test_a_manifest_that_is_none(folder, text):
     path = folder / "step3" / MANIFEST
     path.write_bytes(text.encode(errors="surrogateescape"))
@@ -169,12 +169,12 @@ def test_a_failure_that_nobody_waits_for_is_in_the_log(tmp_path, caplog):
 
 def test_a_manifest_of_another_version(folder):
     path = folder / "step3" / MANIFEST
-    path.write_text('{"version": 2, "otherwise": []}')
-    with pytest.raises(UserError, match=rf"^{re.escape(str(path))} is of version 2, .* that wrote it$"):
+    path.write_text('{"version": 3, "otherwise": []}')
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))} is of version 3, .* that wrote it$"):
         read_manifest(path.parent)
     check_passed_over(
         folder,
-        f"{path} is of version 2, and this megalr reads version {VERSION}: load the checkpoint with the megalr that "
+        f"{path} is of version 3, and this megalr reads version {VERSION}: load the checkpoint with the megalr that "
         "wrote it",
     )
 
@@ -244,6 +244,12 @@ def test_nothing_there(tmp_path):
         assert refusal(place).endswith("Nothing was loaded; there is no other")
     (tmp_path / "step3").write_text("a file")
     assert "is damaged: [Errno 20] Not a directory" in refusal(tmp_path)
+
+
+def test_a_checkpoints_own_folder_that_lost_its_manifest(folder):
+    (folder / "step2" / MANIFEST).unlink()
+    with pytest.raises(UserError, match="step2/manifest.json is missing: the checkpoint was never finished"):
+        _find(folder / "step2", None)
 
 
 def test_all_damaged(folder):

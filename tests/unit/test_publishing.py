@@ -290,16 +290,18 @@ def test_what_is_written_beside_is_what_there_was(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ['{"name": "an app"}', "", "\x00"])
-def test_somebody_elses_folder_is_not_replaced(tmp_path, content):
+@pytest.mark.parametrize("beside", [["index.html"], []])
+def test_somebody_elses_folder_is_not_replaced(tmp_path, content, beside):
     other = tmp_path / "step1"
     other.mkdir()
     (other / MANIFEST).write_text(content)
-    (other / "index.html").write_text("")
+    for name in beside:
+        (other / name).write_text("")
     with pytest.raises(
         UserError, match="it is there already and no megalr checkpoint: choose another tag or directory"
     ):
         write(tmp_path, 1)
-    assert sorted(path.name for path in other.iterdir()) == ["index.html", MANIFEST]
+    assert sorted(path.name for path in other.iterdir()) == [*beside, MANIFEST]
 
 
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(folder):

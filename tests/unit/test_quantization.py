@@ -1,8 +1,13 @@
 """What 8 and 4 bits keep: codes, packing, odd sizes, and errors no larger than the codes allow."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 
+from megalr.rules.galore import GaLore
+from megalr.rules.q_galore import QGaLore
 from megalr.rules.quantization import (
     blocks_of,
     dequantize_blocks,
@@ -61,3 +66,15 @@ def test_four_bits_are_within_a_step():
     values = torch.linalg.qr(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))[0]
     packed, step, zero = quantize_groups(values)
     assert (dequantize_groups(packed, step, zero, (64, 16)) - values).abs().max() <= step.max()
+
+
+def test_a_subclass_with_a_state_of_its_own_is_nothing_that_galore_goes_on_with():
+    @dataclass(frozen=True, kw_only=True)
+    class Other(QGaLore):
+        name: ClassVar[str] = "other"
+
+    assert QGaLore(rank=4).logical_form() == GaLore(rank=4).logical_form()
+    assert QGaLore(rank=4, queue_size=3).logical_form() == QGaLore(rank=4, min_8bit_size=0).logical_form()
+    assert QGaLore(rank=4).logical_form() != GaLore(rank=5).logical_form()
+    assert Other(rank=4).logical_form() == Other(rank=4).form()
+    assert Other(rank=4).form()["rule"] == "other"

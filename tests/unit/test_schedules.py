@@ -56,8 +56,8 @@ def test_rates_go_on_as_they_would_have(kind):
     optimizer, again = schedule(kind)
     numbers = json.loads(written)
     assert numbers["type"] == kind
-    assert goes_on(again, numbers)
-    set_schedule(again, numbers)
+    assert goes_on(again, numbers, same_groups=True)
+    set_schedule(again, numbers, same_groups=True)
     optimizer.param_groups[0]["lr"] = rate  # which a checkpoint has of the optimizer
     assert rates(optimizer, again, AFTER) == expected
     assert again.state_dict().keys() == made.state_dict().keys()
@@ -67,7 +67,7 @@ def test_values_come_back_in_their_types():
     _, made = schedule("MultiStepLR")
     _, again = schedule("MultiStepLR")
     again.milestones = Counter()
-    set_schedule(again, json.loads(json.dumps(schedule_numbers(made))))
+    set_schedule(again, json.loads(json.dumps(schedule_numbers(made))), same_groups=True)
     assert again.milestones == Counter({3: 1, 6: 2})
     assert isinstance(again.milestones, Counter)
 
@@ -76,12 +76,14 @@ def test_another_schedule_does_not_go_on():
     _, step = schedule("MultiStepLR")
     warmup = WarmupLR(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1))
     _, cosine = schedule("WarmupCosineLR")
-    assert not goes_on(warmup, schedule_numbers(step))
-    assert not goes_on(step, schedule_numbers(warmup))
-    assert not goes_on(None, schedule_numbers(step))
-    assert not goes_on(step, None)
-    assert goes_on(None, None)
-    assert goes_on(cosine, schedule_numbers(warmup))  # both are at an iteration
+    _, factor = schedule("LambdaLR")
+    product = schedules.MultiplicativeLR(factor.optimizer, lambda step: 0.9)
+    assert product.state_dict().keys() == factor.state_dict().keys()
+    for one, other in ((warmup, step), (step, warmup), (None, step), (step, None), (product, factor)):
+        assert not goes_on(one, schedule_numbers(other), same_groups=True)
+    assert not goes_on(step, schedule_numbers(step), same_groups=False)
+    assert goes_on(None, None, same_groups=True)
+    assert goes_on(cosine, schedule_numbers(warmup), same_groups=False)  # both are at an iteration
 
 
 def test_what_json_cannot_hold_is_named():

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -87,3 +89,43 @@ def test_only_launchers_are_watched(monkeypatch, commands, watched):
     monkeypatch.setattr(interruption, "_parent", lambda process: process + 1)
     monkeypatch.setattr(interruption, "_command", commands.__getitem__)
     assert len(interruption._launchers()) == watched
+
+
+START = """
+import hashlib, multiprocessing, os, signal
+from megalr.training.interruption import StopRequest, end_at_once_when_asked
+end_at_once_when_asked()
+"""
+
+
+def started(script):
+    process = subprocess.Popen([sys.executable, "-c", START + script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_before_there_is_something_to_save_it_ends_at_once(number):
+    """Also in a library that does not come back to Python, as others are waited for."""
+    with started("print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)") as process:
+        process.send_signal(number)
+        assert process.wait(60) == 75
+
+
+def test_requests_and_processes_that_are_forked_off_do_not_end_it():
+    script = """
+def wait():
+    signal.pause()
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("fork").Process(target=wait)
+    child.start()
+    child.terminate()
+    child.join()
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    print("ready", child.exitcode, request.reason)
+"""
+    words = [sys.executable, "-c", START + script]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "ready -15 SIGUSR1\n"), done.stderr

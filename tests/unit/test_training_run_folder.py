@@ -103,3 +103,16 @@ def test_json_is_written_whole():
     write_json(Path("x.json"), {"a": [1, Path("b")]})
     assert json.loads(Path("x.json").read_text()) == {"a": [1, "b"]}
     assert [file.name for file in Path().iterdir()] == ["x.json"]
+
+
+def test_a_run_that_begins_anew_keeps_its_metrics(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.settings.write_text("{}")
+    folder.metrics.write_text("a row\n")
+    assert folder.has_only_begun
+    assert choose_run_folder("any", str(tmp_path), resume=True, overwrite=False) == folder
+    kept = folder.keep_metrics()
+    folder.clear()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(kept.name, "a row\n")]
+    assert folder.keep_metrics() is None
+    assert not folder.is_taken
