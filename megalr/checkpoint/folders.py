@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +59,7 @@ def listed(directory: Path) -> list[Listed]:
     found = []
     for folder in _folders(directory):
         hidden = folder.name.startswith(".")
-        if _is_checkpoint(folder) and ((folder / MANIFEST).is_file() or not hidden):
+        if (folder / MANIFEST).is_file() or (not hidden and _is_checkpoint(folder)):
             try:
                 found.append(Listed(folder, read_manifest(folder)))
             except UserError as error:
@@ -133,7 +135,11 @@ def whole_checkpoint(place: Path) -> tuple[Manifest, list[str]]:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file() or next(folder.glob(RANK_FILES), None) is not None
+    try:
+        names = os.listdir(folder)
+    except OSError:  # another process has just removed it
+        return False
+    return MANIFEST in names or bool(fnmatch.filter(names, RANK_FILES))
 
 
 def _folders(directory: Path) -> list[Path]:

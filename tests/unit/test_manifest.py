@@ -6,10 +6,11 @@ import os
 import pickle
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
-from megalr.checkpoint.folders import newest_valid
+from megalr.checkpoint.folders import listed, newest_valid
 from megalr.checkpoint.loading import _find
 from megalr.checkpoint.manifest import (
     MANIFEST,
@@ -244,6 +245,23 @@ def test_nothing_there(tmp_path):
         assert refusal(place).endswith("Nothing was loaded; there is no other")
     (tmp_path / "step3").write_text("a file")
     assert "is damaged: [Errno 20] Not a directory" in refusal(tmp_path)
+
+
+def test_folders_that_another_process_removes_meanwhile(folder, monkeypatch):
+    (folder / ".step4.part").mkdir()
+    (folder / "step5").mkdir()
+    seen, listdir = [], os.listdir
+
+    def remove_first(path):
+        seen.append(Path(path).name)
+        if Path(path).name == "step5":
+            Path(path).rmdir()
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", remove_first)
+    assert [each.folder.name for each in listed(folder)] == ["step3", "step2", "step1"]
+    assert "step5" in seen
+    assert ".step4.part" not in seen  # which is what a save that fails removes
 
 
 def test_a_checkpoints_own_folder_that_lost_its_manifest(folder):
