@@ -93,3 +93,10 @@ def check_only_text_and_tensors(folder: Path) -> None:
 def names(folder: Path) -> list[str]:
     """What is in a folder."""
     return sorted(path.name for path in folder.iterdir())
+
+
+def flip(path: Path, position: int) -> None:
+    """Change one bit of a file's byte."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << (position % 8)
+    path.write_bytes(data)

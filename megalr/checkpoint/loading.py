@@ -134,10 +134,9 @@ def _of_latest(place: Path, tag: str | None, loaded: Manifest) -> list[str]:
     named = latest(place)
     if tag is not None or named in (None, loaded.folder.name):
         return []
-    older = [other.folder.name for other in candidates(place) if other.order < loaded.order]
-    return [f'`latest` names {named}, which was written before {loaded.folder.name}: tag="{named}" loads it'] * (
-        named in older
-    )
+    if named not in (other.folder.name for other in candidates(place) if other.order < loaded.order):
+        return []
+    return [f'`latest` names {named}, which was written before {loaded.folder.name}: tag="{named}" loads it']
 
 
 def _make_room(contents: Contents, manifest: Manifest, saved: Mapping[str, Tensor]) -> None:

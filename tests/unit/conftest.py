@@ -1,11 +1,21 @@
-"""What the tests of the comparison of methods share."""
+"""What tests share: checkpoints, and the comparison of methods."""
 
 import json
 
 import pytest
 import yaml
 
+from tests import known_state
 from tests.unit.method_recipes import FAKE, SHAPE, content
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """With three checkpoints."""
+    folder = tmp_path / "a folder" / "with spaces"
+    for updates in (1, 2, 3):
+        known_state.write(folder, updates)
+    return folder
 
 
 @pytest.fixture

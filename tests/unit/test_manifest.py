@@ -21,19 +21,10 @@ from megalr.checkpoint.manifest import (
 from megalr.checkpoint.saving import wait_for_checkpoint, write_entries
 from megalr.errors import UserError
 from tests import known_state
-from tests.known_state import FILE, write
+from tests.known_state import FILE, flip, write
 
 # There is no group: a process is alone, as torch says each time.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """With three checkpoints."""
-    folder = tmp_path / "a folder" / "with spaces"
-    for updates in (1, 2, 3):
-        write(folder, updates)
-    return folder
 
 
 def piece(folder, key):
@@ -41,12 +32,6 @@ def piece(folder, key):
     manifest = read_manifest(folder)
     (found,) = manifest.tensors[key]["pieces"]
     return found[3], known_state.value(key, 0).nbytes
-
-
-def flip(path, position):
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1 << (position % 8)
-    path.write_bytes(data)
 
 
 def refusal(folder, tag="step3"):

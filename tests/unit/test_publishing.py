@@ -26,25 +26,10 @@ from megalr.checkpoint.saving import _check_tag, wait_for_checkpoint, write_entr
 from megalr.checkpoint.storage import FolderWriter
 from megalr.errors import UserError
 from tests import known_state
-from tests.known_state import FILE, write
+from tests.known_state import FILE, flip, write
 
 # There is no group: a process is alone, as torch says each time.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """With three checkpoints."""
-    folder = tmp_path / "a folder" / "with spaces"
-    for updates in (1, 2, 3):
-        write(folder, updates)
-    return folder
-
-
-def flip(path, position):
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1 << (position % 8)
-    path.write_bytes(data)
 
 
 def test_the_newest_stay(folder):
