@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalr.checkpoint.disk import write_and_sync
 from megalr.checkpoint.format import itemsize
+from megalr.disk import write_and_sync
 from megalr.errors import UserError
 
 VERSION = 2

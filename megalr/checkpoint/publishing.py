@@ -15,9 +15,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from megalr.checkpoint.disk import sync_folder, write_and_sync
 from megalr.checkpoint.folders import candidates
 from megalr.checkpoint.manifest import LATEST, MANIFEST, missing_or_cut, read_manifest
+from megalr.disk import sync, write_and_sync
 from megalr.errors import UserError
 
 # What is in a checkpoint's folder, and what NFS makes of a file that is deleted while another process has it open.
@@ -37,9 +37,9 @@ def publish(directory: Path, tag: str) -> Path:
         _remove(old)
         os.rename(place, old)
     os.rename(unfinished(directory, tag), place)
-    sync_folder(directory)
+    sync(directory)
     os.replace(new, directory / LATEST)
-    sync_folder(directory)
+    sync(directory)
     _remove(old)
     return place
 

@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from megalr.checkpoint.disk import make_folder, sync_folder
 from megalr.checkpoint.format import BY_NAME, DTYPES, piece_name
 from megalr.checkpoint.manifest import Manifest, write_manifest
 from megalr.checkpoint.publishing import is_own, prune, publish, tidy, unfinished, written_now
+from megalr.disk import make_folder, sync
 from megalr.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class FolderWriter(StorageWriter):
         content["numbers"] = {**content["numbers"], "matrices": metadata.planner_data}
         content |= {"written": written_now(self._directory), "files": files, "tensors": tensors}
         write_manifest(self._folder, content)
-        sync_folder(self._folder)
+        sync(self._folder)
         publish(self._directory, self._tag)
         if self._keep is not None:
             try:
@@ -148,7 +148,7 @@ class FolderWriter(StorageWriter):
                 results.append(WriteResult(item.index, len(values), (file, piece)))
             out.flush()
             os.fsync(out.fileno())
-        sync_folder(self._folder)
+        sync(self._folder)
         return results
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from megalr.disk import sync
 from megalr.ops import toolchain
 
 logger = logging.getLogger(__name__)
@@ -138,9 +139,9 @@ def compile_library(kind: str, folder: Path) -> Path:
         path = folder / f"{name}-{_hash(linked)}.so"
         try:
             # A file system may remember a new name before the content.
-            _sync(linked)
+            sync(linked)
             os.replace(linked, path)
-            _sync(folder)
+            sync(folder)
         except OSError as error:
             raise BuildError(f"cannot write {path}: {error}") from error
     logger.info("compiled %s in %.0f s", path, time.monotonic() - start)
@@ -209,14 +210,6 @@ def _whole(folder: Path, name: str) -> list[Path]:
             if path.stem.endswith(f"-{_hash(path)}"):
                 found.append(path)
     return found
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(paths: Iterable[Path]) -> None:

@@ -167,7 +167,7 @@ def test_a_failed_save_leaves_nothing(folder, monkeypatch):
     def refuse(*args):
         raise OSError(28, "No space left on device")
 
-    for function in ("write_manifest", "publish", "sync_folder", "tidy"):
+    for function in ("write_manifest", "publish", "sync", "tidy"):
         with monkeypatch.context() as patch:
             patch.setattr(f"megalr.checkpoint.storage.{function}", refuse)
             with pytest.raises(UserError, match=r"step2 could not be written: process 0: \[Errno 28\] No space left"):
