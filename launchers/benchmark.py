@@ -10,10 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from megalr.benchmarks import checkpoints, methods, ops, optimizer, projected, tensor_parallel
-from megalr.errors import UserError
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks of our own code are no part of the package
 
-# Modules of megalr.benchmarks, each of which declares its flags and runs.
+from benchmarks import checkpoints, ops, optimizer, projected, tensor_parallel  # noqa: E402
+from megalr.comparison import methods  # noqa: E402
+from megalr.errors import UserError  # noqa: E402
+
+# Modules of benchmarks, each of which declares its flags and runs.
 BENCHMARKS = {
     "optimizer": optimizer,
     "projected": projected,

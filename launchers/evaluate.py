@@ -6,7 +6,7 @@ python launchers/evaluate.py path/of/an/exported/model --dataset my.txt
 
 import sys
 
-from megalr.training.score import main
+from megalr.train.score import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

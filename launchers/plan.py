@@ -16,27 +16,27 @@ from typing import Any, get_args
 
 import torch
 
-from megalr.config import FullConfig, LowRankConfig, OptimizerConfig, ParametrizationConfig, ProjectedConfig
+from megalr.config.settings import FullConfig, LowRankConfig, OptimizerConfig, ParametrizationConfig, ProjectedConfig
 from megalr.errors import UserError
 from megalr.layers import parametrize
 from megalr.layers.lora import MergeRounding
 from megalr.layers.registry import PARAMETRIZATIONS
-from megalr.optim.groups import parameter_groups
-from megalr.optim.matrices import kept_bytes, matrix_shapes, papers_floats
-from megalr.partition import planned_layout
-from megalr.planner import (
+from megalr.layout.planned import planned_layout
+from megalr.memory.formulas import (
     ParameterRecord,
     buffer_bytes,
     deepspeed_bytes,
     frozen_shapes,
-    human_bytes,
     merged_shapes,
     paper_bytes,
 )
+from megalr.optim.groups import parameter_groups
+from megalr.optim.matrices import kept_bytes, matrix_shapes, papers_floats
 from megalr.plugins import load_plugins
 from megalr.rules.base import Rule
 from megalr.rules.registry import RULES
-from megalr.training.models import empty_model, read_model_config
+from megalr.train.models import empty_model, read_model_config
+from megalr.train.report import human_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ALWAYS = ("full", "low_rank", "projected")  # have a line unasked

@@ -8,7 +8,7 @@ python launchers/pretrain.py --deepspeed ds_configs/zero2_lowrank.json
 import sys
 from pathlib import Path
 
-from megalr.training.pretrain import main
+from megalr.train.pretrain import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], models_folder=Path(__file__).parent / "models"))

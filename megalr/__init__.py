@@ -5,13 +5,13 @@ Importing is cheap: nothing is compiled, and DeepSpeed is imported when an engin
 
 from typing import TYPE_CHECKING, Any
 
-from megalr.config import MegalrConfig
-from megalr.engine import build_optimizer, consolidated_state_dict, initialize, parametrize, trainer_optimizer
+from megalr.api import build_optimizer, consolidated_state_dict, initialize, parametrize, trainer_optimizer
+from megalr.config.settings import MegalrConfig
 from megalr.errors import GuardError, UserError
 from megalr.guards.guard import attach_guard
 from megalr.layers.registry import register_parametrization
 from megalr.optim import MegalrOptimizer
-from megalr.optim.registry import register_events
+from megalr.optim.events.registry import register_events
 from megalr.rules.registry import register_rule
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor
 from megalr.checkpoint.manifest import Manifest
 from megalr.checkpoint.reading import read_tensor
 from megalr.checkpoint.saving import write_entries
-from megalr.partition.pieces import Entry, Piece
+from megalr.layout.rectangles import Entry, Piece
 
 PRIME = 8191
 SHARED = "frozen/bias"  # all ranks have all of it, and one writes it

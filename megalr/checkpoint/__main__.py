@@ -14,7 +14,7 @@ from megalr.checkpoint.exporting import DTYPE_NAMES, export
 from megalr.checkpoint.inspecting import inspect
 from megalr.checkpoint.verifying import verify
 from megalr.errors import UserError
-from megalr.training.arguments import PlainParser
+from megalr.train.arguments import PlainParser
 
 DAMAGED_CODE, USER_ERROR_CODE = 1, 2
 DIR_HELP = "one checkpoint's folder, or the directory that megalr.save_checkpoint was given"

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from megalr.checkpoint.random_states import random_states, set_random_states
 from megalr.checkpoint.schedules import goes_on, schedule_numbers, set_schedule
 from megalr.errors import UserError
+from megalr.hosts.reading import frozen_parts
+from megalr.hosts.tensor_parallel import indices_in_whole, part_offset, tensor_parallel_rank
 from megalr.layers.base import FactorizedLinear
+from megalr.layout.exchange import Item, write
+from megalr.layout.rectangles import Entry, Piece, folded, rectangles
 from megalr.optim.groups import logical_shape
 from megalr.optim.optimizer import MegalrOptimizer
-from megalr.optim.portable import MOMENTS, check, entries_of, make_room, numbers_of, set_rates, settle
-from megalr.partition import frozen_parts, place_of_part, places_in_whole, tensor_parallel_rank
-from megalr.partition.exchange import Item, write
-from megalr.partition.pieces import Entry, Piece, folded, rectangles
+from megalr.optim.state import MOMENTS, check, entries_of, make_room, numbers_of, set_rates, settle
 
 COUNTS = ("global_steps", "global_samples", "skipped_steps")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -62,7 +63,7 @@ class Contents:
             if type(module).get_extra_state is not nn.Module.get_extra_state:
                 warnings.warn(f"megalr's checkpoints do not hold what get_extra_state of {name} gives", stacklevel=3)
         # Values that tensor-parallel ranks have chosen from a sparse vector, and the places that they have in it.
-        found = {name: places_in_whole(p) for name, p in self._module.named_parameters()}
+        found = {name: indices_in_whole(p) for name, p in self._module.named_parameters()}
         self._chosen = {name: places for name, places in found.items() if places is not None}
         self._targets: dict[str, Entry] = {}
         self.notes: list[str] = []
@@ -290,7 +291,7 @@ class Contents:
     def _frozen(self) -> dict[str, Entry]:
         found = {}
         for name, parameter in self._frozen_parameters():
-            origin, whole = place_of_part(name, parameter)
+            origin, whole = part_offset(name, parameter)
             start, flat = frozen_parts(parameter)[0]
             pieces: list[Piece] = rectangles(logical_shape(parameter), start, flat, origin)
             if pieces:
@@ -338,7 +339,7 @@ class Contents:
 
 
 def _whole(name: str, parameter: Tensor) -> tuple[int, ...]:
-    return place_of_part(name, parameter)[1]
+    return part_offset(name, parameter)[1]
 
 
 def _loss_scaler(engine: Any) -> Any:

@@ -16,7 +16,7 @@ from megalr.checkpoint.manifest import Manifest
 from megalr.checkpoint.outputs import output_folder
 from megalr.checkpoint.weights import Weights
 from megalr.errors import UserError
-from megalr.training.noise import quieten
+from megalr.train.quiet import quieten
 from megalr.version import __version__
 
 Form = Literal["hf", "safetensors", "peft"]

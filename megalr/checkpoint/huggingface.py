@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megalr.checkpoint.manifest import Manifest
 from megalr.errors import UserError
-from megalr.training.export import save_filled
+from megalr.train.export import save_filled
 
 
 def write_model(manifest: Manifest, state: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:

@@ -23,7 +23,7 @@ from megalr.checkpoint.reading import outlines, read_tensor
 from megalr.checkpoint.saving import Saver
 from megalr.checkpoint.storage import FolderReader
 from megalr.errors import UserError
-from megalr.partition.pieces import Entry
+from megalr.layout.rectangles import Entry
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megalr.checkpoint.format import DTYPES
 from megalr.errors import UserError
-from megalr.partition.pieces import Entry, Piece
+from megalr.layout.rectangles import Entry, Piece
 
 _Places = dict[tuple[str, torch.Size], Tensor]
 

@@ -13,7 +13,7 @@ from megalr.checkpoint.manifest import Manifest
 
 
 def read_tensor(manifest: Manifest, key: str) -> Tensor:
-    """One logical tensor, whole, on the CPU; see :func:`megalr.partition.pieces.folded` for its shape.
+    """One logical tensor, whole, on the CPU; see :func:`megalr.layout.rectangles.folded` for its shape.
 
     Raises:
         KeyError: the checkpoint has no such tensor.

@@ -27,7 +27,7 @@ from megalr.checkpoint.planners import EntrySaver
 from megalr.checkpoint.publishing import abandon
 from megalr.checkpoint.storage import FolderWriter
 from megalr.errors import UserError
-from megalr.partition.pieces import Entry, Piece
+from megalr.layout.rectangles import Entry, Piece
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megalr.checkpoint.manifest import Manifest
 from megalr.checkpoint.reading import keys_of, read_tensor
-from megalr.config import MegalrConfig
+from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
 from megalr.layers.base import ParametrizationConfig
 from megalr.layers.export import densify

@@ -12,8 +12,8 @@ from torch import Tensor
 from megalr.errors import GuardError, UserError
 from megalr.guards.losses import LossWindow
 from megalr.guards.replicas import compare_replicas, find_replicas, in_words
+from megalr.hosts.pipelines import UNGUARDED
 from megalr.optim.optimizer import MegalrOptimizer
-from megalr.pipelines import UNGUARDED
 
 GRADIENT = "gradient is not finite"
 _SHOWN_LOSSES = 5  # in the message of a run that is stopped

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megalr.partition import tensor_parallel_cuts, tensor_parallel_rank
+from megalr.hosts.tensor_parallel import tensor_parallel_cuts, tensor_parallel_rank
 
 CHUNK = 1 << 20  # elements that are integers at a time
 SHOWN = 5  # names in a message

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from megalr.errors import UserError
-from megalr.sections import check_targets, require
+from megalr.schema import check_targets, require
 
 
 @dataclass(frozen=True, kw_only=True)

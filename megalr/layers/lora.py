@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megalr.layers.low_rank import LowRankLinear, ScaledParametrization, uniform_
-from megalr.sections import check_ramp, require
+from megalr.schema import check_ramp, require
 
 MergeRounding = Literal["nearest", "stochastic", "remainder"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megalr.layers.base import Parametrization
 from megalr.layers.low_rank import LowRankLinear, normal_, root_mean_square, variance_matched_
-from megalr.sections import check_ramp, require
+from megalr.schema import check_ramp, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class LoroConfig(Parametrization):
     """W = B A in place of every linear layer that ``target_modules`` names, trained by LORO.
 
     Most updates are lazy: AdamW on B (m, r) and A (r, n) with ``lazy_lr_scale`` times the learning rate. Every
-    ``exact_every``-th is a step on the manifold instead, see :mod:`megalr.optim.riemannian`: the step that follows
+    ``exact_every``-th is a step on the manifold instead, see :mod:`megalr.optim.events.loro`: the step that follows
     Adam's directions of B and A as if they were the Euclidean gradient's, with the whole learning rate, onto the
     nearest W of rank r, which is split evenly into B and A. After it moments and learning rate start again.
     Source: ICLR 2025, openreview i0zzO7Hslk, and its code, with a learning rate of 0.01, at 1B 0.005.

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from megalr.errors import UserError
 from megalr.layers.base import FactorizedLinear, Parametrization
-from megalr.sections import require
+from megalr.schema import require
 from megalr.seeding import generator
 
 

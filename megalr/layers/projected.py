@@ -2,7 +2,7 @@
 
 Between two refreshes GaLore (arXiv 2403.03507) is plain Adam on R in W = W0 + R Qᵀ, with Q fixed. As a layer, R is an
 ordinary parameter: its gradient, the reduction of it, its moments and its master are m x r, and any ZeRO stage cuts it
-anywhere. W0 takes R Qᵀ when Q is refreshed; :mod:`megalr.optim.projection` does that.
+anywhere. W0 takes R Qᵀ when Q is refreshed; :mod:`megalr.optim.events.projected` does that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from megalr.layers.base import Parametrization
 from megalr.rules.bases import Projector, Side, random_basis
-from megalr.sections import require
+from megalr.schema import require
 from megalr.seeding import generator
 
 Compute = Literal["auto", "low_rank", "rematerialized", "materialized"]

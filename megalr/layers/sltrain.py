@@ -27,7 +27,7 @@ from megalr.layers.low_rank import (
     uniform_,
     variance_matched_,
 )
-from megalr.sections import require
+from megalr.schema import require
 from megalr.seeding import seed_for
 
 BLOCK = 2**20  # elements of the full gradient that exist at once, at most

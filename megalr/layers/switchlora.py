@@ -14,7 +14,7 @@ from megalr.errors import UserError
 from megalr.layers.base import FactorizedLinear
 from megalr.layers.lora import MergeRounding
 from megalr.layers.low_rank import ScaledParametrization, uniform_
-from megalr.sections import require
+from megalr.schema import require
 
 KAIMING_GAIN = 1 / math.sqrt(3)  # of a leaky ReLU with slope sqrt(5), torch's for linear layers
 SLOWED = 0.3  # switches become so much rarer within ``descent_steps``

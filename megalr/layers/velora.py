@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megalr.errors import UserError
-from megalr.layers.parametrize import matching
-from megalr.sections import check_targets, require
+from megalr.layers.replacement import matching
+from megalr.schema import check_targets, require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ SCHEMAS = {
 }
 
 # Where each op's "<name>_reference" and "<name>_fake" are; imported when first called.
-_HOMES = {name: "megalr.ops.reference" for name in SCHEMAS} | {"refactorize": "megalr.ops.refactorize"}
+_HOMES = {name: "megalr.ops.reference" for name in SCHEMAS} | {"refactorize": "megalr.ops.refactorization"}
 
 # What ATen computes is in the CPU's library, for every device.
 _IN_LIBRARY = {"cpu": set(SCHEMAS), "cuda": set(SCHEMAS) - {"refactorize"}}

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from megalr.config import GroupConfig, OptimizerConfig
+from megalr.config.settings import GroupConfig, OptimizerConfig
 from megalr.errors import UserError
 from megalr.layers import factor_names, matching, projected_layers
 from megalr.rules.base import Rule

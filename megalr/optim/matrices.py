@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from megalr.errors import UserError
-from megalr.partition import Exchange, Fragment, Item, Layout, Shard, Unit, buckets, imbalance, least_imbalance, place
-from megalr.partition.exchange import Field, Scattering, run_of
-from megalr.partition.pieces import Entry
+from megalr.layout.exchange import Exchange, Field, Item, Scattering, buckets, run_of
+from megalr.layout.layout import Fragment, Layout
+from megalr.layout.placement import Unit, assign_owners, imbalance, least_imbalance
+from megalr.layout.rectangles import Entry
+from megalr.layout.shard import Shard
 from megalr.rules.base import Basis, Rule, Shape, State, tensors_of
 
 # While one round is computed there may be, each as large as a round: its gradients, one after the other replaced by its
@@ -73,7 +75,7 @@ def choose_owners(rules: Rule | Mapping[str, Rule], layout: Layout) -> list[int]
     size = {name: rule_of[name].state_bytes(shape) for name, shape in shapes.items()}
     work = {name: rule_of[name].flops(shape) for name, shape in shapes.items()}
     total_size, total_work = max(1, sum(size.values())), max(1.0, sum(work.values()))
-    return place([Unit((n,), size[n] / total_size + work[n] / total_work) for n in shapes], layout)
+    return assign_owners([Unit((n,), size[n] / total_size + work[n] / total_work) for n in shapes], layout)
 
 
 def kept_bytes(rules: Rule | Mapping[str, Rule], layout: Layout, *, seed: int, replicated: bool) -> list[int]:
@@ -125,7 +127,7 @@ class MatrixUpdater:
         Args:
             rules: of each parameter, by name; one of three dimensions is a stack of matrices, a vector a single row.
             shard: what lies where.
-            device: where messages live; see :class:`~megalr.partition.Exchange`.
+            device: where messages live; see :class:`megalr.layout.exchange.Exchange`.
             bucket_bytes: bound of the exchange's temporary memory.
             seed: key of random bases.
         """
@@ -363,7 +365,7 @@ class MatrixUpdater:
                 basis = {key: torch.empty_like(state[key]) for key in local[i].rule.basis_keys(local[i].shape)}
                 bases[i] = basis
             for key in sorted(basis):
-                self.exchange.share(basis[key], local[i].owner)
+                self.exchange.broadcast(basis[key], local[i].owner)
         return bases
 
     def _run(self, matrix: Matrix, grad: Tensor, updates: int) -> Tensor:
@@ -382,7 +384,7 @@ class MatrixUpdater:
 
     def _new_basis(self, matrix: Matrix, grad: Tensor, updates: int) -> Basis:
         basis = matrix.rule.new_basis(grad, self._state(matrix), updates=updates, seed=self._seed, name=matrix.name)
-        return {key: self.exchange.agree(basis[key].contiguous()) for key in sorted(basis)}
+        return {key: self.exchange.broadcast_replicas(basis[key].contiguous()) for key in sorted(basis)}
 
     def _state(self, matrix: Matrix) -> State:
         if matrix.name not in self.states:

@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megalr.config import MegalrConfig
+from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
+from megalr.hosts.tensor_parallel import read_shards
+from megalr.layout.exchange import COPIES, Exchange, Item, buckets
+from megalr.layout.placement import Unit
+from megalr.layout.shard import Shard
 from megalr.ops import low_rank_adam
 from megalr.optim.clock import Clock
+from megalr.optim.describe import routing_table
+from megalr.optim.events.base import LayerEvents, Step
+from megalr.optim.events.refactorization import OwnedPairs, refactorize_pairs
 from megalr.optim.groups import ParameterGroup
-from megalr.optim.layer_events import LayerEvents, Step
 from megalr.optim.matrices import MatrixUpdater
-from megalr.optim.refactorization import OwnedPairs, refactorize_pairs
-from megalr.optim.routing import routing_table
-from megalr.partition import Exchange, Item, Shard, Unit, buckets, read_shards
-from megalr.partition.exchange import COPIES
 from megalr.rules.base import State
 
 
@@ -62,7 +64,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
             groups: trainable parameters and their settings; see :func:`megalr.optim.groups.parameter_groups`.
             config: the events, and the exchange's bound.
             pairs: qualified names of the low-rank factors, as (B, A).
-            events: what the parametrization does beside; see :func:`megalr.optim.registry.layer_events`.
+            events: what the parametrization does beside; see :func:`megalr.optim.events.registry.layer_events`.
             activations: what the compression of saved activations does beside.
             sections: what the JSON says of the method, to be kept with checkpoints.
         """
@@ -328,7 +330,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
             return True
         own = [p.grad for group in self.all_groups for p in group["params"] if p.grad is not None]
         gradients = [grad for grad in own + shard.unseen_gradients() if grad.numel()]
-        return self.exchange.all_agree(_all_finite(gradients))
+        return self.exchange.all_true(_all_finite(gradients))
 
     def _update_matrices(self, here: dict[int, Tensor], group: dict[str, Any]) -> None:
         assert self.matrices is not None

@@ -14,7 +14,7 @@ from megalr.errors import UserError
 from megalr.rules.adam import adam_direction, adam_state
 from megalr.rules.base import Basis, Rule, Shape, State, count
 from megalr.rules.checks import require_positive
-from megalr.sections import check_targets
+from megalr.schema import check_targets
 from megalr.seeding import generator
 
 # The name up to its first number, which counts the layers: "model.layers.11" of "model.layers.11.mlp.up_proj.weight".

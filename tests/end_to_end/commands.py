@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from megalr.benchmarks.processes import die_with_parent
 from megalr.checkpoint.manifest import read_manifest
 from megalr.checkpoint.reading import read_tensor
-from megalr.training.ranks import free_port
+from megalr.processes import die_with_parent
+from megalr.train.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = ROOT / "launchers" / "pretrain.py"

@@ -25,7 +25,7 @@ def refused(command, folder, code=2):
     assert sorted(folder.rglob("*")) == before
     messages = [line for line in result.output.splitlines() if line.startswith("error: ")]
     assert len(messages) == 1, result.output
-    assert "megalr/training" not in result.output  # no traceback of ours
+    assert "megalr/train" not in result.output  # no traceback of ours
     return messages[0]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.end_to_end.commands import ROOT, deepspeed, run, torchrun
 
-PLUGINS = {"own_rule.py", "own_layers.py"}  # are no scripts: tests/distributed/test_plugins.py uses them
+PLUGINS = {"own_rule.py", "own_layers.py"}  # are no scripts: tests/deepspeed/test_plugins.py uses them
 EXAMPLES = {
     "initialize.py": deepspeed,
     "deepspeed_optimizer.py": torchrun,

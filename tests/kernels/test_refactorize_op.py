@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megalr.ops import library, toolchain
-from megalr.ops.refactorize import refactorize_
+from megalr.ops.refactorization import refactorize_
 
 # (m, n, r): an odd one, m = r, n = r, both, rank 1, one row, tall, wide, more than one block of a Gram matrix.
 SHAPES = [(24, 16, 4), (16, 24, 16), (7, 5, 5), (6, 6, 6), (33, 20, 1), (1, 9, 1), (700, 40, 24), (40, 700, 24)]

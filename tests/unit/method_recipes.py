@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megalr.benchmarks import methods
+from megalr.comparison import methods
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
 SHAPE |= {"model_type": "llama", "vocab_size": 4096, "max_position_embeddings": 64}

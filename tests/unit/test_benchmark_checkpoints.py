@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from megalr.benchmarks import checkpoints
-from megalr.benchmarks.checkpoints import AT_ONCE, BESIDE, DEEPSPEED
+from benchmarks import checkpoints
+from benchmarks.checkpoints import AT_ONCE, BESIDE, DEEPSPEED
 from megalr.errors import UserError
 
 SHAPE = {

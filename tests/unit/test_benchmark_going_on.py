@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megalr.benchmarks.results import Results
-from megalr.benchmarks.runs import Recipe
+from megalr.comparison.results import Results
+from megalr.comparison.runs import Recipe
 from tests.unit.method_recipes import compare, method, starts
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_the_text_is_tokenised_before_runs_of_several_processes(write, launchers
         found.append(len([*tmp_path.glob("cache/tokens/*/meta.json")]))
         return iter(())
 
-    monkeypatch.setattr("megalr.benchmarks.methods.run_processes", instead)
+    monkeypatch.setattr("megalr.comparison.methods.run_processes", instead)
     compare(path, launchers)
     assert set(found) == {0}
     found.clear()

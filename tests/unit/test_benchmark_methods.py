@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from megalr.benchmarks import methods
-from megalr.benchmarks.methods_report import COLUMNS, method_memory
-from megalr.benchmarks.processes import run_processes
-from megalr.benchmarks.results import Results, best_run
-from megalr.benchmarks.runs import Recipe
+from megalr.comparison import methods
+from megalr.comparison.methods_report import COLUMNS, method_memory
+from megalr.comparison.results import Results, best_run
+from megalr.comparison.runs import Recipe
 from megalr.errors import UserError
+from megalr.processes import run_processes
 from tests.unit.method_recipes import SHAPE, compare, content, method, starts
 
 ROOT = Path(__file__).parents[2]

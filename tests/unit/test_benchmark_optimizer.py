@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalr.benchmarks import optimizer, traffic
-from megalr.benchmarks.accounting import SentBytes, sent_bytes
-from megalr.benchmarks.contenders import BLOCKS, CONTENDERS
-from megalr.benchmarks.markdown import table
-from megalr.benchmarks.timing import Summary, take_turns
+from benchmarks import optimizer, traffic
+from benchmarks.accounting import SentBytes, sent_bytes
+from benchmarks.contenders import BLOCKS, CONTENDERS
+from benchmarks.timing import Summary, take_turns
+from megalr.markdown import table
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
 MATRICES = 4 * 64 * 64 + 3 * 64 * 172  # elements of one layer's, in the model whose bytes are counted

@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from megalr.benchmarks import projected, projected_counts, projected_traffic
-from megalr.benchmarks.projected_counts import Groups, Sent, groups_of, held_bytes, mean_sent, sent_by_formula
-from megalr.benchmarks.projected_methods import COUNTED, TITLES, prepare
-from megalr.benchmarks.projected_training import TIME_COLUMNS, Training, time_rows
-from megalr.benchmarks.timing import Summary
-from megalr.planner import RankBytes
+from benchmarks import projected, projected_counts, projected_traffic
+from benchmarks.projected_counts import Groups, Sent, groups_of, held_bytes, mean_sent, sent_by_formula
+from benchmarks.projected_methods import COUNTED, TITLES, prepare
+from benchmarks.projected_training import TIME_COLUMNS, Training, time_rows
+from benchmarks.timing import Summary
+from megalr.memory.formulas import RankBytes
 from megalr.rules.galore import GaLore
-from megalr.training.models import build_model
+from megalr.train.models import build_model
 
 HIDDEN, WIDE, LAYERS, VOCABULARY = 16, 40, 3, 50
 SHAPE = {

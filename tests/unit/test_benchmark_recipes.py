@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from megalr.benchmarks.runs import Recipe
+from megalr.comparison.runs import Recipe
 from megalr.errors import UserError
 from megalr.rules.registry import RULES
 from tests.unit.method_recipes import compare, method

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from megalr.benchmarks import tensor_parallel
-from megalr.benchmarks.tensor_parallel import FULL, LOW_RANK, MEGATRON, NAIVE
+from benchmarks import tensor_parallel
+from benchmarks.tensor_parallel import FULL, LOW_RANK, MEGATRON, NAIVE
 from megalr.errors import UserError
 
 HIDDEN = 32

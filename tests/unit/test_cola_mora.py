@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from megalr.config import MegalrConfig
+from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
 from megalr.layers import densify, factor_names, factor_pairs, parametrize
 from megalr.layers.cola import ColaConfig

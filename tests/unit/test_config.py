@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megalr.config import LowRankConfig, MegalrConfig
+from megalr.config.settings import LowRankConfig, MegalrConfig
 from megalr.errors import UserError
 
 LOW_RANK = {"type": "low_rank", "rank": 8}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import megalr
-from megalr.config import MegalrConfig
+from megalr.config.settings import MegalrConfig
 from megalr.optim.groups import parameter_groups
 from megalr.rules.galore import GaLore
 from megalr.rules.registry import RULES

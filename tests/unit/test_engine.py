@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import megalr
-from megalr.engine import deepspeed_section
+from megalr.api import deepspeed_section
 from megalr.errors import UserError
 
 LOW_RANK = {"megalr": {"parametrization": {"type": "low_rank", "rank": 2, "target_modules": ["0"]}}}

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import megalr
-from megalr.config import MegalrConfig
+from megalr.config.settings import MegalrConfig
 from megalr.layers import densify
 from megalr.rules.galore import GaLore
-from tests.distributed import training
+from tests.deepspeed import training
 from tests.unit.rule_runs import drifting_gradients
 
 pytestmark = [

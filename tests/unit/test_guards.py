@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from megalr.config import MegalrConfig
+from megalr.config.guards import GuardsConfig
+from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
-from megalr.guards.config import GuardsConfig
 from megalr.guards.losses import LEAST, LossWindow
 from megalr.guards.replicas import Replica, compare_replicas, differing, find_replicas, hash_of, in_words
 

@@ -8,7 +8,9 @@ import random
 import pytest
 import torch
 
-from megalr.partition import Fragment, Layout, join, planned_layout
+from megalr.layout.layout import Fragment, Layout
+from megalr.layout.planned import planned_layout
+from megalr.layout.tensor_parallel import join
 
 SHAPES = {"q": (6, 5), "o": (5, 6), "bias": (6,), "norm": (5,), "A": (2, 5), "tail": (7, 9)}
 CUTS = {"q": 0, "bias": 0, "o": 1, "tail": 1}

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import megalr
-from megalr.config import MegalrConfig
+from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
 from megalr.layers import densify, factor_names, factor_pairs, parametrize
 from megalr.layers.lora import LoraConfig, LoraLinear, ReloraConfig
-from megalr.optim.merges import _largest
+from megalr.optim.events.relora import _largest
 
 TARGETS = {"target_modules": ("attn",)}
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from megalr.config import MegalrConfig
+from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
 from megalr.layers import LowRankLinear, densify, parametrize
 from megalr.layers.loro import LoroConfig
-from megalr.optim.riemannian import exact_step
+from megalr.optim.events.loro import exact_step
 
 SHAPES = [(12, 9, 3), (9, 12, 4), (7, 7, 3), (10, 5, 5), (30, 8, 1), (6, 6, 4)]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from megalr.config import FullConfig, LowRankConfig
+from megalr.config.settings import FullConfig, LowRankConfig
 from megalr.errors import UserError
 from megalr.layers import LowRankLinear, densify, factor_pairs, parametrize
 

@@ -8,8 +8,10 @@ from torch import nn
 
 import megalr
 from megalr.errors import UserError
-from megalr.optim.merging import Merging
-from megalr.partition import Exchange, Fragment, Layout, Shard
+from megalr.layout.exchange import Exchange
+from megalr.layout.layout import Fragment, Layout
+from megalr.layout.shard import Shard
+from megalr.optim.frozen_weights import Merging
 
 M, N = 64, 48
 NAME = "attn"

@@ -6,7 +6,10 @@ import random
 import pytest
 import torch
 
-from megalr.partition import Fragment, Layout, Unit, buckets, place, planned_layout
+from megalr.layout.exchange import buckets
+from megalr.layout.layout import Fragment, Layout
+from megalr.layout.placement import Unit, assign_owners
+from megalr.layout.planned import planned_layout
 
 # Two ranks; "b" is cut in mid-row, "c" lies on rank 1, "r" is on both ranks whole.
 CUT = Layout(
@@ -50,11 +53,11 @@ def test_gaps_and_overlaps_are_refused(fragments):
 
 def test_whole_matrices_stay_and_the_rest_goes_to_the_least_loaded():
     units = [Unit(("a",), 10.0), Unit(("b",), 1.0), Unit(("c",), 2.0)]
-    assert place(units, CUT) == [0, 1, 1]
+    assert assign_owners(units, CUT) == [0, 1, 1]
 
 
 def test_a_tie_goes_to_the_rank_that_holds_most():
-    assert place([Unit(("b",), 1.0)], CUT) == [0]
+    assert assign_owners([Unit(("b",), 1.0)], CUT) == [0]
 
 
 def test_replicated_units_are_shared_evenly():
@@ -63,13 +66,13 @@ def test_replicated_units_are_shared_evenly():
         {f"p{i}": (2, 2) for i in range(9)},
         [Fragment(f"p{i}", 0, 4, r, i, 0, copy=r) for i in range(9) for r in range(3)],
     )
-    owners = place([Unit((f"p{i}",), 1.0) for i in range(9)], layout)
+    owners = assign_owners([Unit((f"p{i}",), 1.0) for i in range(9)], layout)
     assert sorted(owners) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
 def test_fewer_units_than_ranks():
-    assert place([Unit(("r",), 1.0)], REPLICATED) == [0]
-    assert place([], REPLICATED) == []
+    assert assign_owners([Unit(("r",), 1.0)], REPLICATED) == [0]
+    assert assign_owners([], REPLICATED) == []
 
 
 def test_buckets_bound_what_an_owner_holds():

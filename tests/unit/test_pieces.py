@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from megalr.partition import Fragment, Layout, planned_layout
-from megalr.partition.pieces import Entry, entry_of, folded, rectangles
+from megalr.layout.layout import Fragment, Layout
+from megalr.layout.planned import planned_layout
+from megalr.layout.rectangles import Entry, entry_of, folded, rectangles
 
 
 def assembled(shape, pieces):

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megalr.config import OptimizerConfig
+from megalr.config.settings import OptimizerConfig
+from megalr.layout.placement import Unit, imbalance, least_imbalance
+from megalr.layout.planned import planned_layout
 from megalr.optim.groups import parameter_groups
 from megalr.optim.matrices import choose_owners, matrix_shapes
-from megalr.partition import Unit, imbalance, least_imbalance, planned_layout
 from megalr.rules.registry import RULES
-from megalr.training.models import empty_model, read_model_config
+from megalr.train.models import empty_model, read_model_config
 
 MODELS = Path(__file__).parents[2] / "launchers" / "models"
 SIZES = ("60m", "130m", "350m", "1b", "7b")

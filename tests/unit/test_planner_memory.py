@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megalr.config import LowRankConfig
+from megalr.config.settings import LowRankConfig
 from megalr.layers import parametrize
 from megalr.layers.lora import ReloraConfig
 from megalr.layers.projected import ProjectedConfig
 from megalr.layers.sltrain import SLTrainConfig
 from megalr.layers.switchlora import SwitchLoraConfig
-from megalr.planner import (
+from megalr.memory.formulas import (
     ParameterRecord,
     RankBytes,
     buffer_bytes,
@@ -217,5 +217,5 @@ def test_measuring_counts_a_shared_storage_once_and_no_scalar():
 
 def test_import_is_cheap():
     heavy = ["deepspeed", "transformers", "datasets", "matplotlib"]
-    code = f"import sys, megalr.planner; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, megalr.memory.formulas; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megalr.config import LowRankConfig
+from megalr.config.settings import LowRankConfig
 from megalr.layers import parametrize
-from megalr.planner import paper_bytes, records
+from megalr.memory.formulas import paper_bytes, records
 from megalr.rules.registry import RULES
 
 MODELS = Path(__file__).parents[2] / "launchers" / "models"

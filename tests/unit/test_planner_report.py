@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from megalr.planner import human_bytes, peak_memory_bytes, plot_losses, summary_table
-from megalr.planner.report import _cell, _perplexity_ticks, _short, _smooth, read_history
+from megalr.train.report import (
+    _cell,
+    _perplexity_ticks,
+    _short,
+    _smooth,
+    human_bytes,
+    peak_memory_bytes,
+    plot_losses,
+    read_history,
+    summary_table,
+)
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 import megalr
-from megalr.config import MegalrConfig
+from megalr.config.settings import MegalrConfig
 from megalr.layers import densify
 from megalr.layers.base import FactorizedLinear, Parametrization
 from megalr.layers.lora import ReloraConfig
 from megalr.layers.low_rank import LowRankConfig
 from megalr.layers.registry import PARAMETRIZATIONS
-from megalr.optim.merges import Merges
-from megalr.optim.registry import EVENTS
+from megalr.optim.events.registry import EVENTS
+from megalr.optim.events.relora import Merges
 from megalr.plugins import absolute_plugin
 from megalr.rules.base import Rule
 from megalr.rules.muon import Muon
@@ -261,7 +261,7 @@ def test_a_parametrization_has_events_of_its_own():
     assert train({**RELORA, "type": "relora"}, 3)[1].refreshes == 1 and seen == []
     with pytest.raises(megalr.UserError, match="OwnRelora has the events Counted already: derive"):
         megalr.register_events(OwnRelora)(Merges)
-    with pytest.raises(megalr.UserError, match="derive from megalr.optim.layer_events.LayerEvents, not <class 'dict'>"):
+    with pytest.raises(megalr.UserError, match="derive from megalr.optim.events.base.LayerEvents, not <class 'dict'>"):
         megalr.register_events(OwnRelora)(dict)
     with pytest.raises(megalr.UserError, match="derives from Parametrization, not <class 'dict'>"):
         megalr.register_events(dict)(Merges)

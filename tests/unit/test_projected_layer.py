@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megalr.config import MegalrConfig, ProjectedConfig
+from megalr.config.settings import MegalrConfig, ProjectedConfig
 from megalr.errors import UserError
 from megalr.layers import ProjectedLinear, densify, parametrize, projected_layers
 

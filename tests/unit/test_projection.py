@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import megalr
-from megalr.optim import projection
+from megalr.optim.events import projected as projection
 
 PARAMETRIZATION = {"type": "projected", "rank": 3, "update_proj_gap": 10, "projector": "power", "stagger": False}
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from megalr.config import MegalrConfig
+from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
 from megalr.layers import SLTrainLinear, densify, factor_names, factor_pairs, parametrize
 from megalr.layers.sltrain import SLTrainConfig, random_support

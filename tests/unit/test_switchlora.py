@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import megalr
-from megalr.config import MegalrConfig
+from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
 from megalr.layers import densify, factor_pairs, parametrize
 from megalr.layers.switchlora import SwitchLoraConfig

@@ -9,10 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megalr import UserError
+from megalr.hosts.autotp import check_tensor_parallel, planned_cuts, tensor_parallel_size
+from megalr.hosts.tensor_parallel import in_whole, mark_cut, own_part, tensor_parallel_cuts
 from megalr.layers.sltrain import part_of_support, random_support
-from megalr.parallel import check_tensor_parallel, planned_cuts, tensor_parallel_size
-from megalr.partition import in_whole, mark_cut, own_part
-from megalr.partition.tensor_parallel import tensor_parallel_cuts
 
 
 @pytest.mark.parametrize(("section", "size"), [(None, 1), ({}, 1), ({"autotp_size": 0}, 1), ({"autotp_size": 4}, 4)])

@@ -3,8 +3,8 @@
 import pytest
 
 from megalr.errors import UserError
-from megalr.training.arguments import Interval, PretrainArguments, parse_arguments
-from megalr.training.score import parse_score_arguments
+from megalr.train.arguments import Interval, PretrainArguments, parse_arguments
+from megalr.train.score import parse_score_arguments
 
 JSON = "ds_configs/zero2_lowrank.json"
 

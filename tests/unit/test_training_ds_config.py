@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from megalr.errors import UserError
-from megalr.training.ds_config import Batch, Request, resolve
+from megalr.train.ds_config import Batch, Request, resolve
 
 
 def request(world_size=1, **changes):

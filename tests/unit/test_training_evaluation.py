@@ -9,9 +9,9 @@ from torch.nn import functional
 from transformers import LlamaConfig
 
 from megalr.data.examples import Examples
-from megalr.training.evaluation import evaluate
-from megalr.training.models import build_model
-from megalr.training.ranks import Ranks
+from megalr.train.evaluation import evaluate
+from megalr.train.models import build_model
+from megalr.train.ranks import Ranks
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 LENGTHS = [12, 3, 7, 12, 1, 5, 9]  # the fifth has nothing to predict

@@ -6,10 +6,10 @@ import pytest
 
 from megalr.checkpoint.manifest import write_manifest
 from megalr.errors import UserError
-from megalr.training.checkpoints import Notes, check_notes, differences, find_checkpoint
-from megalr.training.export import check_export_folder
-from megalr.training.metrics import MetricsLog
-from megalr.training.run_folder import RunFolder
+from megalr.train.checkpoints import Notes, check_notes, differences, find_checkpoint
+from megalr.train.export import check_export_folder
+from megalr.train.metrics import MetricsLog
+from megalr.train.run_folder import RunFolder
 
 
 def test_metrics_are_cut_where_a_resumed_run_goes_on(tmp_path):

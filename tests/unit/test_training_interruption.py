@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from megalr.training import interruption
-from megalr.training.interruption import StopRequest, agreed_reason, exit_code
+from megalr.train import interruption
+from megalr.train.interruption import StopRequest, agreed_reason, exit_code
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_only_launchers_are_watched(monkeypatch, commands, watched):
 
 START = """
 import hashlib, multiprocessing, os, signal
-from megalr.training.interruption import StopRequest, end_at_once_when_asked
+from megalr.train.interruption import StopRequest, end_at_once_when_asked
 end_at_once_when_asked()
 """
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import T5TokenizerFast
 
-from megalr.config import MegalrConfig
+from megalr.config.settings import MegalrConfig
 from megalr.data import load_tokenizer
 from megalr.data.sources import LocalText
 from megalr.data.tokens import TokenCache
 from megalr.errors import UserError
-from megalr.training.deepspeed_check import check_deepspeed_config
-from megalr.training.ds_config import Request, resolve
-from megalr.training.models import build_model, config_from_dict, fit_to_text, read_model_config
+from megalr.hosts.deepspeed_config import check_deepspeed_config
+from megalr.train.ds_config import Request, resolve
+from megalr.train.models import build_model, config_from_dict, fit_to_text, read_model_config
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "launchers" / "models"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megalr.errors import UserError
-from megalr.training.run_folder import RunFolder, choose_run_folder, write_json
+from megalr.train.run_folder import RunFolder, choose_run_folder, write_json
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import megalr
-from megalr.config import MegalrConfig
+from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
 from megalr.layers.velora import VeloraConfig, VeloraLinear, compress_activations
 from megalr.rules.registry import RULES

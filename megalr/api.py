@@ -1,0 +1,292 @@
+"""The three ways in.
+
+:func:`initialize` from the JSON, :func:`build_optimizer` for a job that calls DeepSpeed itself, and
+:func:`trainer_optimizer` for transformers' Trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megalr.config.settings import FullConfig, Json, MegalrConfig, fill_auto, read_json
+from megalr.errors import UserError
+from megalr.guards.guard import attach_guard
+from megalr.hosts.autotp import (
+    check_heads,
+    check_neighbours,
+    check_section,
+    planned_cuts,
+    start_tensor_parallel,
+    tensor_parallel_size,
+)
+from megalr.hosts.pipelines import check_pipeline, check_stages
+from megalr.hosts.tensor_parallel import indices_in_whole, mark_gradients, whole_frozen
+from megalr.layers import parametrize as _parametrize
+from megalr.layers.replacement import factor_pairs, replaced_layers
+from megalr.layers.tensor_parallel.layers import cut_layers
+from megalr.layers.velora import compress_activations, compressed_layers
+from megalr.optim.events.registry import layer_events
+from megalr.optim.events.velora import Directions
+from megalr.optim.groups import parameter_groups
+from megalr.optim.optimizer import MegalrOptimizer
+
+UNSHARED = "compressed activations cannot be shared by tensor-parallel ranks: remove megalr.activations"
+
+
+def parametrize(model: nn.Module, config: Json | str | Path) -> nn.Module:
+    """Give the model's linear layers the parametrization that the JSON's "megalr" section asks for, in place.
+
+    Where it asks for compressed activations, linear layers that it names save those from then on.
+
+    Args:
+        model: a dense model, not yet partitioned by DeepSpeed.
+        config: the DeepSpeed JSON, as a path or a dictionary.
+    """
+    parsed = MegalrConfig.from_json(fill_auto(read_json(config), None))
+    _parametrize(model, parsed.parametrization, seed=parsed.seed)
+    return model if parsed.activations is None else compress_activations(model, parsed.activations)
+
+
+def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: Any | None = None) -> MegalrOptimizer:
+    """The optimizer that the JSON asks for, to be passed to ``deepspeed.initialize(optimizer=...)``.
+
+    The JSON then needs ``"zero_allow_untested_optimizer": true``, and with CPU offload
+    ``"zero_force_ds_cpu_optimizer": false``.
+
+    Args:
+        model: the model after :func:`parametrize`; ``deepspeed.zero.Init`` may have partitioned a dense one.
+        config: the DeepSpeed JSON, as a path or a dictionary.
+        training_args: transformers' ``TrainingArguments``; "auto" for lr, betas, eps and weight_decay is read from
+            them. The configuration that they hold for DeepSpeed is completed in place.
+
+    Raises:
+        UserError: for a configuration that cannot work.
+    """
+    content = read_json(config)
+    if training_args is not None:
+        content = fill_auto(content, training_args)
+        _complete(training_args, content)
+    size = tensor_parallel_size(content)
+    if size > 1 and replaced_layers(model):
+        raise UserError(
+            "tensor_parallel.autotp_size cuts dense layers only, and the model has factorized ones, which "
+            "megalr.initialize cuts: call that in place of megalr.parametrize, megalr.build_optimizer and "
+            "deepspeed.initialize, or remove megalr.parametrization"
+        )
+    if size > 1 and compressed_layers(model):
+        raise UserError(UNSHARED)
+    optimizer = _build_optimizer(model, content)
+    if size > 1 or any(getattr(parameter, "tensor_model_parallel", False) for parameter in model.parameters()):
+        _mark_gradients(model, content)
+    return optimizer
+
+
+def _build_optimizer(model: nn.Module, content: Json) -> MegalrOptimizer:
+    """:func:`build_optimizer` for a configuration that is complete, whoever cuts the layers."""
+    parsed = MegalrConfig.from_json(content)
+    check_pipeline(model, tensor_parallel_size(content), parsed.guards)
+    layers = replaced_layers(model)
+    if not layers and not isinstance(parsed.parametrization, FullConfig):
+        raise UserError(
+            f'the configuration asks for parametrization "{parsed.parametrization.type}", but the model has no such '
+            "layer: call megalr.parametrize(model, config) before megalr.build_optimizer"
+        )
+    groups = parameter_groups(model, parsed.optimizer)
+    check_stages(model, content, len(groups))
+    compressed = compressed_layers(model)
+    if parsed.activations is not None and not compressed:
+        raise UserError(
+            "the configuration asks for compressed activations, but the model has no such layer: call "
+            "megalr.parametrize(model, config) before megalr.build_optimizer"
+        )
+    return MegalrOptimizer(
+        groups,
+        parsed,
+        pairs=list(factor_pairs(model)),
+        events=layer_events(parsed.parametrization, layers, parsed.seed),
+        activations=Directions(compressed) if compressed else None,
+        sections={key: content[key] for key in ("optimizer", "megalr") if key in content},
+    )
+
+
+def trainer_optimizer(training_args: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """What to pass to ``transformers.Trainer(optimizer_cls_and_kwargs=...)``, for a job with ``--deepspeed``.
+
+    ``Trainer(optimizers=(...))`` does not do: with DeepSpeed, transformers drops the optimizer that it is given and
+    builds its own, without a word. What this function returns is called by the Trainer when it wants its optimizer.
+
+    Args:
+        training_args: transformers' ``TrainingArguments``, with ``deepspeed`` set to a JSON whose "megalr" section
+            holds the optimizer.
+
+    Raises:
+        UserError: there is no such JSON, or its optimizer stands where transformers leaves it to DeepSpeed.
+    """
+    config = getattr(training_args, "deepspeed", None)
+    if config is None:
+        raise UserError("TrainingArguments have no deepspeed configuration: write deepspeed=, or --deepspeed ds.json")
+    content = read_json(config)
+    if "optimizer" in content:
+        raise UserError(
+            'transformers has DeepSpeed build what the JSON\'s "optimizer" names: move the section into "megalr", '
+            'as in "megalr": {"optimizer": {"type": ...}}'
+        )
+    MegalrConfig.from_json(fill_auto(content, training_args))
+    return lambda: build_optimizer, {"config": content, "training_args": training_args}
+
+
+def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize`` for a dense model and a JSON with a "megalr" section.
+
+    The model is parametrized in place, the optimizer built, and both handed to DeepSpeed. A schedule of DeepSpeed's
+    is put at its first iteration; left alone it would spend the first update on a learning rate of zero.
+
+    Args:
+        model: a dense model, the same on every rank.
+        config: the DeepSpeed JSON, as a path or a dictionary; not modified.
+        **kwargs: passed on to ``deepspeed.initialize``, e.g. ``lr_scheduler`` or ``training_data``.
+
+    Returns:
+        ``(engine, optimizer, dataloader, scheduler)``, as ``deepspeed.initialize``; the
+        :class:`~megalr.optim.MegalrOptimizer` itself is ``engine.basic_optimizer``, and what guards the run
+        ``engine.megalr_guard`` (not of a pipeline).
+
+    Raises:
+        UserError: for a configuration that cannot work, before anything is built.
+    """
+    import deepspeed  # noqa: PLC0415  (slow to import, and `import megalr` is cheap)
+
+    for taken in ("optimizer", "model_parameters"):
+        if kwargs.get(taken) is not None:
+            raise UserError(
+                f"megalr.initialize builds the optimizer itself and takes no {taken}=; to pass your own, use "
+                "megalr.parametrize, megalr.build_optimizer and deepspeed.initialize"
+            )
+    content = read_json(config)
+    refuse_unsupported(content)
+    parametrize(model, content)
+    optimizer = _build_optimizer(model, content)
+    _cut(model, content, kwargs)
+    results = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_section(content), **kwargs)
+    scheduler = results[3]
+    if getattr(scheduler, "last_batch_iteration", None) == -1:
+        scheduler.step()
+    optimizer.prepare()
+    if not results[0].pipeline_parallelism:
+        attach_guard(results[0])
+    _keep_frozen(results[0])
+    return results
+
+
+def _cut(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> None:
+    """Share the model's factorized layers between tensor-parallel ranks; DeepSpeed's AutoTP shares the dense ones."""
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_group, bwc_tensor_model_parallel_world_size  # noqa: PLC0415
+
+    size, mpu = tensor_parallel_size(content), kwargs.get("mpu")
+    if size > 1:
+        if mpu is not None:
+            raise UserError("tensor_parallel.autotp_size makes the groups that mpu= brings: give one of the two")
+        mpu = kwargs["mpu"] = start_tensor_parallel(model, size)
+    ranks = bwc_tensor_model_parallel_world_size(mpu)
+    if ranks == 1:
+        return
+    _mark_gradients(model, content)
+    if compressed_layers(model):
+        raise UserError(UNSHARED)
+    if replaced_layers(model):
+        cuts = planned_cuts(model, content)
+        if size == 1:
+            check_heads(getattr(model, "config", None), ranks, "the number of mpu='s tensor-parallel ranks")
+            check_neighbours(model, cuts)
+        cut_layers(model, cuts, bwc_tensor_model_parallel_group(mpu))
+
+
+def _keep_frozen(engine: Any) -> None:
+    """Have ``engine.save_checkpoint`` write what DeepSpeed's zero_to_fp32.py reads of frozen weights at stage 1, too.
+
+    DeepSpeed writes it at stages 2 and 3 alone, and its script then leaves W0 and bases out without a word.
+    """
+    original = getattr(engine, "_common_checkpoint_state", None)
+    frozen = {name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad}
+    if original is None or engine.zero_optimization_stage() != 1 or not frozen:
+        return
+
+    def with_frozen(module: dict[str, Any] | None, zero_state: bool, save_frozen: bool) -> dict[str, Any]:
+        # A pipeline's stages write files of their own; what the user leaves out is not there.
+        state: dict[str, Any] = original(module, zero_state, save_frozen or frozen <= (module or {}).keys())
+        return state
+
+    engine._common_checkpoint_state = with_frozen
+
+
+def _mark_gradients(model: nn.Module, content: Json) -> None:
+    """Have DeepSpeed know gradients of cut parameters where it takes the norm for clipping of gradients alone."""
+    half = any((content.get(key) or {}).get("enabled", False) for key in ("bf16", "bfloat16", "fp16"))
+    if half and not (content.get("zero_optimization") or {}).get("stage", 0):
+        mark_gradients(model.parameters())
+
+
+def deepspeed_section(content: Json) -> dict[str, Any]:
+    """What DeepSpeed is to see of the JSON: all but our two sections, and its consent to a client optimizer."""
+    rest = {key: value for key, value in content.items() if key not in ("megalr", "optimizer")}
+    rest.setdefault("zero_allow_untested_optimizer", True)
+    rest.setdefault("zero_force_ds_cpu_optimizer", False)
+    return rest
+
+
+def _complete(training_args: Any, content: Json) -> None:
+    """Put what is needed into the configuration that transformers and accelerate will hand to DeepSpeed, in place."""
+    live = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None)
+    if live is None:
+        return
+    if "megalr" in content:
+        live["megalr"] = content["megalr"]  # accelerate refuses an "auto" that it does not know, in any section
+    # With offload accelerate would exchange the optimizer for DeepSpeed's CPU Adam.
+    live["zero_force_ds_cpu_optimizer"] = False
+
+
+def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
+    """The model's weights as whole tensors on rank 0's CPU, by qualified name; None on other ranks. Collective.
+
+    Trained parameters come from the fp32 masters, at any ZeRO stage; frozen ones and persistent buffers as they are.
+    """
+    import deepspeed  # noqa: PLC0415
+
+    optimizer: MegalrOptimizer = engine.basic_optimizer
+    state = optimizer.consolidate()
+    module: nn.Module = engine.module
+    trained = optimizer.prepare().layout.shapes
+    for name, parameter in module.named_parameters():
+        places = indices_in_whole(parameter)
+        if places is not None and state is not None:
+            state[name] = torch.empty_like(state[name]).index_copy_(0, places, state[name])
+    # Layers may share a frozen parameter, and each has its own name for it.
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name not in trained and not parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                whole = whole_frozen(name, parameter)
+                if state is not None:
+                    state[name] = whole
+    if state is not None:
+        persistent = {name for name in module.state_dict() if name not in state}
+        state.update({n: b.detach().cpu().clone() for n, b in module.named_buffers() if n in persistent})
+    return state
+
+
+def refuse_unsupported(content: Json) -> None:
+    """Raise a UserError for what DeepSpeed can do but megalr, or this machine, cannot."""
+    if content.get("tensor_parallel"):
+        check_section(content)
+    zero = content.get("zero_optimization", {})
+    for section in ("offload_optimizer", "offload_param"):
+        if isinstance(zero, dict) and (zero.get(section) or {}).get("device") == "nvme":
+            raise UserError(
+                f'zero_optimization.{section}.device is "nvme", which megalr cannot update: write "cpu" or leave it out'
+            )
+    if (content.get("fp16") or {}).get("enabled") not in (None, False, "auto") and not torch.cuda.is_available():
+        raise UserError('fp16 needs a GPU: write "fp16": {"enabled": false} and "bf16": {"enabled": "auto"}')

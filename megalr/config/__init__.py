@@ -1,0 +1,1 @@
+"""The typed view of the JSON: settings, and what goes with what."""

@@ -1,0 +1,1 @@
+"""What a run holds in memory: by formula, and as measured on an engine."""

@@ -1,0 +1,1 @@
+"""What the optimizer does beside its updates, one file for each kind of event."""

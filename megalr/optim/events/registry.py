@@ -1,0 +1,76 @@
+"""The events of parametrizations that have some, by the parametrization's class; its subclasses have them, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from megalr.errors import UserError
+from megalr.layers.base import FullConfig, Parametrization, ParametrizationConfig
+from megalr.layers.lora import ReloraConfig
+from megalr.layers.loro import LoroConfig
+from megalr.layers.projected import ProjectedConfig
+from megalr.layers.switchlora import SwitchLoraConfig
+from megalr.optim.events.base import LayerEvents
+from megalr.optim.events.loro import RiemannianSteps
+from megalr.optim.events.projected import Projections
+from megalr.optim.events.relora import Merges
+from megalr.optim.events.switchlora import Switches
+
+EVENTS: dict[type[FullConfig] | type[Parametrization], Any] = {
+    ProjectedConfig: Projections,
+    ReloraConfig: Merges,
+    LoroConfig: RiemannianSteps,
+    SwitchLoraConfig: Switches,
+}
+
+E = TypeVar("E", bound=type[LayerEvents])
+
+
+def register_events(parametrization: type[Parametrization]) -> Callable[[E], E]:
+    """A decorator that gives a parametrization events of its own; see :mod:`megalr.plugins`.
+
+    What is decorated is called as :func:`layer_events` is, with the layers first. It takes the place of the events
+    that the parametrization would have from its parent class.
+
+    Args:
+        parametrization: the configuration's class.
+
+    Raises:
+        UserError: the parametrization has events already, or one of the two is no such class.
+    """
+
+    def register(events: E) -> E:
+        if not (isinstance(parametrization, type) and issubclass(parametrization, Parametrization)):
+            raise UserError(f"register_events needs a class that derives from Parametrization, not {parametrization!r}")
+        if not (isinstance(events, type) and issubclass(events, LayerEvents)):
+            raise UserError(
+                f"register_events({parametrization.__name__}) is for classes that derive from "
+                f"megalr.optim.events.base.LayerEvents, not {events!r}"
+            )
+        if parametrization in EVENTS:
+            raise UserError(
+                f"{parametrization.__name__} has the events {EVENTS[parametrization].__name__} already: derive a "
+                "parametrization from it, and give that one yours"
+            )
+        EVENTS[parametrization] = events
+        return events
+
+    return register
+
+
+def layer_events(config: ParametrizationConfig, layers: Mapping[str, nn.Module], seed: int) -> LayerEvents | None:
+    """The events of a model's replaced layers; None where the parametrization has none, or nothing was replaced.
+
+    Args:
+        config: the "parametrization" section.
+        layers: the replaced layers by qualified name.
+        seed: key of random numbers.
+    """
+    chosen = next((EVENTS[cls] for cls in type(config).__mro__ if cls in EVENTS), None)
+    if chosen is None or not layers:
+        return None
+    events: LayerEvents = chosen(layers, config, seed)
+    return events

@@ -1,0 +1,72 @@
+"""The directions that VeLoRA's layers project their inputs on: the mean of the first update's, on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megalr.layers.velora import VeloraLinear
+from megalr.layout.rectangles import Entry
+from megalr.optim.events.base import LayerEvents
+
+
+class Directions(LayerEvents):
+    """Gives each layer its direction when the first update is over; after that there is nothing to do."""
+
+    key: ClassVar[str] = "activations"
+
+    def __init__(self, layers: Mapping[str, VeloraLinear]) -> None:
+        """
+        Args:
+            layers: the model's, by qualified name.
+        """
+        self.remainders: dict[str, Tensor] = {}
+        self._layers = dict(layers)
+
+    def end_update(self, updates: int) -> list[int]:
+        for layer in self._layers.values():
+            if layer.direction is None and layer.weight.requires_grad:
+                size = layer.in_features // layer.groups
+                # A layer that no input has come by has a direction all the same: ranks must agree.
+                total = torch.zeros(size, device=self._device()) if layer.total is None else layer.total
+                layer.direction = functional.normalize(self._exchange.sum(total), dim=0)
+                layer.total = None
+        return []
+
+    def forget_gradients(self) -> None:
+        for layer in self._layers.values():
+            layer.total = None
+
+    def numbers(self) -> dict[str, Any]:
+        return {}
+
+    def load_numbers(self, numbers: Mapping[str, Any]) -> None:
+        pass
+
+    def entries(self) -> dict[str, Entry]:
+        known = {name: layer.direction for name, layer in self._layers.items() if layer.direction is not None}
+        return {f"directions/{name}": Entry.of(direction) for name, direction in known.items()}
+
+    def make_room(self, saved: Collection[str]) -> None:
+        for name, layer in self._layers.items():
+            size = layer.in_features // layer.groups
+            known = f"directions/{name}" in saved
+            layer.direction = torch.empty(size, device=layer.weight.device) if known else None
+            layer.total = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: layer.direction for name, layer in self._layers.items() if layer.direction is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, layer in self._layers.items():
+            direction = state.get(name)
+            # To where the weights are: the optimizer's state may have been loaded to another device.
+            layer.direction = None if direction is None else direction.to(layer.weight.device)
+            layer.total = None
+
+    def _device(self) -> torch.device:
+        return next(iter(self._layers.values())).weight.device

@@ -1,0 +1,303 @@
+"""The training loop: updates, measurements, checkpoints, until the last step or a request to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+import megalr
+from megalr.data import Batches, Examples
+from megalr.errors import GuardError, UserError
+from megalr.optim.groups import logical_shape
+from megalr.train.arguments import Interval
+from megalr.train.checkpoints import Notes, Resumable, load_checkpoint, save_checkpoint
+from megalr.train.console import Screen
+from megalr.train.ds_config import Batch
+from megalr.train.evaluation import IGNORED, Evaluation, evaluate, predicted_tokens, to_device
+from megalr.train.interruption import StopRequest, agreed_reason
+from megalr.train.metrics import MetricsLog
+from megalr.train.ranks import AgreedError, Ranks
+from megalr.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """When the loop does what.
+
+    Attributes:
+        steps: updates of the whole run.
+        batch: sequences of one update.
+        eval_every, log_every: updates between two of these.
+        save_every: updates between two checkpoints, or time, of which rank 0's clock is the measure.
+        keep: how many checkpoints to leave; None for all.
+        galore_compatible_eval: show that perplexity, too.
+    """
+
+    steps: int
+    batch: Batch
+    eval_every: int
+    save_every: Interval
+    log_every: int
+    keep: int | None
+    galore_compatible_eval: bool
+
+
+class Loop:
+    """Trains an engine; every method is collective.
+
+    Attributes:
+        step: updates made.
+        tokens: training tokens read, pads not counted.
+        seconds: spent on updates by this process; evaluations and checkpoints are not counted.
+        last_evaluation: the latest.
+        metrics: what was noted on the way.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        batches: Batches,
+        held_out: Examples,
+        settings: LoopSettings,
+        *,
+        ranks: Ranks,
+        folder: RunFolder,
+        screen: Screen,
+        required: dict[str, Any],
+        noted: dict[str, Any],
+    ) -> None:
+        """
+        Args:
+            engine: what ``megalr.initialize`` gives.
+            batches: the training text.
+            held_out: the text to evaluate on.
+            settings: when to do what.
+            ranks, folder, screen: this process, where to write, where to print.
+            required, noted: see :class:`~megalr.train.checkpoints.Notes`.
+        """
+        self.engine = engine
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.last_evaluation: Evaluation | None = None
+        self._batches = batches
+        self._held_out = held_out
+        self._settings = settings
+        self._ranks = ranks
+        self._folder = folder
+        self._screen = screen
+        self._required, self._noted = required, noted
+        self.metrics = MetricsLog(folder.metrics, enabled=ranks.is_first)
+        self._saved_step: int | None = None  # begun to be written
+        self._written_step: int | None = None
+        self._evaluated_step: int | None = None
+        self._tokens_here = 0  # of this process's run, without what was resumed
+        self._bytes_moved = engine.basic_optimizer.bytes_moved
+
+    def resume(self, checkpoint: Resumable) -> None:
+        """Go on from a checkpoint."""
+        notes = checkpoint.notes
+        with self._ranks.together():
+            data = load_checkpoint(self.engine, checkpoint.manifest)
+            self._batches.load_state_dict(data)
+        self.step, self.tokens = notes.step, notes.tokens
+        self._saved_step = self._written_step = notes.step
+        self.metrics.cut(notes.step)
+
+    def train(self) -> str | None:
+        """Train up to the last step, write the last checkpoint, evaluate.
+
+        Returns:
+            None at the end; the reason, such as "SIGTERM", where a request to stop came first. There is a
+            checkpoint either way; where the last one could not be written after a request, an older one or none.
+
+        Raises:
+            UserError: a guard stops the run, or its last checkpoint could not be written.
+        """
+        settings = self._settings
+        reason: str | None = None
+        saved_at = time.monotonic()
+        with StopRequest() as request:
+            self._screen.start_bar(self.step, settings.steps)
+            while self.step < settings.steps and reason is None:
+                self._train_step()
+                reason, save = self._what_next(request, time.monotonic() - saved_at)
+                if save:
+                    self.save()
+                    saved_at = time.monotonic()
+                if self.step % settings.eval_every == 0 and reason is None:
+                    reason = self.evaluate(request)
+            self.save()
+            failed = self._failed_save()
+            if failed is not None and reason is None:
+                raise AgreedError(str(failed)) from failed
+            if failed is not None:
+                self._screen.say(str(failed))
+            if reason is None and self._evaluated_step != self.step:
+                reason = self.evaluate(request)
+            self._screen.end_bar()
+        return reason
+
+    def evaluate(self, request: StopRequest | None = None) -> str | None:
+        """Score the held-out text, and note it everywhere; returns why it was given up, if it was."""
+        reason: str | None = None
+
+        def give_up() -> bool:
+            nonlocal reason
+            reason = None if request is None else self._what_next(request, 0.0)[0]
+            return reason is not None
+
+        found = evaluate(
+            self.engine,
+            self._held_out,
+            micro_batch_size=self._settings.batch.micro,
+            ranks=self._ranks,
+            give_up=give_up,
+        )
+        if found is None:
+            return reason
+        self._evaluated_step = self.step
+        self.last_evaluation = found
+        row = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "eval_loss": found.loss,
+            "eval_perplexity": found.perplexity,
+        }
+        text = f"step {self.step:,}: held-out perplexity {found.perplexity:,.2f}"
+        if self._settings.galore_compatible_eval:
+            row["eval_perplexity_galore_compatible"] = found.galore_compatible
+            text += f" (as published code computes it: {found.galore_compatible:,.2f})"
+        self.metrics.append(row)
+        self._screen.say(text)
+        self._report({"Eval/Samples/loss": found.loss, "Eval/Samples/perplexity": found.perplexity})
+        return None
+
+    def save(self) -> None:
+        """Begin to write a checkpoint, unless this step has one; the one before may have failed."""
+        if self._saved_step == self.step:
+            return
+        failed = self._failed_save()
+        if failed is not None:
+            self._screen.say(f"{failed}\nThe training goes on, and tries again with step {self.step:,}")
+        notes = Notes(f"step{self.step}", self.step, self.tokens, self._required, self._noted)
+        save_checkpoint(self.engine, self._folder, notes, self._batches.state_dict(), keep=self._settings.keep)
+        self._saved_step = self.step
+
+    @property
+    def parameters(self) -> int:
+        """How many the model has, over all ranks."""
+        frozen = (p for p in self.engine.module.parameters() if not p.requires_grad)
+        return self.trained_parameters + sum(math.prod(logical_shape(parameter)) for parameter in frozen)
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many of them are not frozen."""
+        layout = self.engine.basic_optimizer.prepare().layout
+        return sum(map(layout.numel, layout.shapes))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the updates so far in this process, over all ranks."""
+        return self._tokens_here / self.seconds if self.seconds else 0.0
+
+    def _what_next(self, request: StopRequest, unsaved: float) -> tuple[str | None, bool]:
+        """Why to stop, if any rank was asked to, and whether a checkpoint is due; the same on all ranks.
+
+        Args:
+            request: this rank's.
+            unsaved: seconds since the last checkpoint.
+        """
+        mine = request.reason
+        due = self._ranks.is_first and self._settings.save_every.is_over(self.step, unsaved)
+        asked, save = self._ranks.sum([mine is not None, due])
+        return agreed_reason(self._ranks.gather(mine)) if asked else None, bool(save)
+
+    def _failed_save(self) -> UserError | None:
+        """Wait for the checkpoint under way; why it could not be written, on all ranks alike."""
+        try:
+            megalr.wait_for_checkpoint()
+        except UserError as error:
+            return error
+        self._written_step = self._saved_step
+        return None
+
+    def _train_step(self) -> None:
+        """One update."""
+        engine, ranks, batch = self.engine, self._ranks, self._settings.batch
+        lr = float(engine.get_lr()[0])
+        with self._timed():
+            micro_batches = [next(self._batches) for _ in range(batch.accumulation)]
+            read = sum(int((b["labels"] != IGNORED).sum()) for b in micro_batches)
+            predicted, read_by_all = map(round, ranks.sum_of_data([sum(map(predicted_tokens, micro_batches)), read]))
+            # DeepSpeed averages over micro-batches and ranks. Dividing by the average count makes that the
+            # mean over the tokens of the whole batch, however it is cut and however unevenly it is padded.
+            share = predicted / (batch.accumulation * ranks.data_size)
+            losses: list[Tensor] = []
+            stopped: GuardError | None = None
+            for micro_batch in micro_batches:
+                loss = engine(**to_device(micro_batch, ranks.device), num_items_in_batch=share).loss
+                engine.backward(loss)
+                losses.append(loss.detach().double())
+                try:
+                    engine.step()
+                except GuardError as error:  # at the last micro-batch of all ranks; the step is noted all the same
+                    stopped = error
+            (total,) = ranks.sum_of_data([float(sum(losses))])
+        self.step += 1
+        self.tokens += read_by_all
+        self._tokens_here += read_by_all
+        self._note_step(total / (batch.accumulation * ranks.data_size), lr)
+        if stopped is not None:
+            self._screen.end_bar()
+            failed = self._failed_save()
+            words = [f"step {self.step}: {stopped}", *([str(failed)] if failed else []), self._last_checkpoint()]
+            raise AgreedError("\n".join(words)) from stopped
+
+    def _note_step(self, loss: float, lr: float) -> None:
+        speed = self.tokens_per_second
+        self._screen.advance(loss=loss, tokens_per_second=speed, lr=lr)
+        events = list(self.engine.basic_optimizer.last_events)
+        before, self._bytes_moved = self._bytes_moved, self.engine.basic_optimizer.bytes_moved
+        if self.step % self._settings.log_every == 0 or events:
+            norm = self.engine.get_global_grad_norm()
+            row: dict[str, Any] = {
+                "step": self.step,
+                "tokens": self.tokens,
+                "loss": loss,
+                "lr": lr,
+                "tokens_per_second": round(speed, 1),
+                "grad_norm": None if norm is None else float(norm),
+                "exchange_bytes": self._bytes_moved - before,  # of this update, sent by all ranks together
+            }
+            if events:
+                row["events"] = events
+            if events == ["skipped"]:
+                row["skipped"] = self.engine.megalr_guard.last_reason
+                self._screen.say(f"step {self.step:,}: the update is skipped: {row['skipped']}")
+            self.metrics.append(row)
+            # DeepSpeed itself reports the learning rate alone.
+            self._report({"Train/Samples/train_loss": loss, "Train/Samples/grad_norm": row["grad_norm"]})
+
+    def _last_checkpoint(self) -> str:
+        if self._written_step is None:
+            return "no checkpoint has been written (--save-every)"
+        return f"the last checkpoint is that of step {self._written_step}, in {self._folder.checkpoints}"
+
+    def _report(self, numbers: dict[str, float | None]) -> None:
+        """Give numbers to DeepSpeed's monitors, against the sequences read, as DeepSpeed gives its own."""
+        samples = self.engine.global_samples
+        events = [(name, number, samples) for name, number in numbers.items() if number is not None]
+        self.engine.monitor.write_events(events)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start

@@ -1,0 +1,276 @@
+"""Everything that is read, decided and refused before the first weight exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from megalr.config.settings import MegalrConfig, read_json
+from megalr.data import Data, DataConfig, load_data, load_tokenizer
+from megalr.errors import UserError
+from megalr.hosts.autotp import check_tensor_parallel, tensor_parallel_size
+from megalr.hosts.deepspeed_config import check_deepspeed_config
+from megalr.layers import parametrize
+from megalr.layers.velora import compress_activations
+from megalr.optim.groups import parameter_groups
+from megalr.train.arguments import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_STEPS,
+    LARGEST_DEFAULT_MICRO_BATCH,
+    PretrainArguments,
+)
+from megalr.train.checkpoints import Notes, Resumable, check_notes, differences, find_checkpoint
+from megalr.train.console import Screen
+from megalr.train.ds_config import Request, Resolved, resolve
+from megalr.train.export import check_export_folder
+from megalr.train.models import empty_model, fit_to_text, read_model_config
+from megalr.train.ranks import Ranks
+from megalr.train.run_folder import RunFolder, choose_run_folder
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+# What of a model's configuration may differ without its being another model.
+_COSMETIC_KEYS = (
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+    "_name_or_path",
+)
+
+
+class Sizes(Protocol):
+    """Sizes as they were asked for; None stands for the JSON's or the default."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Sequences of an update."""
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Sequences of one pass on one process."""
+
+    @property
+    def steps(self) -> int | None:
+        """Updates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run is going to do.
+
+    Attributes:
+        arguments: the flags.
+        ranks: this process among the others, and who shares layers.
+        resolved: the DeepSpeed JSON without "auto".
+        megalr: its typed view.
+        folder: where the run is written.
+        checkpoint: to go on from, if any.
+        tokenizer, data_config, data, model: what is read by what.
+        required, noted: settings to keep with checkpoints, see :class:`~megalr.train.checkpoints.Notes`.
+    """
+
+    arguments: PretrainArguments
+    ranks: Ranks
+    resolved: Resolved
+    megalr: MegalrConfig
+    folder: RunFolder
+    checkpoint: Resumable | None
+    tokenizer: PreTrainedTokenizerFast
+    data_config: DataConfig
+    data: Data
+    model: LlamaConfig
+    required: dict[str, Any]
+    noted: dict[str, Any]
+
+
+def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, screen: Screen) -> Plan:
+    """Read everything, decide everything, refuse what cannot work. Collective.
+
+    Nothing is written but the cache of tokens.
+
+    Args:
+        arguments: the flags.
+        ranks: this process among the others.
+        models_folder: where the named model shapes are.
+        screen: gets a line for each choice that was not the user's.
+
+    Raises:
+        UserError: for whatever the user can mend, on all ranks.
+    """
+    with ranks.together():
+        content = read_json(arguments.deepspeed)
+        model = read_model_config(arguments.model or _default_model(ranks), models_folder)
+        shared_by = tensor_parallel_size(content)
+        check_tensor_parallel(model, shared_by, ranks.world_size)
+        ranks = replace(ranks, tensor_parallel=shared_by)
+        resolve(content, _request(arguments, model, ranks))  # its complaints come before those about folders and text
+        if arguments.export is not None and ranks.is_first:
+            check_export_folder(arguments.export, may_replace=arguments.overwrite)
+    folder, checkpoint, finished = ranks.from_first(lambda: _folder_and_checkpoint(arguments))
+    for line in checkpoint.skipped if checkpoint is not None else ():
+        screen.say(f"passed over: {line}")
+    if arguments.resume and checkpoint is None:
+        screen.say(f"the run in {folder.path} has no checkpoint yet: it begins anew")
+    with ranks.together():
+        resolved = resolve(content, _request(arguments, model, ranks, output=str(folder.path)))
+        megalr = MegalrConfig.from_json(resolved.config)
+        check_deepspeed_config(resolved.config, ranks.data_size)
+        if arguments.export is not None and megalr.parametrization.not_dense:
+            raise UserError(
+                f'--export writes dense weights, and "{megalr.parametrization.type}" layers have none, because '
+                f"{megalr.parametrization.not_dense}: leave it out; checkpoints hold the layers as they are"
+            )
+        # To hear their complaints before a run is deleted.
+        shapes = parametrize(empty_model(model), megalr.parametrization)
+        parameter_groups(shapes, megalr.optimizer)
+        if megalr.activations is not None:
+            compress_activations(shapes, megalr.activations)
+        for line in resolved.notes:
+            screen.say(line)
+        required, noted = _settings(resolved, model, ranks)
+        if checkpoint is not None:
+            _check_resumable(checkpoint.notes, required, noted, resolved, folder, screen, finished=finished)
+    ranks.from_first(lambda: _fetch_tokenizer(arguments.tokenizer))
+    with ranks.together():
+        tokenizer = load_tokenizer(arguments.tokenizer)
+        fit_to_text(model, tokenizer, arguments.sequence_length)
+        text = data_config(arguments, resolved.seed)
+        data = load_data(text, tokenizer, rank=ranks.local_rank, barrier=ranks.barrier)
+    screen.say(data.description)
+    return Plan(
+        arguments=arguments,
+        ranks=ranks,
+        resolved=resolved,
+        megalr=megalr,
+        folder=folder,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        data_config=text,
+        data=data,
+        model=model,
+        required=required,
+        noted=noted,
+    )
+
+
+def request_for(
+    sizes: Sizes, model: LlamaConfig, *, seed: int | None, world_size: int, on_gpu: bool, output: str = "."
+) -> Request:
+    """What "auto" is resolved from: sizes that were asked for, the model, the processes, the program's defaults."""
+    return Request(
+        world_size=world_size,
+        bf16_is_fast=on_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
+        batch_size=sizes.batch_size,
+        micro_batch_size=sizes.micro_batch_size,
+        steps=sizes.steps,
+        seed=seed,
+        default_batch_size=DEFAULT_BATCH_SIZE,
+        default_steps=DEFAULT_STEPS,
+        largest_micro_batch=LARGEST_DEFAULT_MICRO_BATCH,
+        default_rank=max(1, model.hidden_size // 4),
+        output=output,
+    )
+
+
+def data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
+    """What the flags say of the text; seed: of the order of its examples."""
+
+    def one_or_many(names: tuple[str, ...]) -> str | tuple[str, ...]:
+        # Absolute, since run.json keeps them and the run may be scored from another folder.
+        names = tuple(str(Path(name).absolute()) if Path(name).exists() else name for name in names)
+        return names[0] if len(names) == 1 else names
+
+    return DataConfig(
+        dataset=one_or_many(arguments.dataset),
+        dataset_config=arguments.dataset_config,
+        eval_dataset=None if arguments.eval_dataset is None else one_or_many(arguments.eval_dataset),
+        text_column=arguments.text_column,
+        tokenizer=arguments.tokenizer,
+        sequence_length=arguments.sequence_length,
+        pack=arguments.pack,
+        seed=seed,
+        max_train_tokens=arguments.max_train_tokens,
+        max_eval_tokens=arguments.max_eval_tokens,
+        test_half=arguments.test_half,
+    )
+
+
+def _default_model(ranks: Ranks) -> str:
+    return "60m" if ranks.device.type == "cuda" else "tiny"
+
+
+def _request(arguments: PretrainArguments, model: LlamaConfig, ranks: Ranks, output: str = ".") -> Request:
+    on_gpu = ranks.device.type == "cuda"
+    return request_for(arguments, model, seed=arguments.seed, world_size=ranks.data_size, on_gpu=on_gpu, output=output)
+
+
+def _folder_and_checkpoint(arguments: PretrainArguments) -> tuple[RunFolder, Resumable | None, bool]:
+    """The run's folder; the checkpoint to go on from, if it is to go on; whether it is finished."""
+    name = Path(arguments.deepspeed).stem
+    folder = choose_run_folder(name, arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
+    # What a run has written before its first checkpoint is written again.
+    checkpoint = find_checkpoint(folder) if arguments.resume and not folder.has_only_begun else None
+    return folder, checkpoint, folder.summary.exists()
+
+
+def _fetch_tokenizer(name: str | None) -> None:
+    """On one rank before the others, so that a tokenizer of the hub is downloaded once."""
+    load_tokenizer(name)
+
+
+def _settings(resolved: Resolved, model: LlamaConfig, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What has to be the same in a run that continues this one, and what is worth a word where it is not."""
+    config = resolved.config
+    section = config.get("megalr") or {}
+    optimizer = config.get("optimizer") or {}
+    params = optimizer.get("params") or {}
+    fp16 = bool((config.get("fp16") or {}).get("enabled", False))
+    required = {
+        "train_batch_size": resolved.batch.total,
+        "model": {key: value for key, value in model.to_dict().items() if key not in _COSMETIC_KEYS},
+        "megalr.parametrization": section.get("parametrization"),
+    }
+    noted = {
+        "processes": ranks.world_size,
+        "tensor_parallel.autotp_size": ranks.tensor_parallel,
+        "zero_optimization.stage": (config.get("zero_optimization") or {}).get("stage", 0),
+        "precision": "bf16" if resolved.bf16 else "fp16" if fp16 else "fp32",
+        "train_micro_batch_size_per_gpu": resolved.batch.micro,
+        "steps": resolved.steps,
+        "optimizer": {"type": optimizer.get("type"), **params},
+        "scheduler": config.get("scheduler"),
+        "gradient_clipping": config.get("gradient_clipping"),
+        "megalr": {key: value for key, value in section.items() if key != "parametrization"},
+    }
+    return required, noted
+
+
+def _check_resumable(
+    notes: Notes,
+    required: dict[str, Any],
+    noted: dict[str, Any],
+    resolved: Resolved,
+    folder: RunFolder,
+    screen: Screen,
+    *,
+    finished: bool,
+) -> None:
+    check_notes(notes, required, folder)
+    if notes.step > resolved.steps or (notes.step == resolved.steps and finished):
+        raise UserError(
+            f"the run in {folder.path} is finished: its checkpoint is of step {notes.step:,} of "
+            f"{resolved.steps:,}. To train it further, write a larger --steps"
+        )
+    screen.say(f"resuming {folder.path} after step {notes.step:,}")
+    changed = differences(notes.settings, noted)
+    if changed:
+        screen.say("with other settings than before:\n" + "\n".join(f"  {line}" for line in changed))

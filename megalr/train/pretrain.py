@@ -1,0 +1,205 @@
+"""The pretraining program: from flags and a JSON to a run's folder."""
+
+from __future__ import annotations
+
+import platform
+import random
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megalr.data import Batches, unigram_perplexity
+from megalr.train.arguments import PretrainArguments, parse_arguments
+from megalr.train.console import Screen
+from megalr.train.evaluation import Evaluation, evaluate
+from megalr.train.export import export_dense
+from megalr.train.interruption import end_at_once_when_asked, exit_code
+from megalr.train.loop import Loop, LoopSettings
+from megalr.train.models import build_model
+from megalr.train.preparation import Plan, make_plan
+from megalr.train.ranks import Ranks
+from megalr.train.run_folder import RunFolder, write_json
+from megalr.train.runner import run_program
+from megalr.train.summary import Baselines, finish
+
+_VERSIONS_OF = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy")
+_SEQUENCES_TO_COMPARE = 2  # after an export
+
+
+def main(argv: Sequence[str], *, models_folder: Path) -> int:
+    """Run ``launchers/pretrain.py``.
+
+    Args:
+        argv: the command line without the program's name.
+        models_folder: where the named model shapes are.
+
+    Returns:
+        The exit code: 0 at the end, 2 after a user's mistake and where a guard stopped the run; after a request to stop
+        75, "try again", or 0 where that was Ctrl-C.
+    """
+    end_at_once_when_asked()
+    return run_program(argv, parse_arguments, lambda arguments, ranks: pretrain(arguments, ranks, models_folder))
+
+
+def pretrain(arguments: PretrainArguments, ranks: Ranks, models_folder: Path) -> int:
+    """Train a model from its start, or on from a checkpoint. Collective.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: for whatever the user can mend.
+    """
+    screen = Screen(enabled=ranks.is_first)
+    plan = make_plan(arguments, ranks, models_folder, screen)
+    ranks = plan.ranks
+    unigram = ranks.from_first(lambda: _unigram(plan))
+    ranks.from_first(lambda: _prepare_folder(plan))
+    loop = build_loop(plan, ranks, screen)
+    if plan.checkpoint is not None:
+        loop.resume(plan.checkpoint)  # the last that may refuse: a finished run stays as it is until then
+    ranks.from_first(lambda: _write_settings(plan, ranks))
+    _introduce(plan, loop, ranks, screen)
+    if plan.checkpoint is None:
+        loop.evaluate()
+    untrained = loop.metrics.untrained_perplexity()
+    screen.say(f"unigram model of the training text: held-out perplexity {unigram:,.2f}")
+    reason = loop.train()
+    if reason is not None:
+        _say_how_to_resume(reason, plan.folder, ranks, screen)
+        return exit_code(reason)
+    difference = None
+    if arguments.export is not None:
+        screen.say(f"exporting to {arguments.export}")
+        difference = _export(loop.engine, plan, Path(arguments.export).expanduser(), ranks)
+    test = _test(loop, plan, ranks)
+    finish(loop, plan, Baselines(untrained=untrained, unigram=unigram), difference, test, ranks, screen)
+    return 0
+
+
+def build_loop(plan: Plan, ranks: Ranks, screen: Screen) -> Loop:
+    """The model, its engine and everything the loop needs. Collective."""
+    import megalr  # noqa: PLC0415  (it brings DeepSpeed, whose chatter has to be silenced first)
+
+    resolved, arguments = plan.resolved, plan.arguments
+    random.seed(resolved.seed)
+    np.random.seed(resolved.seed % 2**32)
+    model = build_model(plan.model, seed=resolved.seed, activation_checkpointing=arguments.activation_checkpointing)
+    with ranks.together():
+        engine, *_ = megalr.initialize(model=model, config=resolved.config)
+    table = engine.basic_optimizer.routing_table()
+    if ranks.is_first:
+        plan.folder.routing.write_text(f"{table}\n", encoding="utf-8")
+    screen.say(table if arguments.verbose else engine.basic_optimizer.summary())
+    batches = Batches(
+        plan.data.train,
+        micro_batch_size=resolved.batch.micro,
+        accumulation_steps=resolved.batch.accumulation,
+        rank=ranks.data_rank,
+        world_size=ranks.data_size,
+        seed=resolved.seed,
+    )
+    settings = LoopSettings(
+        steps=resolved.steps,
+        batch=resolved.batch,
+        eval_every=arguments.eval_every,
+        save_every=arguments.save_every,
+        log_every=arguments.log_every,
+        keep=arguments.keep_checkpoints,
+        galore_compatible_eval=arguments.galore_compatible_eval,
+    )
+    return Loop(
+        engine,
+        batches,
+        plan.data.evaluation,
+        settings,
+        ranks=ranks,
+        folder=plan.folder,
+        screen=screen,
+        required=plan.required,
+        noted=plan.noted,
+    )
+
+
+def _unigram(plan: Plan) -> float:
+    size = plan.model.vocab_size
+    return unigram_perplexity(plan.data.train.token_counts(size), plan.data.evaluation.token_counts(size))
+
+
+def _test(loop: Loop, plan: Plan, ranks: Ranks) -> Evaluation | None:
+    """What the trained model scores on the text that was kept for it, if one was."""
+    if plan.data.test is None:
+        return None
+    return evaluate(loop.engine, plan.data.test, micro_batch_size=plan.resolved.batch.micro, ranks=ranks)
+
+
+def _prepare_folder(plan: Plan) -> None:
+    """Make room; what is cleared is free, had only begun, or the user said --overwrite."""
+    if plan.checkpoint is None:
+        if plan.arguments.resume:
+            plan.folder.keep_metrics()
+        plan.folder.clear()
+    plan.folder.path.mkdir(parents=True, exist_ok=True)
+
+
+def _write_settings(plan: Plan, ranks: Ranks) -> None:
+    plan.folder.summary.unlink(missing_ok=True)
+    content = {
+        "command": shlex.join(sys.argv),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "arguments": asdict(plan.arguments),
+        "processes": ranks.world_size,
+        "device": str(ranks.device),
+        "deepspeed": plan.resolved.config,
+        "model": plan.model.to_dict(),
+        "data": {**asdict(plan.data_config), "fingerprint": plan.data.train.fingerprint},
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in _VERSIONS_OF},
+    }
+    write_json(plan.folder.settings, content)
+
+
+def _introduce(plan: Plan, loop: Loop, ranks: Ranks, screen: Screen) -> None:
+    batch = plan.resolved.batch
+    cut = f"{ranks.data_size} process{'es' if ranks.data_size > 1 else ''}"
+    if ranks.tensor_parallel > 1:
+        cut = f"{ranks.data_size} x {ranks.tensor_parallel} tensor-parallel processes"
+    cut += f" x {batch.accumulation} accumulation steps" if batch.accumulation > 1 else ""
+    screen.say(
+        f"model: {loop.parameters:,} parameters, ZeRO stage {loop.engine.zero_optimization_stage()}\n"
+        f"training: {plan.resolved.steps:,} steps of {batch.total} sequences ({cut} x {batch.micro})\n"
+        f"writing to {plan.folder.path}"
+    )
+
+
+def _say_how_to_resume(reason: str, folder: RunFolder, ranks: Ranks, screen: Screen) -> None:
+    words = [word for word in sys.argv if word not in ("--overwrite", "--resume") and "--local_rank" not in word]
+    if "--output" not in words and not any(word.startswith("--output=") for word in words):
+        words += ["--output", str(folder.path)]
+    number = f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''}"
+    screen.say(
+        f"stopped on request ({reason}); the checkpoint is in {folder.checkpoints}\n"
+        f"to go on, start {number} of: {shlex.join([*words, '--resume'])}"
+    )
+
+
+def _export(engine: Any, plan: Plan, folder: Path, ranks: Ranks) -> float:
+    held_out = plan.data.evaluation
+    rows = [held_out[index][0] for index in range(min(_SEQUENCES_TO_COMPARE, len(held_out)))]
+    return export_dense(
+        engine,
+        plan.tokenizer,
+        plan.megalr.parametrization,
+        torch.stack([torch.from_numpy(row).long() for row in rows]),
+        folder,
+        dtype=engine.get_data_types()[0],
+        ranks=ranks,
+    )

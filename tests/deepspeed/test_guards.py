@@ -1,0 +1,156 @@
+"""Guards: a bad update is skipped by all ranks as if it had never been, and ranks that drift apart are named."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.end_to_end.commands import metrics, small_run, write_config
+
+pytestmark = pytest.mark.distributed
+GUARDING = "tests.deepspeed.guarding"
+BF16 = {"bf16": {"enabled": True}}
+UNCHECKED = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+FINITE = "nan, finite gradients"
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "world_size", "kind", "changes"),
+    [
+        ("GaLoreAdamW", 0, 2, "nan", {}),
+        ("GaLoreAdamW", 1, 3, "spike", {}),
+        ("GaLoreAdamW", 2, 2, FINITE, {"accumulation": 4}),
+        ("GaLoreAdamW", 3, 3, "gradient", {}),
+        ("low_rank", 0, 3, "spike", {}),
+        ("low_rank", 1, 2, "gradient", {}),
+        ("low_rank", 2, 3, "nan", {}),
+        ("low_rank", 3, 2, FINITE, {}),
+        ("projected", 0, 2, FINITE, {}),
+        ("projected", 1, 3, "nan", {}),
+        ("projected", 2, 2, "spike", {}),
+        ("projected", 3, 3, "spike", {}),
+        ("Muon", 0, 3, "gradient", {}),
+        ("Muon", 1, 2, FINITE, {}),
+        ("Muon", 2, 3, "spike", {"accumulation": 4}),
+        ("Muon", 3, 2, "nan", {}),
+        ("GaLoreAdamW", 0, 2, "spike", BF16),
+        ("low_rank", 2, 2, "nan", UNCHECKED),
+        ("projected", 3, 2, "nan", BF16),
+        ("Muon", 1, 3, FINITE, BF16),
+        ("Muon", 1, 2, "spike", {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
+    ],
+)
+def test_a_bad_update_never_was(ranks, method, stage, world_size, kind, changes):
+    for found in ranks(world_size).run(f"{GUARDING}:skip", method, stage, kind, **changes):
+        assert found["changed"] == []
+        assert found["events"] == ["skipped"]
+        assert (found["counts"], found["counts after"]) == ((1, 1), (1, 0))
+        assert found["reason"].startswith(
+            {"gradient": "gradient is not finite", "spike": "loss "}.get(kind, "loss is nan")
+        )
+        assert ("deviations above the mean" in found["reason"]) == (kind == "spike")
+        assert found["differs"] == []  # the next update is that of a run that never saw the bad batch
+        assert found["moved"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_first_update_may_be_bad(ranks, stage):
+    for found in ranks(2).run(f"{GUARDING}:skip", "GaLoreAdamW", stage, FINITE, good=0):
+        assert (found["changed"], found["differs"], found["moved"]) == ([], [], True)
+        assert found["events"] == ["skipped"]
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(0, "gradient"), (1, "spike"), (2, "nan"), (3, FINITE)])
+def test_too_many_in_a_row_end_the_run_on_all_ranks(ranks, stage, kind):
+    found = ranks(3).run(f"{GUARDING}:exhaust", stage, kind)
+    assert len(set(found)) == 1
+    count, message = found[0]
+    assert count == 3
+    assert "3 updates in a row were skipped, more than megalr.guards.max_skipped = 2" in message
+    assert "the last because its gradient is not" in message or "the last because its loss" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "stage"),
+    [("GaLoreAdamW", 0), ("GaLoreAdamW", 3), ("low_rank", 1), ("projected", 2), ("projected", 3), ("Muon", 2)],
+)
+def test_healthy_ranks_agree(ranks, method, stage):
+    assert ranks(3).run(f"{GUARDING}:healthy", method, stage) == [5] * 3
+    assert ranks(3).run(f"{GUARDING}:healthy", method, stage, **BF16) == [5] * 3
+
+
+@pytest.mark.parametrize(
+    ("stage", "parametrization"),
+    [
+        (0, None),
+        (1, {"type": "low_rank", "rank": 5}),
+        (2, {"type": "sltrain", "rank": 5, "density": 0.1}),
+        (3, {"type": "projected", "rank": 5, "update_proj_gap": 2}),
+    ],
+)
+def test_healthy_tensor_parallel_ranks_agree(ranks, stage, parametrization):
+    assert ranks(4).run(f"{GUARDING}:healthy_tensor", 2, stage, parametrization) == [4] * 4
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "where"),
+    [("GaLoreAdamW", 0, "mlp_tall.weight"), ("low_rank", 0, "lm_head.weight"), ("projected", 2, "mlp_wide.weight")],
+)
+def test_a_flipped_bit_is_named(ranks, method, stage, where):
+    found = ranks(3).run(f"{GUARDING}:flip", method, stage, where, 1)
+    assert len(set(found)) == 1
+    count, message = found[0]
+    assert count == 2  # at the next comparison
+    assert f"rank 1: {where} (1 of " in message
+    assert "rank 0:" not in message and "rank 2:" not in message
+
+
+def test_a_resumed_guard_decides_alike(ranks):
+    for equal, known, skipped, in_a_row, (first, second) in ranks(2).run(f"{GUARDING}:go_on", 2):
+        assert equal
+        assert (known, skipped, in_a_row) == (3, 1, 1)
+        assert first == second is not None
+
+
+def test_an_update_ends_where_the_user_says(ranks):
+    for updates, losses, off in ranks(2).run(f"{GUARDING}:boundaries_of_the_user"):
+        assert (updates, losses) == (2, 2)
+        assert math.isclose(off, 0.0, abs_tol=1e-6)
+
+
+def test_a_job_that_initializes_itself_may_attach_a_guard(ranks):
+    for events, reason, loss in ranks(2).run(f"{GUARDING}:of_a_job_of_its_own"):
+        assert (events, reason) == (["skipped"], "loss is nan")
+        assert loss is None  # none went through the engine
+
+
+@pytest.mark.parametrize(("saves", "words"), [("2", "the last checkpoint is that of step 4"), ("2h", "no checkpoint")])
+def test_the_launcher_notes_what_is_skipped_and_gives_up(ranks, tmp_path, saves, words):
+    """After the first update, of a rate beyond all reason, no loss is a number."""
+    config = write_config(
+        tmp_path / "hot.json",
+        megalr={"guards": {"max_skipped": 3}, "momentum_reset": None, "refactorization": None},
+        optimizer={"type": "AdamW", "params": {"lr": 1e30}},
+    )
+    flags = ["--deepspeed", str(config), *small_run(tmp_path), "--steps", "20", "--log-every", "7"]
+    flags += ["--output", "run", "--save-every", saves]
+    found = ranks(2).run(f"{GUARDING}:launcher_ends", flags, str(tmp_path))
+    assert found[0] == found[1]
+    assert found[0].startswith("step 5: 4 updates in a row were skipped, more than megalr.guards.max_skipped = 3")
+    assert words in found[0]
+
+    rows = {row["step"]: row for row in metrics(tmp_path / "run") if "loss" in row}
+    assert list(rows) == [2, 3, 4, 5]
+    for row in rows.values():
+        assert row["events"] == ["skipped"]
+        assert row["skipped"] == f"loss is {row['loss']}"
+        assert not math.isfinite(row["loss"])
+
+
+def test_checkpoints_by_the_clock_of_rank_0(ranks, tmp_path):
+    flags = ["--deepspeed", str(write_config(tmp_path / "c.json")), *small_run(tmp_path), "--steps", "3"]
+    for every, saved in (("0.0001s", {"step1", "step2", "step3"}), ("1h", {"step3"})):
+        words = [*flags, "--output", every, "--save-every", every]
+        assert ranks(2).run(f"{GUARDING}:launcher_ends", words, str(tmp_path)) == ["", ""]
+        assert {folder.name for folder in (tmp_path / every / "checkpoints").iterdir() if folder.is_dir()} == saved

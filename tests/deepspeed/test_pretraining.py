@@ -1,0 +1,125 @@
+"""The pretraining program on several processes: the same run however it is cut, and after a resume."""
+
+import shutil
+
+import pytest
+
+from tests.end_to_end.commands import assert_same_checkpoints, losses, metrics, small_run, write_config
+
+TRAIN = "tests.deepspeed.pretraining:train"
+STEPS = 12
+# Both events come within the run.
+EVENTS = {
+    "refactorization": {"interval": 5},
+    "momentum_reset": {"interval": 4, "scope": "factors", "warmup_steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def train(ranks, tmp_path_factory):
+    """Trains at a stage and world size, once, and gives the run's folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = {}
+
+    def once(stage, world_size, *flags, **sections):
+        key = (stage, world_size, flags, str(sections))
+        if key not in done:
+            name = f"run{len(done)}"
+            config = write_config(folder / f"{name}.json", stage, megalr=EVENTS, **sections)
+            command = ["--deepspeed", str(config), *small_run(folder), "--steps", str(STEPS), "--save-every", "6"]
+            ranks(world_size).run(TRAIN, [*command, "--output", name, *flags], str(folder))
+            done[key] = folder / name
+        return done[key]
+
+    return once
+
+
+def check_same(one, other, rel):
+    assert losses(one) == pytest.approx(losses(other), rel=rel)
+    ends = [[row["eval_loss"] for row in metrics(folder) if "eval_loss" in row] for folder in (one, other)]
+    assert ends[0] == pytest.approx(ends[1], rel=rel)
+
+
+def test_events_are_noted(train):
+    events = {row["step"]: row["events"] for row in metrics(train(0, 1)) if "events" in row}
+    assert events == {
+        4: ["momentum_reset"],
+        5: ["refactorization"],
+        8: ["momentum_reset"],
+        10: ["refactorization"],
+        12: ["momentum_reset"],
+    }
+
+
+def test_no_update_is_idle(train):
+    rates = [row["lr"] for row in metrics(train(0, 1)) if "lr" in row]
+    assert rates[0] == pytest.approx(max(rates))  # the warm-up of 12 steps is one step long
+    assert min(rates) > 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_and_world_size_trains_the_same_model(train, stage, world_size):
+    check_same(train(stage, world_size), train(0, 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_accumulation_changes_nothing(train, world_size):
+    check_same(train(2, world_size, gradient_accumulation_steps=2), train(0, 1), rel=1e-5)
+
+
+def test_activation_checkpointing_changes_nothing(train):
+    check_same(train(3, 2, "--activation-checkpointing"), train(0, 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_stays_close(train, stage):
+    check_same(train(stage, 2, bf16={"enabled": True}), train(0, 1), rel=2e-3)
+
+
+def test_uneven_padding_changes_nothing(train, tmp_path):
+    """Documents of one to fifty words, one a sequence: every token weighs the same, however the batch is cut."""
+    text = tmp_path / "documents.jsonl"
+    lines = [" ".join(f"word{i * k % 17}" for k in range(1 + i * i % 50)) for i in range(300)]
+    text.write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
+    flags = ["--no-pack", "--dataset", str(text)]
+
+    whole = train(0, 1, *flags)
+    check_same(train(1, 2, *flags, train_micro_batch_size_per_gpu=1), whole, rel=1e-5)
+    check_same(train(3, 3, *flags), whole, rel=1e-5)
+    assert metrics(whole)[5]["tokens"] < 5 * 12 * 32
+
+
+@pytest.mark.parametrize(
+    ("stage", "sections"),
+    [(0, {}), (1, {}), (2, {}), (3, {}), (0, {"bf16": {"enabled": True}}), (2, {"bf16": {"enabled": True}})],
+)
+def test_resume_is_bitwise(ranks, train, stage, sections):
+    whole = train(stage, 2, **sections)
+    resumed = whole.with_name(f"{whole.name}-resumed")
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / f"checkpoints/step{STEPS}")
+    (resumed / "checkpoints/latest").write_text("step6")
+    (resumed / "summary.json").unlink()
+
+    flags = ["--deepspeed", f"{whole}.json", *small_run(whole.parent), "--steps", str(STEPS), "--save-every", "6"]
+    ranks(2).run(TRAIN, [*flags, "--output", str(resumed), "--resume"], str(whole.parent))
+
+    assert (resumed / "summary.json").exists()
+    timeless = [[{**row, "tokens_per_second": 0} for row in metrics(folder)] for folder in (whole, resumed)]
+    assert timeless[0] == timeless[1]
+    assert_same_checkpoints(resumed / f"checkpoints/step{STEPS}", whole / f"checkpoints/step{STEPS}")
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("after_barrier", [False, True])
+def test_a_mistake_of_one_rank_reaches_all(ranks, failing, after_barrier):
+    found = ranks(3).run("tests.deepspeed.pretraining:fail_together", failing, after_barrier, timeout=60)
+    assert found == [f"found by {failing}"] * 3
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_rank_0_decides_for_all(ranks, world_size):
+    found = ranks(world_size).run("tests.deepspeed.pretraining:first_decides", timeout=60)
+    everyone = list(range(world_size))
+    assert found == [[{"rank": 0}, "no", [world_size, sum(everyone)], everyone]] * world_size

@@ -1,0 +1,96 @@
+"""The pretraining program with the ready configurations of rules and projected layers, on the embedded text."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.end_to_end.commands import ROOT, assert_same_checkpoints, losses, metrics, small_run
+
+TRAIN = "tests.deepspeed.pretraining:train"
+STEPS = 8
+OTHERS = ("lowrank", "_tp2")  # have tests of their own
+READY = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
+CONFIGS = [name for name in READY if not any(part in name for part in OTHERS)]
+
+
+@pytest.fixture(scope="module")
+def train(ranks, tmp_path_factory):
+    """Trains with a ready configuration, once, and gives the run's folder."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def once(name, world_size=2):
+        run = folder / f"{name} on {world_size}"
+        if not run.exists():
+            config = ["--deepspeed", str(ROOT / "ds_configs" / name), "--save-every", "4"]
+            flags = [*config, *small_run(folder), "--steps", str(STEPS), "--output", str(run)]
+            ranks(world_size).run(TRAIN, flags, str(folder))
+        return run
+
+    return once
+
+
+def test_the_promised_configurations_are_there():
+    galore = {f"zero{stage}_galore.json" for stage in range(4)}
+    others = {f"zero{stage}_{rule}.json" for stage in (2, 3) for rule in ("fira", "apollo", "muon", "projected")}
+    assert set(CONFIGS) == galore | others
+
+
+def routes(run):
+    """The columns of the routing table's lines about matrices, or about R of projected layers."""
+    lines = (run / "routing.txt").read_text().splitlines()
+    return [line.split() for line in lines if " matrices " in line or " projected " in line]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_ready_configuration_learns(train, name):
+    run = train(name)
+    assert losses(run)[-1] < losses(run)[0]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["perplexity"] < 0.9 * summary["perplexity_untrained"]
+    rule = name.removesuffix(".json").split("_")[1]
+    expected = ["projected", "adamw"] if rule == "projected" else ["matrices", rule]
+    assert [route[4:6] for route in routes(run)] == [expected] * 14  # seven in each of two layers
+    assert (summary["trained_parameters"] < summary["parameters"]) == (rule == "projected")  # W0 and bases are frozen
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_stage_trains_the_same_model(train, stage):
+    for world_size in (1, 3):
+        assert losses(train(f"zero{stage}_galore.json", world_size)) == pytest.approx(
+            losses(train("zero0_galore.json")), rel=1e-5
+        )
+
+
+def test_exchanged_bytes_are_noted(train):
+    def exchanged(name):
+        return {row["exchange_bytes"] for row in metrics(train(name)) if "exchange_bytes" in row}
+
+    # At stage 3 half of each matrix lies on the other rank: it travels there and back, in fp32, and so does a vote.
+    sizes = [int(m) * int(n) for _, m, _, n, *_ in routes(train("zero3_muon.json"))]
+    assert exchanged("zero3_muon.json") == {4 * sum(sizes)}
+    assert max(exchanged("zero2_muon.json")) < 4 * sum(sizes)
+
+
+RESUMED = [
+    "zero0_galore.json",
+    "zero2_galore.json",
+    "zero3_galore.json",
+    "zero2_projected.json",
+    "zero3_projected.json",
+]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resume_is_bitwise(ranks, train, name):
+    whole = train(name)
+    resumed = whole.with_name(f"{whole.name} resumed")
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / f"checkpoints/step{STEPS}")
+    (resumed / "checkpoints/latest").write_text("step4")
+    (resumed / "summary.json").unlink()
+    config = ["--deepspeed", str(ROOT / "ds_configs" / name), "--save-every", "4"]
+    flags = [*config, *small_run(whole.parent), "--steps", str(STEPS), "--output", str(resumed), "--resume"]
+    ranks(2).run(TRAIN, flags, str(whole.parent))
+    assert losses(resumed) == losses(whole)
+    assert_same_checkpoints(resumed / f"checkpoints/step{STEPS}", whole / f"checkpoints/step{STEPS}")
