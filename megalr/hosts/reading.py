@@ -16,20 +16,18 @@ Only the layout of this rank's group is needed to know every rank's, so nothing 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalr.errors import UserError
+from megalr.hosts.base import NamedGroup
 from megalr.layout.layout import Fragment, Layout
 from megalr.layout.planned import chunks, parts
 from megalr.layout.shard import Shard
-
-# A group as it was given to the optimizer: the model's own parameters by name, in order.
-NamedGroup = Mapping[str, nn.Parameter]
 
 
 def read_shard(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]]) -> Shard:

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalr.errors import UserError
-from megalr.hosts.reading import NamedGroup, read_shard
+from megalr.hosts.base import NamedGroup
+from megalr.hosts.reading import read_shard
 from megalr.layout.shard import Shard
 from megalr.layout.tensor_parallel import join
 

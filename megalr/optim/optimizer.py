@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
+from megalr.hosts.base import Host
 from megalr.hosts.tensor_parallel import read_shards
 from megalr.layout.exchange import COPIES, Exchange, Item, buckets
 from megalr.layout.placement import Unit
@@ -58,6 +59,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         events: LayerEvents | None = None,
         activations: LayerEvents | None = None,
         sections: Mapping[str, Any] | None = None,
+        host: Host | None = None,
     ) -> None:
         """
         Args:
@@ -67,6 +69,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
             events: what the parametrization does beside; see :func:`megalr.optim.events.registry.layer_events`.
             activations: what the compression of saved activations does beside.
             sections: what the JSON says of the method, to be kept with checkpoints.
+            host: the engine that will step this optimizer; None: recognized by what it has made of the parameters.
         """
         self.config = config
         self.sections = dict(sections or {})
@@ -78,6 +81,7 @@ class MegalrOptimizer(torch.optim.Optimizer):
         self._groups = list(groups)
         self._pairs = list(pairs)
         self._shard: Shard | None = None
+        self._host = host
         self.matrices: MatrixUpdater | None = None
         self._events = events
         self.all_events = [each for each in (events, activations) if each is not None]
@@ -157,7 +161,8 @@ class MegalrOptimizer(torch.optim.Optimizer):
     def prepare(self) -> Shard:
         """Read what lies where, choose owners; done once, on first use after ``deepspeed.initialize``."""
         if self._shard is None:
-            local, shard = read_shards([group.parameters for group in self._groups], self.all_groups)
+            read = read_shards if self._host is None else self._host.read
+            local, shard = read([group.parameters for group in self._groups], self.all_groups)
             device = shard.message_device()
             self.exchange = Exchange(shard.layout, shard.rank, shard.group, device=device, replicas=shard.replicas)
             self._owned_pairs = OwnedPairs.of(self._pairs, shard.layout)
