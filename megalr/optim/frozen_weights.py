@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from megalr.errors import UserError
-from megalr.hosts.reading import frozen_parts
+from megalr.hosts import held as frozen_parts
+from megalr.hosts import logical_shape
 from megalr.hosts.tensor_parallel import own_part
 from megalr.layout.exchange import Exchange
 from megalr.layout.rectangles import Entry, folded, rectangles
 from megalr.layout.shard import Shard
-from megalr.optim.groups import logical_shape
 from megalr.seeding import generator
 
 DROPPED_BITS = 16  # of fp32 that bf16 does not have

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
+from megalr.hosts import read as read_shards
 from megalr.hosts.base import Host
-from megalr.hosts.tensor_parallel import read_shards
 from megalr.layout.exchange import COPIES, Exchange, Item, buckets
 from megalr.layout.placement import Unit
 from megalr.layout.shard import Shard

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import megalr
-from megalr.api import deepspeed_section
 from megalr.config.settings import MegalrConfig
+from megalr.hosts.deepspeed_config import deepspeed_section
 from megalr.layers import densify
 from tests.deepspeed import rule_training
 from tests.deepspeed.odd_model import odd_model

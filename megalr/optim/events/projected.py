@@ -23,7 +23,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megalr.hosts.reading import frozen_parts
+from megalr.hosts import held as frozen_parts
+from megalr.hosts import logical_shape
 from megalr.hosts.tensor_parallel import in_whole, own_part
 from megalr.layers.projected import ProjectedConfig, ProjectedLinear
 from megalr.layout.exchange import Exchange, Field, run_of, write
@@ -32,7 +33,6 @@ from megalr.layout.shard import Shard
 from megalr.ops import low_rank_adam, momentum_reset
 from megalr.optim.events.base import LayerEvents, Moments, Step
 from megalr.optim.frozen_weights import Merging
-from megalr.optim.groups import logical_shape
 from megalr.rules.adam import rotate_moments
 from megalr.rules.base import State, tensor
 from megalr.rules.bases import Projector, Side, SummedMatrix, leading_basis, random_basis, sketched_basis
