@@ -261,7 +261,7 @@ def test_a_parametrization_has_events_of_its_own():
     assert train({**RELORA, "type": "relora"}, 3)[1].refreshes == 1 and seen == []
     with pytest.raises(megalr.UserError, match="OwnRelora has the events Counted already: derive"):
         megalr.register_events(OwnRelora)(Merges)
-    with pytest.raises(megalr.UserError, match="derive from megalr.optim.events.base.LayerEvents, not <class 'dict'>"):
+    with pytest.raises(megalr.UserError, match="derive from megalr.optim.layer_events.LayerEvents, not <class 'dict'>"):
         megalr.register_events(OwnRelora)(dict)
     with pytest.raises(megalr.UserError, match="derives from Parametrization, not <class 'dict'>"):
         megalr.register_events(dict)(Merges)
