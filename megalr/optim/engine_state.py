@@ -97,23 +97,27 @@ def fill(optimizer: MegalrOptimizer, loaded: Loaded) -> None:
     """
     if optimizer.matrices is not None:
         optimizer.matrices.make_room(loaded.matrices, {})
-    _fill_events(optimizer.events, loaded.tensors)
-    entries = kept_entries(optimizer)
-    unknown = (loaded.matrices.keys() - optimizer.matrix_states.keys()) | (loaded.tensors.keys() - entries.keys())
+    rules = {} if optimizer.matrices is None else optimizer.matrices.entries()
+    known = rules.keys() | _fill_events(optimizer.events, loaded.tensors)
+    unknown = (loaded.matrices.keys() - optimizer.matrix_states.keys()) | (loaded.tensors.keys() - known)
     if unknown:
         raise UserError(
             f"the checkpoint holds the state of {min(unknown)}, which this rank does not own: resume with the ZeRO "
             "stage, number of processes and optimizer settings that it was written with"
         )
-    if optimizer.matrices is not None:
-        _fill_entries(optimizer.matrices.entries(), loaded.tensors)
+    _fill_entries(rules, loaded.tensors)
 
 
-def _fill_events(events: Sequence[Event], tensors: Mapping[str, Sequence[Tensor]]) -> None:
+def _fill_events(events: Sequence[Event], tensors: Mapping[str, Sequence[Tensor]]) -> set[str]:
+    """Read into events what is theirs; the keys of that."""
+    keys: set[str] = set()
     for event in events:
         event.make_room(tensors)
-        _fill_entries(event.entries(), tensors)
+        entries = event.entries()
+        _fill_entries(entries, tensors)
+        keys |= entries.keys()
         event.settle()
+    return keys
 
 
 def _fill_entries(entries: Mapping[str, Entry], tensors: Mapping[str, Sequence[Tensor]]) -> None:
