@@ -12,7 +12,7 @@ import megalr
 from megalr.config.settings import MegalrConfig
 from megalr.layers import densify
 from tests.deepspeed import rule_training
-from tests.deepspeed.odd_model import odd_model
+from tests.odd_model import odd_model
 from tests.deepspeed.training import configuration, lost_by_resuming, run_steps
 
 STEPS = 12

@@ -21,7 +21,7 @@ from megalr.train.arguments import parse_arguments
 from megalr.train.pretrain import pretrain
 from megalr.train.ranks import AgreedError, start_ranks
 from tests.deepspeed import projecting, rule_training, tensor_training, training
-from tests.deepspeed.odd_model import odd_model
+from tests.odd_model import odd_model
 from tests.deepspeed.pretraining import MODELS
 from tests.deepspeed.training import run_steps, same
 

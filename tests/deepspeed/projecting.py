@@ -14,7 +14,7 @@ from megalr.api import deepspeed_section
 from megalr.config.settings import MegalrConfig
 from megalr.layers import densify
 from tests.deepspeed import rule_training
-from tests.deepspeed.odd_model import odd_model
+from tests.odd_model import odd_model
 from tests.deepspeed.training import configuration, dense_model, lost_by_resuming, run_steps, same
 
 STEPS = 12

@@ -11,7 +11,7 @@ from torch import Tensor
 import megalr
 from megalr.hosts.reading import frozen_parts
 from tests.deepspeed import training
-from tests.deepspeed.odd_model import odd_model
+from tests.odd_model import odd_model
 from tests.deepspeed.training import configuration, lost_by_resuming, run_steps, same
 
 STEPS = 12

@@ -7,7 +7,7 @@ import functools
 import pytest
 
 from tests.deepspeed import factoring, rule_training, training
-from tests.deepspeed.odd_model import odd_model
+from tests.odd_model import odd_model
 from tests.deepspeed.test_training import assert_same_weights
 from tests.plain_factors import plain_factors
 

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from tests.deepspeed.odd_model import odd_model
+from tests.odd_model import odd_model
 from tests.deepspeed.plugging import LAYERS, PARAMS, TYPE
 from tests.deepspeed.rule_training import STEPS, batches
 from tests.deepspeed.test_rules import MATRICES, assert_same_weights
