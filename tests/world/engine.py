@@ -66,6 +66,13 @@ class Engine:
         self._gradient = torch.zeros(sum(p.numel() for p in self._parameters.values()))
         self.basic_optimizer.prepare()
 
+    def __call__(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches an update."""
+        return self._accumulation
+
     def backward(self, loss: Tensor) -> None:
         """One micro-batch's backward pass; at stages 2 and 3 its gradients are averaged over the ranks at once."""
         (loss / self._accumulation).backward()
@@ -115,6 +122,7 @@ class Engine:
         for buffer, master in enumerate(state["masters"]):
             self.masters[buffer].data.copy_(master)
             self.publish(buffer)
+        self.share_weights()
 
     def gradients(self) -> list[Tensor]:
         """This rank's part of the averaged gradients, by buffer."""
@@ -163,7 +171,8 @@ class Engine:
         self._gradient += flat / dist.get_world_size()
 
     def _cut(self, buffer: int) -> Tensor:
-        whole = dict(zip(self._parameters, self._gradient.split([p.numel() for p in self._parameters.values()])))
+        sizes = [p.numel() for p in self._parameters.values()]
+        whole = dict(zip(self._parameters, self._gradient.split(sizes), strict=True))
         flat = torch.zeros(self.masters[buffer].numel())
         for f in self._own:
             if f.buffer == buffer:
@@ -193,11 +202,13 @@ class Engine:
                 optimizer.param_groups = groups
             self.publish(buffer)
             master.grad = None
-        self._gather()
+        self.share_weights()
 
     @torch.no_grad()
-    def _gather(self) -> None:
-        """Bring every rank's parts into the weights."""
+    def share_weights(self) -> None:
+        """Bring every rank's parts into the weights of all."""
+        if self.stage == 0:
+            return
         sizes = [part.numel() for part in self._parts]
         own = torch.cat(self._parts)
         parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
