@@ -12,8 +12,8 @@ import megalr
 from megalr.config.settings import MegalrConfig
 from megalr.layers import densify
 from tests.deepspeed import rule_training
-from tests.deepspeed.odd_model import odd_model
 from tests.deepspeed.training import configuration, lost_by_resuming, run_steps
+from tests.odd_model import odd_model
 
 STEPS = 12
 ADAMW = {"lr": 5e-3, "weight_decay": 0.1, "embedding": {"lr": 1e-2}}

@@ -17,8 +17,8 @@ from megalr.layers import densify
 from megalr.layout.exchange import Exchange
 from megalr.optim.events.refresh import Refresh, refresh
 from tests.deepspeed import rule_training
-from tests.deepspeed.odd_model import odd_model
 from tests.deepspeed.training import configuration, dense_model, lost_by_resuming, run_steps, same
+from tests.odd_model import odd_model
 
 STEPS = 12
 ADAMW = {"lr": 5e-3, "weight_decay": 0.1, "embedding": {"lr": 1e-2}}
