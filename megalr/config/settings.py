@@ -22,7 +22,7 @@ from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.layers.velora import VeloraConfig
 from megalr.plugins import load_plugins
 from megalr.rules.base import Rule
-from megalr.rules.registry import RULES, plain
+from megalr.rules.registry import RULES, canonical
 from megalr.schema import Json, build, check_keys, check_ramp, check_targets, check_types, nearest, require
 
 # What "auto" stands for in the optimizer's "params" when transformers' TrainingArguments are at hand.
@@ -293,12 +293,12 @@ def _optimizer(section: Any) -> OptimizerConfig:
     if not isinstance(section, Mapping) or "type" not in section:
         raise UserError(f'"optimizer" must be an object with a "type", one of: {", ".join(RULES)}')
     check_keys(section, {"type": None, "params": None}, "optimizer")
-    rules = {plain(name): rule for name, rule in RULES.items()}
+    rules = {canonical(name): rule for name, rule in RULES.items()}
     if not isinstance(section["type"], str):
         raise UserError(f"optimizer.type is {json.dumps(section['type'])}; write one of: {', '.join(RULES)}")
-    if plain(section["type"]) not in rules:
+    if canonical(section["type"]) not in rules:
         raise UserError(f"optimizer.type is {section['type']!r}{nearest(str(section['type']), RULES)}")
-    rule = rules[plain(section["type"])]
+    rule = rules[canonical(section["type"])]
     params = section.get("params", {})
     where = "optimizer.params"
     if not isinstance(params, Mapping):

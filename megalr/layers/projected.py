@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from megalr.layers.base import Parametrization
+from megalr.layers.base import MergeRounding, Parametrization
 from megalr.rules.bases import Projector, Side, random_basis
 from megalr.schema import require
 from megalr.seeding import generator
@@ -72,7 +72,7 @@ class ProjectedConfig(Parametrization):
     stagger: bool = True
     share_basis: bool | None = None
     compute: Compute = "auto"
-    merge_rounding: Literal["nearest", "stochastic", "remainder"] = "nearest"
+    merge_rounding: MergeRounding = "nearest"
 
     def __post_init__(self) -> None:
         super().__post_init__()

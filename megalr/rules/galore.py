@@ -25,6 +25,7 @@ class GaLore(ProjectedRule):
         scale: α.
     """
 
+    type_name: ClassVar[str] = "GaLoreAdamW"
     name: ClassVar[str] = "galore"
     default_lr: ClassVar[float] = 1e-2
     default_eps: ClassVar[float] = 1e-6

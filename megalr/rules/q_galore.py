@@ -48,6 +48,7 @@ class QGaLore(ProjectedRule):
         min_8bit_size: elements from which on a moment is quantized.
     """
 
+    type_name: ClassVar[str] = "QGaLoreAdamW"
     name: ClassVar[str] = "q_galore"
     default_lr: ClassVar[float] = 1e-2
     default_eps: ClassVar[float] = 1e-6

@@ -12,7 +12,8 @@ import megalr
 from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
 from megalr.layers import densify, factor_names, factor_pairs, parametrize
-from megalr.layers.lora import LoraConfig, LoraLinear, ReloraConfig
+from megalr.layers.lora import LoraConfig, LoraLinear
+from megalr.layers.relora import ReloraConfig
 from megalr.optim.events.relora import _largest
 
 TARGETS = {"target_modules": ("attn",)}

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megalr.config.settings import LowRankConfig
 from megalr.layers import parametrize
-from megalr.layers.lora import ReloraConfig
 from megalr.layers.projected import ProjectedConfig
+from megalr.layers.relora import ReloraConfig
 from megalr.layers.sltrain import SLTrainConfig
 from megalr.layers.switchlora import SwitchLoraConfig
 from megalr.memory.formulas import (

@@ -9,9 +9,9 @@ from torch import nn
 
 from megalr.errors import UserError
 from megalr.layers.base import FullConfig, Parametrization, ParametrizationConfig
-from megalr.layers.lora import ReloraConfig
 from megalr.layers.loro import LoroConfig
 from megalr.layers.projected import ProjectedConfig
+from megalr.layers.relora import ReloraConfig
 from megalr.layers.switchlora import SwitchLoraConfig
 from megalr.optim.events.base import LayerEvents
 from megalr.optim.events.loro import RiemannianSteps

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalr.layers.lora import LoraLinear, ReloraConfig, draw_a_
+from megalr.layers.lora import LoraLinear, draw_a_
+from megalr.layers.relora import ReloraConfig
 from megalr.layout.exchange import Exchange, run_of, write
 from megalr.layout.layout import Fragment
 from megalr.layout.shard import Shard
