@@ -93,7 +93,7 @@ def test_a_merge_changes_no_output_and_restarts_the_factors():
     for update in range(1, 7):
         optimizer.zero_grad()
         layer(x).square().sum().backward()
-        rates.append(optimizer._ramp("factors"))
+        rates.append(optimizer.clocks["factors"].ramp(optimizer.layer_events.restart_warmup_steps))
         before = (layer.weight + layer.B @ layer.A).detach() if update == 3 else None
         optimizer.step()
         if update == 3:

@@ -48,7 +48,13 @@ def register_events(parametrization: type[Parametrization]) -> Callable[[E], E]:
         if not (isinstance(events, type) and issubclass(events, LayerEvents)):
             raise UserError(
                 f"register_events({parametrization.__name__}) is for classes that derive from "
-                f"megalr.optim.events.base.LayerEvents, not {events!r}"
+                f"megalr.optim.layer_events.LayerEvents, not {events!r}"
+            )
+        own = [name for name in ("state_dict", "load_state_dict") if hasattr(events, name)]
+        if own:
+            raise UserError(
+                f"{events.__name__} defines {own[0]}, which nothing calls: give counts by numbers() and "
+                "load_numbers(), and tensors by entries() and make_room(); see megalr.optim.layer_events.LayerEvents"
             )
         if parametrization in EVENTS:
             raise UserError(
