@@ -52,5 +52,10 @@ def canonical(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
+def hyperparameters(rule: type[Rule]) -> list[str]:
+    """The keys of ``optimizer.params`` that a rule adds."""
+    return [field.name for field in dataclasses.fields(rule) if field.name not in rule.unused]  # type: ignore[arg-type]
+
+
 for _name, _rule in sorted(declared_classes(megalr.rules, Rule, "type_name"), key=lambda found: found[0].lower()):
     register_rule(_name)(_rule)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from megalr.layers.base import Parametrization
 from megalr.layout.exchange import Exchange, Field
 from megalr.layout.rectangles import Entry
 from megalr.layout.shard import Shard
@@ -124,6 +125,7 @@ class LayerEvents(Event):
     Beside what the base class says, the optimizer calls :meth:`update` for flat buffers of its :attr:`group`.
 
     Attributes:
+        parametrization: whose events these are, for classes of this package; a user's are registered.
         key: of its numbers in the optimizer's.
         group: the group of parameters that it updates itself; empty where AdamW does that.
         remainders: what this rank keeps of frozen weights beside the model's, by layer; see
@@ -131,6 +133,7 @@ class LayerEvents(Event):
         frozen_weights: what adds to them, where the layers have some that change.
     """
 
+    parametrization: ClassVar[type[Parametrization]]
     key: ClassVar[str] = "layers"
     group: ClassVar[str] = ""
 

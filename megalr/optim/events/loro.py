@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from megalr.layers.base import Parametrization
 from megalr.layers.loro import LoroConfig
 from megalr.layers.low_rank import LowRankLinear
 from megalr.layout.exchange import Exchange, Field, copy_into, run_of
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 class RiemannianSteps(LayerEvents):
     """The updates of a model's LORO layers; exact steps of all after the same updates."""
 
+    parametrization: ClassVar[type[Parametrization]] = LoroConfig
     group: ClassVar[str] = "factors"
 
     def __init__(self, layers: Mapping[str, Any], config: LoroConfig, seed: int) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megalr.hosts.reading import frozen_parts
 from megalr.hosts.tensor_parallel import in_whole, own_part
+from megalr.layers.base import Parametrization
 from megalr.layers.projected import ProjectedConfig, ProjectedLinear
 from megalr.layout.exchange import Exchange, Field, run_of, write
 from megalr.layout.layout import Fragment
@@ -73,6 +74,7 @@ class Projections(LayerEvents):
         schedule: the bases, and whose turn it is.
     """
 
+    parametrization: ClassVar[type[Parametrization]] = ProjectedConfig
     group: ClassVar[str] = "projected"
 
     def __init__(self, layers: Mapping[str, Any], config: ProjectedConfig, seed: int) -> None:

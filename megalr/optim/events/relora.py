@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from megalr.layers.base import Parametrization
 from megalr.layers.lora import LoraLinear, draw_a_
 from megalr.layers.relora import ReloraConfig
 from megalr.layout.exchange import Exchange, run_of, write
@@ -20,6 +21,8 @@ from megalr.seeding import generator
 
 class Merges(LayerEvents):
     """The merges of a model's ReLoRA layers, all after the same updates."""
+
+    parametrization: ClassVar[type[Parametrization]] = ReloraConfig
 
     def __init__(self, layers: Mapping[str, Any], config: ReloraConfig, seed: int) -> None:
         """

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from megalr.layers.base import Parametrization
 from megalr.layers.low_rank import uniform_
 from megalr.layers.switchlora import SwitchLoraConfig, SwitchLoraLinear
 from megalr.layout.exchange import Exchange, Field
@@ -48,6 +49,7 @@ class _Switch:
 class Switches(LayerEvents):
     """The switches of a model's SwitchLoRA layers."""
 
+    parametrization: ClassVar[type[Parametrization]] = SwitchLoraConfig
     group: ClassVar[str] = "factors"
 
     def __init__(self, layers: Mapping[str, Any], config: SwitchLoraConfig, seed: int) -> None:
