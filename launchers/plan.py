@@ -19,7 +19,7 @@ import torch
 from megalr.config.settings import FullConfig, LowRankConfig, OptimizerConfig, ParametrizationConfig, ProjectedConfig
 from megalr.errors import UserError
 from megalr.layers import parametrize
-from megalr.layers.lora import MergeRounding
+from megalr.layers.base import MergeRounding
 from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.layout.planned import planned_layout
 from megalr.memory.formulas import (

@@ -17,8 +17,10 @@ from megalr.errors import UserError
 from megalr.hosts import held, host_of, logical_shape
 from megalr.hosts.tensor_parallel import indices_in_whole, part_offset
 from megalr.layers.base import FactorizedLinear
-from megalr.layout.exchange import Item, write
+from megalr.layout.exchange import write
+from megalr.layout.placement import Unit
 from megalr.layout.rectangles import Entry, Piece, folded, rectangles
+from megalr.optim.forms import logical_form
 from megalr.optim.optimizer import MegalrOptimizer
 from megalr.optim.state import MOMENTS, check, entries_of, make_room, numbers_of, set_rates, settle
 
@@ -171,7 +173,7 @@ class Contents:
     def _has_groups_of(self, numbers: Mapping[str, Any]) -> bool:
         """Whether learning rates of groups can be taken over: those of another rule mean something else."""
         names = [group["name"] for group in self._optimizer.all_groups]
-        same_rule = numbers["optimizer"]["logical_rule"] == self._optimizer.logical_form()
+        same_rule = numbers["optimizer"]["logical_rule"] == logical_form(self._optimizer.config)
         return same_rule and list(numbers["optimizer"]["lr"]) == names
 
     def _settle_schedule(self, numbers: Mapping[str, Any]) -> None:
@@ -244,7 +246,7 @@ class Contents:
                     continue  # no moments yet
                 whole = torch.empty(self._shard.layout.numel(name), device=field[0].device)
                 if once:
-                    gathered = self._optimizer.exchange.gather([Item(name, 0)], [field])
+                    gathered = self._optimizer.exchange.gather([Unit((name,), owner=0)], [field])
                     if name not in gathered:
                         continue
                     whole.index_copy_(0, places.to(whole.device), gathered[name][0])

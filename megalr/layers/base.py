@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from megalr.errors import UserError
 from megalr.schema import check_targets, require
 
+# How a frozen weight of 16 bits takes what is added to it; see "merge_rounding" of the parametrizations that do.
+MergeRounding = Literal["nearest", "stochastic", "remainder"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FullConfig:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from megalr.layers.base import Parametrization
+from megalr.layers.base import MergeRounding, Parametrization
 from megalr.rules.bases import Projector, Side, random_basis
 from megalr.schema import require
 from megalr.seeding import generator
@@ -72,7 +72,7 @@ class ProjectedConfig(Parametrization):
     stagger: bool = True
     share_basis: bool | None = None
     compute: Compute = "auto"
-    merge_rounding: Literal["nearest", "stochastic", "remainder"] = "nearest"
+    merge_rounding: MergeRounding = "nearest"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,8 +144,7 @@ class ProjectedLinear(nn.Module):
         bias: (out_features,) or None.
         side: where the basis is.
         latents: what the group shares besides; None for a layer on its own.
-        collecting: whether backward passes add up the gradient of the whole weight, for a refresh.
-        full_gradient: (out_features, in_features), fp32, what they have added up so far; None before the first.
+        full_gradient: sum of the whole weight's gradient over backward passes, for a refresh; None if none is due.
     """
 
     bias: nn.Parameter | None
@@ -178,8 +177,7 @@ class ProjectedLinear(nn.Module):
         self.basis = nn.Parameter(basis, requires_grad=False)
         self.register_parameter("bias", bias)
         self.latents: SharedLatent | None = None
-        self.collecting = False
-        self.full_gradient: Tensor | None = None
+        self.full_gradient: FullGradientSum | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (..., in_features)."""
@@ -196,8 +194,8 @@ class ProjectedLinear(nn.Module):
         """x Wᵀ + bias; the gradient goes to ``r``, which has to be this layer's R, perhaps by way of something."""
         materialize = self.materializes(x.numel() // self.in_features)
         y: Tensor = _Projected.apply(x, r, bias, self._latent(x, materialize), self, materialize)
-        if self.collecting and torch.is_grad_enabled() and y.requires_grad:
-            y = _Collect.apply(y, x.detach(), self)
+        if self.full_gradient is not None and torch.is_grad_enabled() and y.requires_grad:
+            y = _Collect.apply(y, x.detach(), self.full_gradient)
         return y
 
     def materializes(self, tokens: int) -> bool:
@@ -320,26 +318,38 @@ class _Projected(torch.autograd.Function):
         return dx, dr, dbias, None, None, None
 
 
+class FullGradientSum:
+    """The gradient of a whole weight, summed over backward passes.
+
+    Attributes:
+        value: (out_features, in_features), fp32; None before the first pass.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def add(self, dy: Tensor, x: Tensor) -> None:
+        """Add dyᵀ x for dy (tokens, out_features) and x (tokens, in_features)."""
+        if self.value is None:
+            self.value = (dy.T @ x).float()
+        elif self.value.dtype == dy.dtype:
+            self.value.addmm_(dy.T, x)
+        else:
+            self.value += dy.T @ x
+
+
 class _Collect(torch.autograd.Function):
-    """Hands on y, and adds dyᵀ x to the layer's full gradient when dy comes by."""
+    """Hands on y, and adds dyᵀ x to a sum when dy comes by."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, layer: ProjectedLinear) -> Tensor:
-        ctx.layer = layer
+    def forward(ctx: Any, y: Tensor, x: Tensor, total: FullGradientSum) -> Tensor:
+        ctx.total = total
         ctx.save_for_backward(x)
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layer: ProjectedLinear = ctx.layer
         (x,) = ctx.saved_tensors
-        dy, flat = grads[0].reshape(-1, layer.out_features), x.reshape(-1, layer.in_features)
-        if layer.collecting:
-            if layer.full_gradient is None:
-                layer.full_gradient = (dy.T @ flat).float()
-            elif layer.full_gradient.dtype == dy.dtype:
-                layer.full_gradient.addmm_(dy.T, flat)
-            else:
-                layer.full_gradient += dy.T @ flat
+        ctx.total.add(grads[0].reshape(-1, grads[0].shape[-1]), x.reshape(-1, x.shape[-1]))
         return grads[0], None, None

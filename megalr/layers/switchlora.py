@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megalr.errors import UserError
-from megalr.layers.base import FactorizedLinear
-from megalr.layers.lora import MergeRounding
+from megalr.layers.base import FactorizedLinear, MergeRounding
 from megalr.layers.low_rank import ScaledParametrization, uniform_
 from megalr.schema import require
 

@@ -282,7 +282,7 @@ def _touched(numels: Sequence[int], first: int, length: int) -> int:
 
 
 def _remainder_bytes(merged: Sequence[Shape], *, stage: int, world_size: int, rank: int, dtype: torch.dtype) -> int:
-    """Of a rank, of what :class:`~megalr.optim.frozen_weights.Merging` keeps of merged weights; none in fp32."""
+    """Of a rank, of what :class:`~megalr.optim.frozen_weights.FrozenWeights` keeps of merged weights; none in fp32."""
     if dtype == torch.float32:
         return 0
     numels = [math.prod(shape) for shape in merged]

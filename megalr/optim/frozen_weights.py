@@ -19,7 +19,7 @@ from megalr.seeding import generator
 DROPPED_BITS = 16  # of fp32 that bf16 does not have
 
 
-class Merging:
+class FrozenWeights:
     """Adds to frozen weights, with one of three roundings.
 
     Attributes:

@@ -31,6 +31,7 @@ class AdaRankGrad(GaLore):
         energy: η.
     """
 
+    type_name: ClassVar[str] = "AdaRankGrad"
     name: ClassVar[str] = "adarankgrad"
 
     energy: float = 0.99

@@ -42,6 +42,7 @@ class BAdam(Rule):
             fits is one more block.
     """
 
+    type_name: ClassVar[str] = "BAdam"
     name: ClassVar[str] = "badam"
     reset_keys: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
     takes_vectors: ClassVar[bool] = True

@@ -30,6 +30,7 @@ class CAME(Rule):
         clip_threshold: d.
     """
 
+    type_name: ClassVar[str] = "CAME"
     name: ClassVar[str] = "came"
     reset_keys: ClassVar[tuple[str, ...]] = (
         "exp_avg",

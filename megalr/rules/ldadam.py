@@ -33,6 +33,7 @@ class LDAdam(ProjectedRule):
         error_feedback: keep E.
     """
 
+    type_name: ClassVar[str] = "LDAdamW"
     name: ClassVar[str] = "ldadam"
     unused: ClassVar[frozenset[str]] = frozenset({"projector", "moments", "update_proj_gap", "stagger"})
 

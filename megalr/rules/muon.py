@@ -31,6 +31,7 @@ class Muon(Rule):
             AdamW's size, so that AdamW's learning rate serves (arXiv 2502.16982).
     """
 
+    type_name: ClassVar[str] = "Muon"
     name: ClassVar[str] = "muon"
     reset_keys: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 

@@ -30,6 +30,7 @@ class SCALE(Rule):
         momentum: μ, of the head.
     """
 
+    type_name: ClassVar[str] = "SCALE"
     name: ClassVar[str] = "scale"
     reset_keys: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     axis: ClassVar[int] = 1  # along which an output's gradients lie

@@ -43,6 +43,7 @@ class SPAM(Rule):
         published: do as the published code does.
     """
 
+    type_name: ClassVar[str] = "SPAM"
     name: ClassVar[str] = "spam"
     default_eps: ClassVar[float] = 1e-6
     reset_keys: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")

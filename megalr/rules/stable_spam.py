@@ -45,6 +45,7 @@ class StableSPAM(Rule):
         published: do as the published code does.
     """
 
+    type_name: ClassVar[str] = "StableSPAM"
     name: ClassVar[str] = "stable_spam"
     reset_keys: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
     takes_vectors: ClassVar[bool] = True

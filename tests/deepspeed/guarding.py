@@ -21,9 +21,9 @@ from megalr.train.arguments import parse_arguments
 from megalr.train.pretrain import pretrain
 from megalr.train.ranks import AgreedError, start_ranks
 from tests.deepspeed import projecting, rule_training, tensor_training, training
-from tests.deepspeed.odd_model import odd_model
 from tests.deepspeed.pretraining import MODELS
 from tests.deepspeed.training import run_steps, same
+from tests.odd_model import odd_model
 
 NAN = float("nan")
 GUARDS = {"spike_deviations": 5.0, "window": 3}  # three losses are enough to judge by

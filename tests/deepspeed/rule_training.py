@@ -11,8 +11,8 @@ from torch import Tensor
 import megalr
 from megalr.hosts import held
 from tests.deepspeed import training
-from tests.deepspeed.odd_model import odd_model
 from tests.deepspeed.training import configuration, lost_by_resuming, run_steps, same
+from tests.odd_model import odd_model
 
 STEPS = 12
 SEQUENCES, LENGTH = 48, 16  # 48 sequences an update can be shared by 1 to 4 ranks x 1 or 4 micro-batches

@@ -2,15 +2,15 @@
 
 import json
 import shutil
-import subprocess
+import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from megalr.comparison.results import Results
 from megalr.comparison.runs import Recipe
+from tests import processes
 from tests.unit.method_recipes import compare, method, starts
 
 ROOT = Path(__file__).parents[2]
@@ -102,24 +102,16 @@ def test_a_killed_benchmark_goes_on_inside_a_run_to_the_same_numbers(write, laun
     path = write(**settings, save_every=20)
     killed, whole = path.parent / "killed", path.parent / "whole"
     command = [sys.executable, launchers / "benchmark.py", "methods", "--recipe", path]
-    with subprocess.Popen([*command, "--output", killed], stdout=subprocess.DEVNULL) as process:
-        try:
-            _wait_for(lambda: [*killed.glob("runs/*/checkpoints/latest")])
-        finally:
-            process.kill()
+    with processes.started([*command, "--output", killed]) as benchmark:
+        benchmark.wait_for(lambda: [*killed.glob("runs/*/checkpoints/latest")], "a checkpoint of its run")
+        benchmark.send_signal(signal.SIGKILL)
+        benchmark.wait()
     assert not (killed / "results.jsonl").exists()
-    again = subprocess.run([*command, "--output", killed], capture_output=True, text=True, check=True)
+    again = processes.run([*command, "--output", killed], limit=5 * processes.LIMIT)
     assert "a, learning rate 0.01, seed 0: goes on from its checkpoint" in again.stdout
     write(**settings)
-    subprocess.run([*command, "--output", whole], capture_output=True, check=True)
+    processes.run([*command, "--output", whole], limit=5 * processes.LIMIT)
     rows = [json.loads((folder / "results.jsonl").read_text()) for folder in (killed, whole)]
     assert [row["resumed"] for row in rows] == [True, False]
     for key in ("key", "perplexity", "test_perplexity", "curve"):
         assert rows[0][key] == rows[1][key]
-
-
-def _wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)

@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
@@ -17,6 +17,7 @@ from megalr.comparison.results import Results, best_run
 from megalr.comparison.runs import Recipe
 from megalr.errors import UserError
 from megalr.processes import run_processes
+from tests.processes import run, started
 from tests.unit.method_recipes import SHAPE, compare, content, method, starts
 
 ROOT = Path(__file__).parents[2]
@@ -345,14 +346,13 @@ def test_a_killed_benchmark_takes_its_runs_with_it_and_keeps_others_out(write, l
     path = write(methods=slow, seeds=[0])
     shutil.copy(ROOT / "launchers" / "benchmark.py", launchers)
     command = [sys.executable, launchers / "benchmark.py", "methods", "--recipe", path, "--output", path.parent / "out"]
-    with subprocess.Popen([*command]) as process:
-        try:
-            _wait_for((launchers / "starts").exists)
-            again = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert again.returncode == 2
-            assert "another benchmark is writing" in again.stderr
-        finally:
-            process.kill()
+    with started(command) as benchmark:
+        benchmark.wait_for((launchers / "starts").exists, "the start of its run")
+        again = run(command, check=False)
+        assert again.code == 2
+        assert "another benchmark is writing" in again.stderr
+        benchmark.send_signal(signal.SIGKILL)
+        assert benchmark.wait().code == -signal.SIGKILL
     _wait_for(lambda: not _running("--output", str(path.parent / "out" / "runs")))
     assert not (path.parent / "out" / "results.jsonl").exists()
 

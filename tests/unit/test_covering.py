@@ -1,0 +1,40 @@
+"""Selections of products cover every pair, are the same each time, and are small."""
+
+import itertools
+
+import pytest
+
+from tests.covering import covering, daily_and_slow, pairs
+
+AXES = [
+    [range(18), range(4), range(1, 5), (1, 4), ("state", "entries")],
+    [("a", "b"), (0, 1, 2)],
+    [(True, False)] * 6,
+    ["xyz"],
+]
+
+
+@pytest.mark.parametrize("axes", AXES, ids=str)
+def test_every_pair_occurs(axes):
+    rows = covering(*axes)
+    found = set().union(*map(pairs, rows))
+    for (i, first), (j, second) in itertools.combinations(enumerate(axes), 2):
+        assert {(i, a, j, b) for a in first for b in second} <= found
+    assert [{row[i] for row in rows} for i in range(len(axes))] == [set(axis) for axis in axes]
+
+
+@pytest.mark.parametrize("axes", AXES, ids=str)
+def test_rows_are_of_the_product_in_its_order_and_not_many(axes):
+    rows = covering(*axes)
+    product = list(itertools.product(*axes))
+    assert rows == [row for row in product if row in set(rows)] == covering(*axes)
+    largest = sorted(map(len, axes))[-2:]
+    assert len(rows) <= 2 * max(8, largest[0] * largest[-1] if len(axes) > 1 else largest[0])
+
+
+def test_what_is_left_out_is_slow():
+    axes = (range(5), range(4), range(3))
+    parameters = daily_and_slow(*axes)
+    assert [each.values for each in parameters] == list(itertools.product(*axes))
+    assert [each.values for each in parameters if not each.marks] == covering(*axes)
+    assert {mark.name for each in parameters for mark in each.marks} == {"slow"}
