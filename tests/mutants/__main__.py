@@ -1,11 +1,14 @@
 """Plant faults, one at a time, and see whether the daily tests notice: ``make mutants``, or
 
-    python -m tests.mutants [--area AREA ...] [--only TEXT ...] [--jobs N] [--output FILE] [--logs FOLDER]
+    python -m tests.mutants [--area AREA] [--only TEXT] [--first] [--jobs N] [--output FILE] [--logs FOLDER]
     python -m tests.mutants --check
 
 Each fault goes into a copy of this folder. There the few tests that should notice it run first, then the daily tests of
 its area. A table says which test noticed, and ends with the survivors. A fault that no test notices is a gap: give it a
 test, or, where it changes nothing that anyone could see, another fault.
+
+``--area`` and ``--only`` may be given several times. With ``--first`` the daily tests of the areas are left out;
+run the survivors of that again without it.
 
 ``--check`` runs nothing: it says which faults no longer fit the code. The code that a fault replaces must occur exactly
 once in its file; when it has moved or changed, move the fault with it.
@@ -34,6 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalr.processes import die_with_parent
 from tests.mutants.areas import AREAS, MUTANTS
 from tests.mutants.mutant import Mutant
 
@@ -71,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="write the table there as well, after each mutant")
     parser.add_argument("--logs", type=Path, help="keep what pytest printed in this folder")
     parser.add_argument("--tree", type=Path, default=ROOT, help="which tree to test")
+    parser.add_argument("--first", action="store_true", help="leave out the daily tests of the areas")
     parser.add_argument("--check", action="store_true", help="run nothing; say which mutants are stale")
     given = parser.parse_args(arguments)
     chosen = [
@@ -83,7 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
     if stale or given.check:
         print(f"{len(chosen) - len(stale)} of {len(chosen)} mutants fit the code")
         return 1 if stale else 0
-    outcomes = run_all(chosen, given.tree, given.jobs, given.output, given.logs)
+    steps = ("first",) if given.first else ("first", "daily")
+    outcomes = run_all(chosen, steps, given.tree, given.jobs, given.output, given.logs)
     print(table(outcomes))
     return 0 if all(outcome.noticed_by for outcome in outcomes) else 1
 
@@ -105,7 +111,9 @@ def staleness(mutant: Mutant, tree: Path) -> str:
     return ""
 
 
-def run_all(chosen: list[Mutant], tree: Path, jobs: int, output: Path | None, logs: Path | None) -> list[Outcome]:
+def run_all(
+    chosen: list[Mutant], steps: tuple[str, ...], tree: Path, jobs: int, output: Path | None, logs: Path | None
+) -> list[Outcome]:
     """Each mutant in one of as many copies of the tree as there are jobs."""
     outcomes: list[Outcome] = []
     done = threading.Lock()
@@ -117,7 +125,7 @@ def run_all(chosen: list[Mutant], tree: Path, jobs: int, output: Path | None, lo
         def one(mutant: Mutant) -> None:
             copy = copies.get()
             try:
-                outcome = run(mutant, copy, logs)
+                outcome = run(mutant, steps, copy, logs)
             finally:
                 copies.put(copy)
             with done:
@@ -139,14 +147,15 @@ def copy_of(tree: Path, place: Path) -> Path:
     return place
 
 
-def run(mutant: Mutant, copy: Path, logs: Path | None) -> Outcome:
+def run(mutant: Mutant, steps: tuple[str, ...], copy: Path, logs: Path | None) -> Outcome:
     """Plant a mutant, run its tests until one fails, put the code back."""
     path = copy / mutant.file
     before = path.read_text()
     write(path, before.replace(mutant.find, mutant.replace))
     began, name, why, printed = time.monotonic(), "", "", ""
     try:
-        for step, selection in (("first", mutant.first), ("daily", AREAS[mutant.area])):
+        for step in steps:
+            selection = mutant.first if step == "first" else AREAS[mutant.area]
             code, text = pytest(copy, shlex.split(selection), LIMIT[step])
             printed += text
             if code in NOTHING_SELECTED:
@@ -182,6 +191,7 @@ def pytest(copy: Path, selection: list[str], limit: float) -> tuple[int, str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=die_with_parent(),  # noqa: PLW1509  (as in the tests' harness)
     )
     try:
         text, _ = process.communicate(timeout=limit)

@@ -178,13 +178,6 @@ EVENTS = [
             "tests/unit/test_projection.py",
         ),
         (
-            "R goes on from where it was",
-            PROJECTION,
-            "                run_of(self._shard.buffers, fragment).zero_()\n",
-            "                pass\n",
-            PROJECTED,
-        ),
-        (
             "a shared basis comes from the first layer's gradient alone",
             PROJECTION,
             "        stack = _stack([grad for grad, _ in parts])\n        return leading_basis(",

@@ -85,13 +85,6 @@ LAYOUTS = [
             ROUND_TRIP,
         ),
         (
-            "the first buffer's elements are read for every buffer",
-            EXCHANGE,
-            "    return field[fragment.buffer][fragment.offset : fragment.offset + fragment.length]",
-            "    return field[min(fragment.buffer, 1)][fragment.offset : fragment.offset + fragment.length]",
-            "tests/deepspeed/test_rules.py -k 'test_equals_one_plain_process and (GaLore or Muon)'",
-        ),
-        (
             "a round holds more than its bound",
             EXCHANGE,
             "if load and load + size > limit:",

@@ -98,13 +98,6 @@ RUNS = [
             SAME,
         ),
         (
-            "states of a rule are of a fresh start",
-            MATRICES,
-            "self.states = {name: fresh.get(name, {}) | dict(numbers[name]) for name in mine}",
-            "self.states = {name: fresh.get(name, {}) for name in mine}",
-            SAME,
-        ),
-        (
             "random numbers go on from where the process was",
             CONTENTS,
             "            set_random_states(self._targets[self._random_key].pieces[0].data)\n",
@@ -117,13 +110,6 @@ RUNS = [
             "engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()",
             "engine.micro_steps = engine.global_steps",
             "tests/deepspeed/test_checkpoints.py -k test_moves_to_another_gradient_accumulation",
-        ),
-        (
-            "buffers stay as they are",
-            CONTENTS,
-            "                buffer.copy_(entry.pieces[0].data.view(buffer.shape))\n",
-            "",
-            "tests/deepspeed/test_checkpoint_jobs.py -k test_buffers",
         ),
     ),
     *mutants(
@@ -247,13 +233,6 @@ RUNS = [
             "return grad.narrow(-1, ctx.first, ctx.width), None, None",
             "return grad.narrow(-1, 0, ctx.width), None, None",
             "tests/deepspeed/test_tensor_parallel.py -k 'test_biases or test_variants'",
-        ),
-        (
-            "larger parts come last",
-            LAYERS,
-            "return [size + (rank < rest) for rank in range(ranks)]",
-            "return [size + (rank >= ranks - rest) for rank in range(ranks)]",
-            LOGITS,
         ),
         (
             "copies are counted as one in a joined layout",
