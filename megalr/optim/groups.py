@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from megalr.config.settings import GroupConfig, OptimizerConfig
 from megalr.errors import UserError
+from megalr.hosts import logical_shape
 from megalr.layers import factor_names, matching, projected_layers
 from megalr.rules.base import Rule
 
@@ -127,11 +128,6 @@ def _rules(config: OptimizerConfig, *, head: bool, embeddings: bool) -> dict[Gro
     if config.embeddings:
         rules["embedding"] = config.rule.for_embedding()
     return rules
-
-
-def logical_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of the whole parameter; ZeRO-3 leaves an empty tensor and keeps the shape beside it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _matrices(
