@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megalr import hosts
 from megalr.config.settings import MegalrConfig
 from megalr.hosts import read as read_shards
 from megalr.hosts.base import Host
@@ -49,7 +50,7 @@ class Sharded:
             config: maximum temporary memory, random seed, and how tensor-parallel ranks update.
             host: the engine; None: recognized by what it has made of the parameters.
         """
-        read = read_shards if host is None else host.read
+        read = hosts.read if host is None else host.read
         local, shard = read([group.parameters for group in groups], param_groups)
         device, bucket_bytes = shard.message_device(), config.exchange_bucket_bytes
         exchange = Exchange(
