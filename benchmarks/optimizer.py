@@ -22,7 +22,8 @@ from benchmarks.gradients import Workload
 from benchmarks.timing import Steps, Summary, take_turns
 from megalr.markdown import table
 from megalr.train.models import build_model, read_model_config
-from megalr.train.report import human_bytes, peak_memory_bytes
+from megalr.train.report import peak_memory_bytes
+from megalr.units import human_bytes
 
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}  # of the GaLore papers
 STEPS = 200

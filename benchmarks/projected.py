@@ -34,7 +34,7 @@ from benchmarks.traffic import WORLD_SIZE
 from megalr.markdown import table
 from megalr.memory.formulas import RankBytes
 from megalr.train.models import read_model_config
-from megalr.train.report import human_bytes
+from megalr.units import human_bytes
 
 SENT_AIM = 0.27  # of full rank's, for the matrices alone
 STEPS, WARM_UP = 40, 1

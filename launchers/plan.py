@@ -36,7 +36,7 @@ from megalr.plugins import load_plugins
 from megalr.rules.base import Rule
 from megalr.rules.registry import RULES
 from megalr.train.models import empty_model, read_model_config
-from megalr.train.report import human_bytes
+from megalr.units import human_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ALWAYS = ("full", "low_rank", "projected")  # have a line unasked

@@ -25,7 +25,8 @@ from megalr.memory.formulas import (
 )
 from megalr.optim.matrices import kept_bytes, papers_floats
 from megalr.train.models import empty_model
-from megalr.train.report import TEXT_COLOR, human_bytes
+from megalr.train.report import TEXT_COLOR
+from megalr.units import human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -29,19 +29,8 @@ MAX_FULL_HEIGHT_MARKS = 40  # more of one kind would hide the curves: they becom
 TICK_HEIGHT = 0.04  # of the axes' height
 MIN_POINTS_TO_SMOOTH = 10
 MIN_TICKS, MAX_TICKS = 4, 18
-BYTE_UNITS = ("kB", "MB", "GB", "TB", "PB", "EB")
 ROUNDS_TO_A_THOUSAND, A_MILLION = 999.5, 1e6
 MAX_EXPONENT = 700.0  # the largest loss whose perplexity is a float
-
-
-def human_bytes(number: float) -> str:
-    """Bytes in decimal units (1 GB is 1e9 bytes, as papers count) with three digits, e.g. ``"7.41 MB"``."""
-    if abs(number) < ROUNDS_TO_A_THOUSAND:
-        return f"{number:.0f} B"
-    value, unit = number / 1000, 0
-    while abs(value) >= ROUNDS_TO_A_THOUSAND and unit < len(BYTE_UNITS) - 1:
-        value, unit = value / 1000, unit + 1
-    return f"{value:#.3g}".rstrip(".") + f" {BYTE_UNITS[unit]}"
 
 
 def peak_memory_bytes() -> int:
@@ -67,7 +56,7 @@ def summary_table(rows: Iterable[tuple[str, object] | None]) -> str:
     Args:
         rows: (label, value) pairs; None in place of a pair draws a thin rule. Integers and large floats get
             thousands separators, other floats four significant digits; any other value is shown as its
-            ``str``, e.g. what :func:`human_bytes` made.
+            ``str``, e.g. what :func:`~megalr.units.human_bytes` made.
     """
     cells = [None if row is None else (row[0], _cell(row[1])) for row in rows]
     filled = [cell for cell in cells if cell is not None]

@@ -11,8 +11,9 @@ from megalr.train.evaluation import Evaluation
 from megalr.train.loop import Loop
 from megalr.train.preparation import Plan
 from megalr.train.ranks import Ranks
-from megalr.train.report import human_bytes, peak_memory_bytes, plot_losses, summary_table
+from megalr.train.report import peak_memory_bytes, plot_losses, summary_table
 from megalr.train.run_folder import write_json
+from megalr.units import human_bytes
 
 
 @dataclass(frozen=True)

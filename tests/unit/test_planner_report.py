@@ -11,12 +11,12 @@ from megalr.train.report import (
     _perplexity_ticks,
     _short,
     _smooth,
-    human_bytes,
     peak_memory_bytes,
     plot_losses,
     read_history,
     summary_table,
 )
+from megalr.units import human_bytes
 
 
 @pytest.fixture
