@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
+from megalr.hosts import logical_shape
 from megalr.layers.replacement import factor_names, projected_layers
 
 Role = Literal["factor", "projected", "head", "tied", "embedding", "linear", "matrix", "stack", "vector", "other"]
@@ -45,11 +46,6 @@ def roles(model: nn.Module) -> dict[str, Role]:
         return _by_dimensions(len(logical_shape(parameter)))
 
     return {name: role(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def logical_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of the whole parameter; ZeRO-3 leaves an empty tensor and keeps the shape beside it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _by_dimensions(dimensions: int) -> Role:

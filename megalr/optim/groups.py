@@ -9,8 +9,9 @@ from torch import nn
 
 from megalr.config.sections import GroupConfig, OptimizerConfig
 from megalr.errors import UserError
+from megalr.hosts import logical_shape
 from megalr.layers.replacement import factor_names, matching
-from megalr.roles import MATRICES, Role, logical_shape, roles
+from megalr.roles import MATRICES, Role, roles
 from megalr.rules.base import Rule
 
 GroupName = Literal["factors", "projected", "matrices", "trunk", "embedding", "head", "norm"]

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from megalr import hosts
 from megalr.config.settings import MegalrConfig
 from megalr.hosts.base import Host
-from megalr.hosts.tensor_parallel import read_shards
 from megalr.layout.exchange import Exchange
 from megalr.layout.shard import Shard
 from megalr.optim.groups import ParameterGroup
@@ -49,7 +49,7 @@ class Sharded:
             config: maximum temporary memory, random seed, and how tensor-parallel ranks update.
             host: the engine; None: recognized by what it has made of the parameters.
         """
-        read = read_shards if host is None else host.read
+        read = hosts.read if host is None else host.read
         local, shard = read([group.parameters for group in groups], param_groups)
         device, bucket_bytes = shard.message_device(), config.exchange_bucket_bytes
         exchange = Exchange(

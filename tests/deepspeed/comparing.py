@@ -16,16 +16,11 @@ def engine_of(case: Case, stage: int, accumulation: int = 1, **changes: Any) -> 
     return megalr.initialize(model=case.model(), config=configuration(case, stage, accumulation, **changes))[0]
 
 
-def train_rule(type_name: str, stage: int) -> tuple[dict[str, Tensor] | None, Layout, list[dict[str, tuple[int, ...]]]]:
-    """Train the odd model by a rule.
-
-    Returns:
-        The weights, on rank 0; the layout that was read; the shapes of each group's parameters, by name.
-    """
-    engine = engine_of(rule_case(type_name), stage)
-    layout = engine.basic_optimizer.prepare().layout
-    names = {id(p): name for name, p in engine.module.named_parameters()}
-    run(engine, batches(rule_case(type_name).updates))
-    weights = megalr.consolidated_state_dict(engine)
+def train_rule(type_name: str, stage: int) -> tuple[dict[str, Tensor] | None, Layout]:
+    """Train the odd model by a rule; the weights, on rank 0, and the layout that was read."""
+    case = rule_case(type_name)
+    engine = engine_of(case, stage)
+    run(engine, batches(case.updates))
+    weights, layout = megalr.consolidated_state_dict(engine), engine.basic_optimizer.prepare().layout
     engine.destroy()
-    return weights, layout, names
+    return weights, layout

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import megalr
-from megalr.api import deepspeed_section
 from megalr.config.settings import MegalrConfig
+from megalr.hosts.deepspeed_config import deepspeed_section
 from megalr.layers import densify
 from megalr.layout.exchange import Exchange
 from megalr.optim.events.refresh import Refresh, refresh

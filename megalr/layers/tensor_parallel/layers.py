@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from megalr.errors import UserError
 from megalr.hosts.autotp import Cut
-from megalr.hosts.tensor_parallel import mark_cut, mark_indices
+from megalr.hosts.tensor_parallel import mark_cut, mark_indices, mark_replaced
 from megalr.layers.low_rank import LowRankLinear
 from megalr.layers.projected import ProjectedLinear
 from megalr.layers.replacement import replaced_layers
@@ -126,11 +126,9 @@ class CutProjected(ProjectedLinear):
 
     Attributes:
         group: the tensor-parallel ranks.
-        replaced: AutoTP's mark, which else takes what has a weight for a dense layer.
     """
 
     group: dist.ProcessGroup
-    replaced = True
 
 
 class ColumnParallelProjected(ColumnParallel, CutProjected):
@@ -229,6 +227,7 @@ def _cut_sltrain(layer: SLTrainLinear, rows: bool, group: dist.ProcessGroup) -> 
 def _cut_projected(layer: ProjectedLinear, rows: bool, group: dist.ProcessGroup) -> None:
     cut: CutProjected = _become(ColumnParallelProjected if rows else RowParallelProjected, layer)
     cut.group = group
+    mark_replaced(cut)
     _keep(layer, ("weight", "bias") if rows else ("weight",), 0 if rows else 1, group)
     # Of R and the basis, the one on the side that is cut.
     if rows == (layer.side == "right"):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megalr.hosts import is_partitioned
 from megalr.layers.low_rank import LowRankLinear
 
 
@@ -83,7 +84,7 @@ class SharedLatents:
         """The latent of one layer, (..., r)."""
         if self._waiting and (x is not self._x or id(layer) not in self._waiting):
             self._apart, self._x, self._waiting = True, None, {}
-        if self._apart or hasattr(layer.A, "ds_id"):
+        if self._apart or is_partitioned(layer.A):
             return self._latents(x, [layer.A])[0]
         if not self._waiting:
             self._x = x

@@ -23,7 +23,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megalr.hosts.reading import frozen_parts
+from megalr.hosts import held, logical_shape
+from megalr.hosts import write as write_frozen
 from megalr.hosts.tensor_parallel import in_whole, own_part
 from megalr.layers.base import Parametrization
 from megalr.layers.projected import ProjectedConfig, ProjectedLinear
@@ -35,7 +36,6 @@ from megalr.optim.events.base import LayerEvents, Moments, Step
 from megalr.optim.events.bases import Basis, BasisSchedule, bases_of
 from megalr.optim.events.refresh import SKETCHING, FullGradient, Refresh, project, refresh
 from megalr.optim.frozen_weights import FrozenWeights
-from megalr.optim.groups import logical_shape
 from megalr.rules.adam import rotate_moments
 from megalr.rules.base import State, tensor
 from megalr.rules.bases import Side
@@ -272,9 +272,7 @@ class Projections(LayerEvents):
                 run_of(self._shard.buffers, fragment).zero_()
             if basis.count:
                 self._carry_moments(name, own, turn, left=not right)
-        own_rows = own_part(basis.any_layer.basis, new).reshape(-1)
-        for start, part in frozen_parts(basis.any_layer.basis):
-            part.copy_(own_rows[start : start + part.numel()])
+        write_frozen(basis.any_layer.basis, own_part(basis.any_layer.basis, new))
         basis.refreshed(resets_moments=self._config.moments == "reset")
 
     def _carry_moments(self, name: str, own: Sequence[Fragment], turn: Tensor, *, left: bool) -> None:
@@ -300,7 +298,7 @@ class Projections(LayerEvents):
 
     def _whole(self, parameter: Tensor) -> Tensor:
         """A frozen parameter, whole, fp32, new."""
-        start, part = frozen_parts(parameter)[-1]
+        start, part = held(parameter)[-1]
         shape = logical_shape(parameter)
         own = torch.zeros(math.prod(shape), device=part.device)
         own[start : start + part.numel()] = part
@@ -319,5 +317,5 @@ def _take_gradient(layer: ProjectedLinear) -> Tensor:
     total, layer.full_gradient = layer.full_gradient, None
     grad = None if total is None else total.value
     if grad is None:
-        grad = torch.zeros(layer.out_features, layer.in_features, device=frozen_parts(layer.weight)[0][1].device)
+        grad = torch.zeros(layer.out_features, layer.in_features, device=held(layer.weight)[0][1].device)
     return in_whole(layer.weight, grad)

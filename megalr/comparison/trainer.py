@@ -1,94 +1,26 @@
-"""Methods: every method of a recipe trains the same model on the same text, each at the best of its learning rates.
-
-Each run is one process of launchers/pretrain.py. Its result becomes a line of results.jsonl in the output folder and is
-not computed again: a benchmark that was killed goes on when it is started again, with "save_every" in the recipe from
-the checkpoints of the runs that were under way. A run that fails holds no other up; what has failed is listed at the
-end, and tried again at the next start.
-"""
+"""Train the runs of a comparison that have no result yet, each in processes of its own."""
 
 from __future__ import annotations
 
-import argparse
-import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from megalr.comparison.methods_report import write_report
 from megalr.comparison.results import Results, best_run, result, score
 from megalr.comparison.runs import Recipe, Run
 from megalr.data import load_data, load_tokenizer
 from megalr.errors import UserError
 from megalr.processes import Ended, run_processes
-from megalr.train.arguments import parse_arguments, positive
+from megalr.train.arguments import parse_arguments
 from megalr.train.preparation import data_config
-from megalr.train.quiet import quieten
 from megalr.train.run_folder import RunFolder
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
-    parser.add_argument(
-        "--recipe", type=Path, required=True, metavar="FILE.yaml", help="what to train, see launchers/recipes"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="results, table and figures; may hold some already"
-    )
-    parser.add_argument("--dataset", nargs="+", metavar="TEXT", help="train on this instead of the recipe's text")
-    parser.add_argument("--eval-dataset", nargs="+", metavar="TEXT", help="with --dataset: the held-out text")
-    parser.add_argument(
-        "--jobs", type=positive, default=1, metavar="N", help="runs at a time, each with one thread (default: 1)"
-    )
-    parser.add_argument(
-        "--processes", type=positive, default=1, metavar="N", help="of each run, a GPU each where there are GPUs"
-    )
-    parser.add_argument("--keep-runs", action="store_true", help="keep the runs' folders, checkpoints included")
-    parser.add_argument("--report", action="store_true", help="train nothing: report what is there so far")
-
-
-def run(arguments: argparse.Namespace, models: Path) -> None:
-    """Train what is missing, then write and print the table.
-
-    Args:
-        arguments: of :func:`add_arguments`.
-        models: the folder of the named shapes; the launcher lies beside it.
-
-    Raises:
-        UserError: the recipe cannot be run.
-        SystemExit: a run has failed; with the words that the program ends with, and so with exit code 1.
-    """
-    quieten(first=True)  # DeepSpeed, which reads every method's JSON before the first run
-    if arguments.eval_dataset and not arguments.dataset:
-        raise UserError("--eval-dataset goes with --dataset: name the text to train on, too")
-    text = (arguments.dataset, arguments.eval_dataset or ()) if arguments.dataset else None
-    recipe = Recipe(arguments.recipe, models, text, world_size=arguments.processes)
-    output: Path = arguments.output.expanduser().absolute()
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file: name a folder")
-    results = Results(output / "results.jsonl")
-    failed: list[str] = []
-    if not arguments.report:
-        output.mkdir(parents=True, exist_ok=True)
-        with _locked(output):
-            trainer = Trainer(
-                results, output / "runs", models.parent / "pretrain.py", arguments.jobs, arguments.processes
-            )
-            trainer.keep = arguments.keep_runs
-            try:
-                failed = trainer.train_all(recipe)
-            except KeyboardInterrupt:
-                print("\nstopped; the same command goes on from here", flush=True)
-                raise SystemExit(130) from None
-    elif not output.is_dir():
-        raise UserError(f"there is no folder {output} to report on")
-    print(f"\n{write_report(recipe, results.rows(), output)}", flush=True)
-    if failed:
-        raise SystemExit("\n".join(["\nerror: these runs failed, and the same command tries them again:", *failed]))
+# glibc returns large freed blocks to the kernel, which hands them out again page by page, zeroed. For the tiny model,
+# whose logits are tens of megabytes, that is a seventh of a run's time.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
 class Trainer:
@@ -157,7 +89,15 @@ class Trainer:
         self._folder.mkdir(exist_ok=True)
         by_folder = {one.folder: one for one in missing.values()}
         commands = {name: self._command(one) for name, one in by_folder.items()}
-        for ended in run_processes(commands, self._folder, self._jobs, ranks=self._processes, gpus=self._gpus):
+        started = run_processes(
+            commands,
+            self._folder,
+            self._jobs,
+            ranks=self._processes,
+            gpus=self._gpus,
+            environment=KEEP_FREED_MEMORY,
+        )
+        for ended in started:
             self._note(by_folder[ended.name], ended)
 
     def _command(self, one: Run) -> list[str]:
@@ -216,14 +156,3 @@ def _gpus(needed: int) -> list[str]:
     if count and needed > count:
         raise UserError(f"--jobs times --processes is {needed}, and there are {count} GPUs: write less of one of them")
     return names[:needed] if count else []
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second benchmark out of the folder; the lock ends with the process, however that ends."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another benchmark is writing to {folder}: wait for it, or name another folder") from error
-        yield

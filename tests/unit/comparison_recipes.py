@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from megalr.comparison import methods
+from megalr.comparison import compare as program
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
 SHAPE |= {"model_type": "llama", "vocab_size": 4096, "max_position_embeddings": 64}
@@ -61,12 +62,24 @@ def content(**changes):
     return {key: value for key, value in {**given, **changes}.items() if value is not None}
 
 
-def compare(recipe, launchers, *flags):
+def compare(recipe, launchers, *flags, output=None):
     parser = argparse.ArgumentParser()
-    methods.add_arguments(parser)
-    output = recipe.parent / "out put"
-    methods.run(parser.parse_args(["--recipe", str(recipe), "--output", str(output), *flags]), launchers / "models")
+    program.add_arguments(parser)
+    output = output or recipe.parent / "out put"
+    program.run(parser.parse_args(["--recipe", str(recipe), "--output", str(output), *flags]), launchers / "models")
     return output
+
+
+def running(*words):
+    """Command lines of this machine's processes that hold all the words."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = file.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        found += [line] if all(word in line for word in words) else []
+    return found
 
 
 def starts(launchers):
