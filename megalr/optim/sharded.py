@@ -10,7 +10,6 @@ from torch import Tensor
 
 from megalr import hosts
 from megalr.config.settings import MegalrConfig
-from megalr.hosts import read as read_shards
 from megalr.hosts.base import Host
 from megalr.layout.exchange import Exchange
 from megalr.layout.shard import Shard
