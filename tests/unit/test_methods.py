@@ -52,9 +52,7 @@ def test_a_docstring_that_says_too_little_is_named(monkeypatch):
 
     Undocumented.__module__ = "megalr.rules.muon"
     monkeypatch.setitem(RULES, "Undocumented", Undocumented)
-    with pytest.raises(
-        ValueError, match='Undocumented does not say .* what its key "sharpness" means'
-    ):
+    with pytest.raises(ValueError, match='Undocumented does not say .* what its key "sharpness" means'):
         methods.page()
     Undocumented.__module__ = "megalr.rules.checks"
     with pytest.raises(ValueError, match='has to begin with "Name: what it is, arXiv'):
