@@ -1,4 +1,4 @@
-"""The low-rank linear layer, W = s * B @ A, and how its factors start."""
+"""Low-rank layers: W = s B A, trained from the start, arXiv 2505.22922."""
 
 from __future__ import annotations
 

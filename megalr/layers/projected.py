@@ -1,4 +1,4 @@
-"""The projected linear layer, W = W0 + R Qᵀ: GaLore's training with everything that is trained r wide.
+"""Projected layers: GaLore as W = W0 + R Qᵀ, where all that is trained has rank r, arXiv 2403.03507.
 
 Between two refreshes GaLore (arXiv 2403.03507) is plain Adam on R in W = W0 + R Qᵀ, with Q fixed. As a layer, R is an
 ordinary parameter: its gradient, the reduction of it, its moments and its master are m x r, and any ZeRO stage cuts it

@@ -1,4 +1,4 @@
-"""The sparse plus low-rank linear layer of SLTrain, W = s B A + S (arXiv 2406.02214).
+"""SLTrain: W = s B A + S with a sparse S, arXiv 2406.02214.
 
 S has trained values at a fixed random set of places, a share of 3 % of them, which lets W have full rank. Both passes
 form W, use it and let go of it: a product with a matrix of 3 % non-zeros is slower than one with the whole matrix on
