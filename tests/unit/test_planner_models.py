@@ -1,6 +1,5 @@
 """The shipped model shapes have the published sizes, dense and factorised."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from megalr.config.settings import LowRankConfig
 from megalr.layers import parametrize
 from megalr.memory.formulas import paper_bytes, records
 from megalr.rules.registry import RULES
+from tests.processes import run
 
 MODELS = Path(__file__).parents[2] / "launchers" / "models"
 
@@ -108,7 +108,7 @@ def test_plan_has_a_row_for_each_rule():
     """130M at stage 3 over 8 ranks: 0.611 GB of GaLore, as published; state of the largest rank."""
     command = [sys.executable, str(MODELS.parent / "plan.py"), "--models", "130m", "--ranks", "256", "--stage", "3"]
     command += ["--processes", "8", "--optimizers", "GaLoreAdamW", "Muon"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = run(command).stdout.splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert [row[1] for row in cells[2:]] == ["dense", "low-rank 256", "projected 256", "GaLoreAdamW 256", "Muon"]
     projected, galore, muon = cells[4:]
@@ -131,7 +131,7 @@ def test_plan_has_a_row_for_each_parametrization():
     """SLTrain's paper count at 130M is 0.589 GB with indices of 32 bits."""
     command = [sys.executable, str(MODELS.parent / "plan.py"), "--models", "130m", "--ranks", "256"]
     kinds = ["sltrain", "lora", "relora", "cola", "mora", "loro", "switchlora"]
-    output = subprocess.run([*command, "--parametrizations", *kinds], capture_output=True, text=True, check=True).stdout
+    output = run([*command, "--parametrizations", *kinds]).stdout
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines()[7:]]
     assert [row[1] for row in cells] == [f"{kind} 256" for kind in kinds]
     assert cells[0][3] == "589 MB" and cells[1][2:] == cells[2][2:] == cells[6][2:] and cells[3][2:] == cells[5][2:]
@@ -143,7 +143,7 @@ def test_plan_counts_remainders():
     for rounding in ("nearest", "remainder"):
         command = [sys.executable, str(MODELS.parent / "plan.py"), "--models", "130m", "--ranks", "256"]
         command += ["--processes", "8", "--parametrizations", "relora", "lora", "--merge-rounding", rounding]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[6:]
+        lines = run(command).stdout.splitlines()[6:]
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         assert [row[1] for row in cells] == ["projected 256", "relora 256", "lora 256"]
         optimizer[rounding] = [megabytes(row[7]) for row in cells]
@@ -169,16 +169,16 @@ def test_plan_names_what_it_takes(tmp_path):
 
     def plan(*flags):
         command = [sys.executable, str(MODELS.parent / "plan.py"), "--models", "9m", "--ranks", "32", *flags]
-        return subprocess.run(command, check=False, capture_output=True, text=True)
+        return run(command, check=False)
 
     words = " ".join(plan("--help").stdout.split())
-    assert "others to add to full, low_rank, projected, at the same r: lora, cola, mora" in words
+    assert "others to add to full, low_rank, projected, at the same r: cola, lora, loro, mora" in words
     lines = plan("--plugins", str(plugin), "--parametrizations", "own_lora", "lora", "--optimizers", "OwnMuon", "Muon")
     own_lora, lora, own_muon, muon = (line.split(" | ") for line in lines.stdout.splitlines()[7:])
     assert (own_lora[1], own_muon[1]) == ("own_lora 32", "OwnMuon")
     assert own_lora[2:] == lora[2:] and own_muon[2:] == muon[2:]
     refused = plan("--plugins", str(tmp_path / "none.py"))
-    assert refused.returncode == 2 and "there is no such file" in refused.stderr
+    assert refused.code == 2 and "there is no such file" in refused.stderr
 
 
 def megabytes(cell):
