@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -47,3 +47,11 @@ def daily_and_slow(*axes: Sequence[Any], turns: Sequence[Sequence[Any]] = ()) ->
     rest = [row for row in itertools.product(*axes) if row not in known]
     slow = [(*row, *(axis[i % len(axis)] for axis in turns)) for i, row in enumerate(rest)]
     return [*daily, *(pytest.param(*row, marks=pytest.mark.slow) for row in slow)]
+
+
+def slow_but(rows: Iterable[Any], daily: Collection[Any]) -> list[Any]:
+    """Rows, or values of one axis, as pytest's parameters; all that are not among the daily ones are marked slow."""
+    rows = list(rows)
+    assert set(daily) <= set(rows), f"no rows: {set(daily) - set(rows)}"
+    slow = {row: pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=pytest.mark.slow) for row in rows}
+    return [row if row in daily else slow[row] for row in rows]

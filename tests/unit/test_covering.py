@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from tests.covering import covering, daily_and_slow, pairs
+from tests.covering import covering, daily_and_slow, pairs, slow_but
 
 AXES = [
     [range(18), range(4), range(1, 5), (1, 4), ("state", "entries")],
@@ -46,6 +46,14 @@ def test_values_that_take_turns_make_no_more_rows():
     assert {row[2] for row in slow} <= {"a", "b"}
     daily, slow = told_apart(daily_and_slow(range(9), "xy", "vw", turns=["ab"]))
     assert len(daily + slow) == 36 and {row[3] for row in slow} == {"a", "b"}
+
+
+def test_a_selection_by_hand():
+    rows = list(itertools.product("ab", range(2)))
+    assert told_apart(slow_but(rows, [("a", 1), ("b", 0)])) == ([("a", 1), ("b", 0)], [("a", 0), ("b", 1)])
+    assert told_apart(slow_but("abc", "b")) == (["b"], [("a",), ("c",)])
+    with pytest.raises(AssertionError, match="no rows"):
+        slow_but(rows, [("c", 0)])
 
 
 def told_apart(parameters):
