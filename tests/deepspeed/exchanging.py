@@ -66,7 +66,7 @@ def of_replicas() -> tuple[float, float, float]:
     replicas = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     exchange = Exchange(random_layout(0, 2), rank % 2, groups[rank // 2], replicas=replicas[rank % 2])
     mine = torch.tensor([float(rank)])
-    found = [operation(mine.clone()) for operation in (exchange.agree, exchange.sum, exchange.sum_all)]
+    found = [operation(mine.clone()) for operation in (exchange.broadcast_replicas, exchange.sum, exchange.sum_all)]
     return found[0].item(), found[1].item(), found[2].item()
 
 
