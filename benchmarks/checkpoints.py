@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ranks import from_ranks
 from benchmarks.timing import Summary
-from benchmarks.traffic import from_ranks
 from megalr.errors import UserError
 from megalr.markdown import table
 from megalr.train.models import read_model_config

@@ -1,4 +1,4 @@
-"""One process of :mod:`benchmarks.checkpoints`: python -m ....checkpoints_rank FOLDER JSON"""
+"""One process of :mod:`benchmarks.checkpoints`: python -m MODULE FOLDER JSON"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,10 @@ from transformers import LlamaConfig
 
 import megalr
 from benchmarks.checkpoints import AT_ONCE, BESIDE, DEEPSPEED
-from benchmarks.traffic_rank import join
+from benchmarks.ranks import measure_as_rank
 from megalr.train.models import build_model
 
 TOKENS = 16  # of a step, which only has to make moments
-
-
-def main(folder: Path, request: Mapping[str, Any]) -> None:
-    """Do what was asked, and write what was found."""
-    rank = join(folder)
-    (folder / f"{rank}.json").write_text(json.dumps(measure(request)), encoding="utf-8")
-    dist.barrier()
 
 
 def measure(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,4 +61,4 @@ def measure(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    measure_as_rank(Path(sys.argv[1]), partial(measure, json.loads(sys.argv[2])))

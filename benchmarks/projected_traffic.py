@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from benchmarks.projected_counts import Groups, groups_of, sent_by_formula
 from benchmarks.projected_methods import COUNTED, TITLES
-from benchmarks.traffic import WORLD_SIZE, from_ranks
+from benchmarks.ranks import from_ranks
+from benchmarks.traffic import WORLD_SIZE
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

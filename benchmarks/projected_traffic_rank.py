@@ -1,10 +1,10 @@
-"""One process of :mod:`benchmarks.projected_traffic`: python -m ... FOLDER LAYERS METHOD..."""
+"""One process of :mod:`benchmarks.projected_traffic`: python -m MODULE FOLDER LAYERS METHOD..."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,17 @@ from benchmarks.accounting import SentBytes
 from benchmarks.projected_counts import STAGE
 from benchmarks.projected_methods import configuration
 from benchmarks.projected_traffic import LENGTH, small_shape
-from benchmarks.traffic_rank import RANK, join
+from benchmarks.ranks import measure_as_rank
+from benchmarks.traffic_rank import RANK
 from megalr.train.models import build_model
 
 
-def main(folder: Path, layers: int, methods: Sequence[str]) -> None:
-    """Count with each method, and write what was counted."""
-    rank = join(folder)
-    counted = {method: count(method, layers, rank) for method in methods}
-    (folder / f"{rank}.json").write_text(json.dumps(counted), encoding="utf-8")
-    torch.distributed.barrier()
+def count_all(layers: int, methods: Sequence[str]) -> dict[str, list[float]]:
+    """:func:`count` with each method."""
+    return {method: count(method, layers) for method in methods}
 
 
-def count(method: str, layers: int, rank: int) -> list[float]:
+def count(method: str, layers: int) -> list[float]:
     """Train two gaps; the bytes that this rank sent in each step."""
     config, gap = small_shape(layers)
     engine: Any = megalr.initialize(
@@ -39,7 +37,7 @@ def count(method: str, layers: int, rank: int) -> list[float]:
             **configuration(method, RANK, gap),
         },
     )[0]
-    generator = torch.Generator().manual_seed(rank)
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank())
     steps = []
     for _ in range(2 * gap):
         ids = torch.randint(0, config.vocab_size, (1, LENGTH), generator=generator)
@@ -52,4 +50,4 @@ def count(method: str, layers: int, rank: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    measure_as_rank(Path(sys.argv[1]), partial(count_all, int(sys.argv[2]), sys.argv[3:]))

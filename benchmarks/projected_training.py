@@ -17,10 +17,11 @@ from torch import Tensor
 
 from benchmarks.projected_counts import random_tokens
 from benchmarks.projected_methods import TITLES, configuration
+from benchmarks.ranks import ROOT
 from benchmarks.timing import Summary, take_turns
-from benchmarks.traffic import import_path
 from megalr.api import build_optimizer, parametrize
 from megalr.errors import UserError
+from megalr.processes import python_path
 from megalr.train.models import build_model, empty_model, read_model_config
 from megalr.train.report import peak_memory_bytes
 
@@ -164,7 +165,7 @@ def peak_memory(name: str, models: Path, method: str, sequences: int, length: in
     """
     arguments = [name, str(models), method, *map(str, (sequences, length, gap, torch.get_num_threads()))]
     command = [sys.executable, "-m", "benchmarks.projected_training", *arguments]
-    environment = {**os.environ, "PYTHONPATH": import_path()}
+    environment = {**os.environ, "PYTHONPATH": python_path(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise UserError(

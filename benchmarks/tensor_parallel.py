@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accounting import sent_bytes
+from benchmarks.ranks import from_ranks
 from benchmarks.timing import Summary
-from benchmarks.traffic import from_ranks
 from megalr.errors import UserError
 from megalr.markdown import table
 from megalr.train.models import read_model_config

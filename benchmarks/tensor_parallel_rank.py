@@ -1,4 +1,4 @@
-"""One process of :mod:`benchmarks.tensor_parallel`: python -m ....tensor_parallel_rank FOLDER JSON"""
+"""One process of :mod:`benchmarks.tensor_parallel`: python -m MODULE FOLDER JSON"""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from transformers import LlamaConfig
 
 import megalr
 from benchmarks.accounting import SentBytes
+from benchmarks.ranks import measure_as_rank
 from benchmarks.tensor_parallel import FULL, LOW_RANK, NAIVE
-from benchmarks.traffic_rank import join
 from megalr.layers.low_rank import LowRankConfig, LowRankLinear
 from megalr.layers.replacement import parametrize
 from megalr.train.models import build_model
@@ -26,12 +27,9 @@ LENGTH = 16  # tokens of the counts
 LAYERS = (1, 2)  # of the counts: what two have more than one is a layer's
 
 
-def main(folder: Path, request: Mapping[str, Any]) -> None:
-    """Do what was asked, and write what was found."""
-    rank = join(folder)
-    found = count(request["shape"]) if request["what"] == "count" else times(request)
-    (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
+def measure(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for."""
+    return count(request["shape"]) if request["what"] == "count" else times(request)
 
 
 def count(shape: Mapping[str, Any]) -> dict[str, float]:
@@ -110,4 +108,4 @@ def _as_two_layers(model: nn.Module) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    measure_as_rank(Path(sys.argv[1]), partial(measure, json.loads(sys.argv[2])))

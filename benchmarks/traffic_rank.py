@@ -1,9 +1,7 @@
-"""One process of :mod:`benchmarks.traffic`: python -m benchmarks.traffic_rank FOLDER"""
+"""One process of :mod:`benchmarks.traffic`: python -m MODULE FOLDER"""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from transformers import LlamaConfig
 
 import megalr
 from benchmarks.accounting import SentBytes
+from benchmarks.ranks import measure_as_rank
 from benchmarks.traffic import SETTINGS
 from megalr.train.models import build_model
 
@@ -33,27 +32,9 @@ SHAPE = {
 PERSISTENT = 100  # numbers up to which a parameter is not cut: norms are whole everywhere, matrices are not
 
 
-def main(folder: Path) -> None:
-    """Count, and write what was counted."""
-    rank = join(folder)
-    counted = {title: count(kind, reduce_scatter) for title, (kind, reduce_scatter) in SETTINGS.items()}
-    (folder / f"{rank}.json").write_text(json.dumps(counted), encoding="utf-8")
-    torch.distributed.barrier()
-
-
-def join(folder: Path) -> int:
-    """Join the others through a file, which unlike a port nobody can take; this process's rank."""
-    # An op for tensor-parallel inference that DeepSpeed would otherwise compile here, for a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    deepspeed.init_distributed(
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-        auto_mpi_discovery=False,
-        verbose=False,
-    )
-    return rank
+def count_all() -> dict[str, dict[str, Any]]:
+    """:func:`count` for each of :data:`SETTINGS`, by title."""
+    return {title: count(kind, reduce_scatter) for title, (kind, reduce_scatter) in SETTINGS.items()}
 
 
 def count(kind: str, reduce_scatter: bool) -> dict[str, Any]:
@@ -133,4 +114,4 @@ def _require_updates(kind: str, here: int, expected: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    measure_as_rank(Path(sys.argv[1]), count_all)

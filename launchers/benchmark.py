@@ -1,7 +1,8 @@
-"""Benchmarks: tables in Markdown, and the raw numbers with --output.
+"""Benchmarks: print tables in Markdown; --output writes the raw numbers.
 
 python launchers/benchmark.py optimizer --models 60m --steps 50
 python launchers/benchmark.py projected --no-time
+python launchers/benchmark.py methods --recipe launchers/recipes/paper_tiny.yaml --output runs/paper_tiny
 """
 
 from __future__ import annotations
@@ -10,25 +11,25 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks of our own code are no part of the package
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the installed package
 
 from benchmarks import checkpoints, ops, optimizer, projected, tensor_parallel  # noqa: E402
-from megalr.comparison import methods  # noqa: E402
+from megalr.comparison import compare  # noqa: E402
 from megalr.errors import UserError  # noqa: E402
 
-# Modules of benchmarks, each of which declares its flags and runs.
+# Each module declares its flags and runs.
 BENCHMARKS = {
     "optimizer": optimizer,
     "projected": projected,
     "tensor_parallel": tensor_parallel,
     "checkpoints": checkpoints,
-    "methods": methods,
     "ops": ops,
+    "methods": compare,  # the same as launchers/compare.py
 }
 
 
 def main() -> int:
-    """Run the benchmark that is named."""
+    """Run the benchmark that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", required=True)
     for name, module in BENCHMARKS.items():

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tests import known_state
-from tests.unit.method_recipes import FAKE, SHAPE, content
+from tests.unit.comparison_recipes import FAKE, SHAPE, content
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megalr.config.settings import LowRankConfig
 from megalr.layers import parametrize
-from megalr.layers.lora import ReloraConfig
 from megalr.layers.projected import ProjectedConfig
+from megalr.layers.relora import ReloraConfig
 from megalr.layers.sltrain import SLTrainConfig
 from megalr.layers.switchlora import SwitchLoraConfig
 from megalr.memory.formulas import (
@@ -183,7 +183,7 @@ def test_records_skip_frozen_parameters_and_know_what_zero_3_has_cut():
     model = nn.ModuleDict({"attn": nn.Linear(6, 8, bias=False), "frozen": nn.Linear(2, 2), "cut": nn.Linear(3, 5)})
     parametrize(model, LowRankConfig(rank=2, target_modules=("attn",)))
     model["frozen"].requires_grad_(False)
-    model["cut"].weight.ds_shape = torch.Size([5, 3])
+    model["cut"].weight.ds_id, model["cut"].weight.ds_shape = 7, torch.Size([5, 3])
     model["cut"].weight.data = torch.empty(0)
     assert records(model) == [
         ParameterRecord("attn.B", (8, 2), "factor"),

@@ -172,7 +172,7 @@ def test_plan_names_what_it_takes(tmp_path):
         return run(command, check=False)
 
     words = " ".join(plan("--help").stdout.split())
-    assert "others to add to full, low_rank, projected, at the same r: lora, cola, mora" in words
+    assert "others to add to full, low_rank, projected, at the same r: cola, lora, loro, mora" in words
     lines = plan("--plugins", str(plugin), "--parametrizations", "own_lora", "lora", "--optimizers", "OwnMuon", "Muon")
     own_lora, lora, own_muon, muon = (line.split(" | ") for line in lines.stdout.splitlines()[7:])
     assert (own_lora[1], own_muon[1]) == ("own_lora 32", "OwnMuon")

@@ -1,84 +1,57 @@
-"""Processes of tests: what they print is told, and no test waits for one without end."""
+"""Programs in child processes: their environment, and that none outlives its parent."""
 
-import os
-import signal
-import sys
-import time
+from pathlib import Path
 
-import pytest
+import megalr
+from megalr.processes import python_path, run_processes
+from tests.unit.comparison_recipes import running
 
-from tests.processes import ROOT, ProcessError, python, run, started
-
-# A grandchild in a session of its own keeps the output open; it ends with the test's process group or by itself.
-LINGERS = """
-import os, subprocess, sys, time
-print("here", os.getpgid(0) == os.getpid(), flush=True)
-child = subprocess.Popen([sys.executable, "-c", "import time; print('child', flush=True); time.sleep(60)"])
-if sys.argv[1] == "waits":
-    child.wait()
+SAYS_WHO_IT_IS = """
+import os, sys, time
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES")
+print(*(os.environ.get(name) for name in names), flush=True)
+if sys.argv[1] == "fails":
+    sys.exit(3) if os.environ["RANK"] == "1" else time.sleep(600)
 """
 
 
-def gone(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
+def test_runs_of_several_processes_have_gpus_of_their_own(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(SAYS_WHO_IT_IS)
+    commands = {name: [str(program), "works"] for name in ("a", "b", "c")}
+    ended = list(run_processes(commands, tmp_path, 2, ranks=2, gpus=["4", "5", "6", "7"]))
+    assert [one.code for one in ended] == [0, 0, 0]
+    lines = {one.name: sorted(one.log.read_text().splitlines()) for one in ended}
+    assert lines["a"] == ["0 0 2 4,5", "1 1 2 4,5"]
+    assert lines["b"] == ["0 0 2 6,7", "1 1 2 6,7"]
+    (alone,) = run_processes({"d": [str(program), "works"]}, tmp_path, 1)
+    assert alone.log.read_text() == "None None None None\n"
 
 
-def test_what_a_program_prints_and_ends_with():
-    done = run(python("import sys; print(1); print(2, file=sys.stderr); sys.exit(3)"), check=False)
-    assert (done.code, done.stdout, done.stderr, done.output) == (3, "1\n", "2\n", "1\n2\n")
-    with pytest.raises(ProcessError, match=r"(?s)exit code 3.*1\n2"):
-        run(python("import sys; print(1); print(2, file=sys.stderr); sys.exit(3)"))
+def test_one_process_that_fails_ends_its_run(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(SAYS_WHO_IT_IS)
+    (ended,) = run_processes({"a": [str(program), "fails"]}, tmp_path, 1, ranks=2)
+    assert ended.code == 3
+    assert not running(str(program))
 
 
-def test_a_program_runs_in_this_tree_and_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("OURS", "kept")
-    program = "import os, megalr; print(megalr.__file__, os.environ['OURS'], os.environ['THEIRS'], os.getcwd())"
-    done = run(python(program), cwd=tmp_path, env={"THEIRS": "added"})
-    assert done.stdout.split() == [str(ROOT / "megalr/__init__.py"), "kept", "added", str(tmp_path)]
+def test_a_program_that_takes_too_long_is_killed(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(SAYS_WHO_IT_IS)
+    commands = {"a": [str(program), "works"], "b": ["-c", f"import time; time.sleep(600)  # {program}"]}
+    quick, slow = run_processes(commands, tmp_path, timeout=2)
+    assert (quick.name, quick.code) == ("a", 0)
+    assert (slow.name, slow.code) == ("b", -9)
+    assert 2 < slow.seconds < 60
+    assert not running(str(program))
 
 
-@pytest.mark.parametrize("how", ["waits", "ends"])
-def test_at_its_limit_everything_is_killed_and_told(how):
-    began = time.monotonic()
-    with pytest.raises(ProcessError, match=r"(?s)did not end within 1 s.*here True\nchild"):
-        run(python(LINGERS, how), limit=1)
-    assert time.monotonic() - began < 10
-
-
-def test_what_is_printed_is_waited_for():
-    with started(python("import time; print('ready', flush=True); time.sleep(60)"), limit=5) as process:
-        assert "ready" in process.read_until("ready")
-        with pytest.raises(ProcessError, match=r"(?s)printing 'more': not within 5 s.*ready"):
-            process.read_until("more")
-    assert gone(process.pid)
-    with started(python("print('last words')")) as process:
-        assert process.read_until("words") == "last words\n"
-    with (
-        started(python("import sys; print('so far'); sys.exit(4)")) as process,
-        pytest.raises(ProcessError, match=r"(?s)ended with exit code 4 before printing 'more'.*so far"),
-    ):
-        process.read_until("more")
-
-
-def test_a_condition_is_waited_for_as_long_as_the_process_lives(tmp_path):
-    program = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
-    with started(python(program, tmp_path / "made")) as process:
-        process.wait_for((tmp_path / "made").exists)
-        assert not process.watch(0.1)
-        process.signal_group(signal.SIGTERM)
-        assert process.wait().code == -signal.SIGTERM
-        assert process.watch(60)
-    with started(python("")) as process, pytest.raises(ProcessError, match="ended with exit code 0 before a file"):
-        process.wait_for((tmp_path / "never").exists, "a file")
-
-
-def test_two_streams_or_one():
-    program = "import sys; [print(i, file=(sys.stdout, sys.stderr)[i % 2], flush=True) for i in range(4)]"
-    with started(python(program), one_stream=True) as process:
-        done = process.wait()
-    assert (done.stdout.split(), done.stderr) == (["0", "1", "2", "3"], "")
-    assert sys.executable in python(program)
+def test_children_import_this_megalr_and_what_is_added(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    root = str(Path(megalr.__file__).parents[1])
+    assert python_path() == f"{root}:/elsewhere"
+    assert python_path(tmp_path, Path(root)) == f"{tmp_path}:{root}:/elsewhere"
+    says = ["-c", "import megalr, os; print(megalr.__file__, os.environ['OMP_NUM_THREADS'], os.environ['A'])"]
+    (ended,) = run_processes({"a": says}, tmp_path, environment={"A": "1"})
+    assert ended.log.read_text() == f"{megalr.__file__} 1 1\n"

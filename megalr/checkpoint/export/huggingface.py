@@ -1,0 +1,57 @@
+"""Dense models as transformers reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalr.checkpoint.manifest import Manifest
+from megalr.errors import UserError
+
+
+def write_model(model: Any, state: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """Write a folder that ``from_pretrained`` reads.
+
+    Args:
+        model: of transformers, on the meta device, see :func:`empty_model_of`; modified.
+        state: its dense weights; of tied weights at least one.
+        folder: where to write.
+        dtype: of the written weights.
+
+    Raises:
+        UserError: weights are missing, or the model has no such weights.
+    """
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    if unexpected or (missing and not getattr(model.config, "tie_word_embeddings", False)):
+        raise UserError(f"cannot export: weights missing {missing}, weights too many {unexpected}")
+    model.to(dtype).save_pretrained(folder)
+
+
+def empty_model_of(manifest: Manifest) -> Any:
+    """The model that a checkpoint is of, on the meta device.
+
+    Raises:
+        UserError: the checkpoint has no configuration of transformers, or this transformers cannot build the model.
+    """
+    import transformers  # noqa: PLC0415  (slow to import)
+
+    values = manifest.content["model"]
+    instead = "`--to safetensors --dense` writes dense weights without one"
+    if values is None:
+        raise UserError(
+            f"{manifest.folder} is of a model without a configuration of transformers, which a Hugging Face folder "
+            f"needs: {instead}"
+        )
+    name, architectures = values.get("model_type"), values.get("architectures") or [""]
+    try:
+        kind: Any = transformers.AutoConfig.for_model(name).__class__
+        config = kind.from_dict({**values, "use_cache": True})
+        model = getattr(transformers, architectures[0], None)
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config) if model is None else model(config)
+    except Exception as error:  # transformers raises errors of many kinds
+        raise UserError(f"this transformers cannot build the {name} that was saved: {error}. {instead}") from error

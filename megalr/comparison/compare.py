@@ -1,0 +1,118 @@
+"""Compare methods: each method of a recipe trains the same model on the same text, at the best of its learning rates.
+
+Each run is one process of launchers/pretrain.py. Its result becomes a line of results.jsonl in the output folder and is
+not computed again. If the comparison is killed, the same command continues it; with "save_every" in the recipe, runs
+that were under way continue from their checkpoints. A failed run does not stop the others; failed runs are listed at
+the end, and the same command tries them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from megalr.comparison.methods_report import write_report
+from megalr.comparison.results import Results
+from megalr.comparison.runs import Recipe
+from megalr.comparison.trainer import Trainer
+from megalr.errors import UserError
+from megalr.train.arguments import positive
+from megalr.train.quiet import quieten
+from megalr.train.runner import USER_ERROR_CODE
+
+
+def main(argv: Sequence[str], *, models_folder: Path) -> int:
+    """Run the comparison that the command line describes.
+
+    Args:
+        argv: the command line without the program's name.
+        models_folder: the folder of the named shapes, beside the launcher of the runs.
+
+    Returns:
+        The exit code: 0, or 2 after a UserError, of which the message alone is printed.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    try:
+        run(parser.parse_args(argv), models_folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR_CODE
+    return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument(
+        "--recipe", type=Path, required=True, metavar="FILE.yaml", help="what to train, see launchers/recipes"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="results, table and figures; may hold some already"
+    )
+    parser.add_argument("--dataset", nargs="+", metavar="TEXT", help="train on this instead of the recipe's text")
+    parser.add_argument("--eval-dataset", nargs="+", metavar="TEXT", help="with --dataset: the held-out text")
+    parser.add_argument(
+        "--jobs", type=positive, default=1, metavar="N", help="runs at a time, each with one thread (default: 1)"
+    )
+    parser.add_argument(
+        "--processes", type=positive, default=1, metavar="N", help="of each run, a GPU each where there are GPUs"
+    )
+    parser.add_argument("--keep-runs", action="store_true", help="keep the runs' folders, checkpoints included")
+    parser.add_argument("--report", action="store_true", help="train nothing: report what is there so far")
+
+
+def run(arguments: argparse.Namespace, models: Path) -> None:
+    """Train what is missing, then write and print the table.
+
+    Args:
+        arguments: of :func:`add_arguments`.
+        models: the folder of the named shapes; the launcher lies beside it.
+
+    Raises:
+        UserError: the recipe cannot be run.
+        SystemExit: a run has failed. Its text is what the program prints last; the exit code is then 1.
+    """
+    quieten(first=True)  # DeepSpeed, which reads every method's JSON before the first run
+    if arguments.eval_dataset and not arguments.dataset:
+        raise UserError("--eval-dataset goes with --dataset: name the text to train on, too")
+    text = (arguments.dataset, arguments.eval_dataset or ()) if arguments.dataset else None
+    recipe = Recipe(arguments.recipe, models, text, world_size=arguments.processes)
+    output: Path = arguments.output.expanduser().absolute()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: name a folder")
+    results = Results(output / "results.jsonl")
+    failed: list[str] = []
+    if not arguments.report:
+        output.mkdir(parents=True, exist_ok=True)
+        with _locked(output):
+            trainer = Trainer(
+                results, output / "runs", models.parent / "pretrain.py", arguments.jobs, arguments.processes
+            )
+            trainer.keep = arguments.keep_runs
+            try:
+                failed = trainer.train_all(recipe)
+            except KeyboardInterrupt:
+                print("\nstopped; the same command goes on from here", flush=True)
+                raise SystemExit(130) from None
+    elif not output.is_dir():
+        raise UserError(f"there is no folder {output} to report on")
+    print(f"\n{write_report(recipe, results.rows(), output)}", flush=True)
+    if failed:
+        raise SystemExit("\n".join(["\nerror: these runs failed, and the same command tries them again:", *failed]))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second comparison out of the folder; the lock ends with the process, however that ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another comparison is writing to {folder}: wait for it, or name another folder"
+            ) from error
+        yield
