@@ -35,6 +35,15 @@ def test_rows_are_of_the_product_in_its_order_and_not_many(axes):
 def test_what_is_left_out_is_slow():
     axes = (range(5), range(4), range(3))
     parameters = daily_and_slow(*axes)
-    assert [each.values for each in parameters] == list(itertools.product(*axes))
-    assert [each.values for each in parameters if not each.marks] == covering(*axes)
-    assert {mark.name for each in parameters for mark in each.marks} == {"slow"}
+    slow = [each.values for each in parameters if not isinstance(each, tuple)]
+    assert [each for each in parameters if isinstance(each, tuple)] == covering(*axes)
+    assert sorted(covering(*axes) + slow) == list(itertools.product(*axes))
+    assert {mark.name for each in parameters if not isinstance(each, tuple) for mark in each.marks} == {"slow"}
+
+
+def test_values_that_take_turns_make_no_more_rows():
+    parameters = daily_and_slow(range(6), range(5), turns=["ab"])
+    rows = [each if isinstance(each, tuple) else each.values for each in parameters]
+    assert sorted(row[:2] for row in rows) == list(itertools.product(range(6), range(5)))
+    assert [each for each in parameters if isinstance(each, tuple)] == covering(range(6), range(5), "ab")
+    assert len(daily_and_slow(range(9), "xy", "vw", turns=["ab"])) == 36

@@ -17,7 +17,7 @@ from tests.small_llama import small_llama
 
 def projected(model: Callable[[], nn.Module] = odd_model, *, clip: float = CLIPPING, **section: Any) -> Case:
     """Layers each of whose bases is refreshed at least twice in twelve updates; ``section`` is the JSON's."""
-    layers = LAYERS if model is odd_model else {"rank": 4, "target_modules": ["attn", "mlp"]}
+    layers = {"rank": 4, "target_modules": ["attn", "mlp"]} if model is small_llama else LAYERS
     given = {"type": "projected", "update_proj_gap": 5, **layers, **section}
 
     def plain(model: nn.Module, data: Sequence[Tensor], clip: float) -> dict[str, Tensor]:
