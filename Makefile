@@ -17,7 +17,7 @@ ifneq "$(shell cat $(STAMP) 2>/dev/null)" "$(CURDIR)"
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup pretrain test test-all test-gpu cuda-compile cuda-check lint format clean
+.PHONY: help setup pretrain test test-all mutants test-gpu cuda-compile cuda-check lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -35,6 +35,9 @@ test: lint ## lint, and the tests that take less than a minute each
 
 test-all: lint ## lint, and every test
 	$(PY) -m pytest
+
+mutants: $(STAMP) ## plant faults, one at a time, and list those that no daily test notices; hours; ARGS="--area rules ..."
+	$(PY) -m tests.mutants $(ARGS)
 
 test-gpu: $(STAMP) ## the compiled ops on a GPU against their references on the CPU; skipped, with the reason, without one
 	$(PY) -m pytest tests/kernels/test_gpu.py

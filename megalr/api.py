@@ -13,22 +13,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megalr.config.guards import GuardsConfig
 from megalr.config.settings import FullConfig, Json, MegalrConfig, fill_auto, read_json
 from megalr.errors import UserError
 from megalr.guards.guard import attach_guard
+from megalr.hosts import gather, host_of
 from megalr.hosts.autotp import (
     check_heads,
     check_neighbours,
-    check_section,
     planned_cuts,
     start_tensor_parallel,
     tensor_parallel_size,
 )
-from megalr.hosts.pipelines import check_pipeline, check_stages
-from megalr.hosts.tensor_parallel import indices_in_whole, mark_gradients, whole_frozen
+from megalr.hosts.deepspeed_config import refuse_unsupported
+from megalr.hosts.deepspeed_pipeline import check_pipeline, check_stages
+from megalr.hosts.deepspeed_start import start_engine
+from megalr.hosts.tensor_parallel import (
+    indices_in_whole,
+    is_marked,
+    mark_gradients,
+    ranks_that_share,
+    tensor_parallel_group,
+    whole_frozen,
+)
 from megalr.layers import parametrize as _parametrize
 from megalr.layers.replacement import factor_pairs, replaced_layers
-from megalr.layers.tensor_parallel.layers import cut_layers
+from megalr.layers.tensor_parallel.cutting import cut_layers
 from megalr.layers.velora import compress_activations, compressed_layers
 from megalr.optim.events.registry import layer_events
 from megalr.optim.events.velora import Directions
@@ -81,15 +91,15 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
     if size > 1 and compressed_layers(model):
         raise UserError(UNSHARED)
     optimizer = _build_optimizer(model, content)
-    if size > 1 or any(getattr(parameter, "tensor_model_parallel", False) for parameter in model.parameters()):
-        _mark_gradients(model, content)
+    if size > 1 or any(map(is_marked, model.parameters())):
+        mark_gradients(model.parameters(), content)
     return optimizer
 
 
 def _build_optimizer(model: nn.Module, content: Json) -> MegalrOptimizer:
     """:func:`build_optimizer` for a configuration that is complete, whoever cuts the layers."""
     parsed = MegalrConfig.from_json(content)
-    check_pipeline(model, tensor_parallel_size(content), parsed.guards)
+    check_pipeline(model, tensor_parallel_size(content), guarded=parsed.guards != GuardsConfig())
     layers = replaced_layers(model)
     if not layers and not isinstance(parsed.parametrization, FullConfig):
         raise UserError(
@@ -159,8 +169,6 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     Raises:
         UserError: for a configuration that cannot work, before anything is built.
     """
-    import deepspeed  # noqa: PLC0415  (slow to import, and `import megalr` is cheap)
-
     for taken in ("optimizer", "model_parameters"):
         if kwargs.get(taken) is not None:
             raise UserError(
@@ -172,71 +180,33 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     parametrize(model, content)
     optimizer = _build_optimizer(model, content)
     _cut(model, content, kwargs)
-    results = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_section(content), **kwargs)
-    scheduler = results[3]
-    if getattr(scheduler, "last_batch_iteration", None) == -1:
-        scheduler.step()
+    results = start_engine(model, optimizer, content, **kwargs)
     optimizer.prepare()
-    if not results[0].pipeline_parallelism:
+    if not host_of(results[0]).has_stages:
         attach_guard(results[0])
-    _keep_frozen(results[0])
     return results
 
 
 def _cut(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> None:
     """Share the model's factorized layers between tensor-parallel ranks; DeepSpeed's AutoTP shares the dense ones."""
-    from deepspeed.utils.bwc import bwc_tensor_model_parallel_group, bwc_tensor_model_parallel_world_size  # noqa: PLC0415
-
     size, mpu = tensor_parallel_size(content), kwargs.get("mpu")
     if size > 1:
         if mpu is not None:
             raise UserError("tensor_parallel.autotp_size makes the groups that mpu= brings: give one of the two")
         mpu = kwargs["mpu"] = start_tensor_parallel(model, size)
-    ranks = bwc_tensor_model_parallel_world_size(mpu)
+    ranks = ranks_that_share(mpu)
     if ranks == 1:
         return
-    _mark_gradients(model, content)
+    mark_gradients(model.parameters(), content)
     if compressed_layers(model):
         raise UserError(UNSHARED)
-    if replaced_layers(model):
-        cuts = planned_cuts(model, content)
+    factorized = replaced_layers(model)
+    if factorized:
+        cuts = planned_cuts(model, content, factorized)
         if size == 1:
             check_heads(getattr(model, "config", None), ranks, "the number of mpu='s tensor-parallel ranks")
-            check_neighbours(model, cuts)
-        cut_layers(model, cuts, bwc_tensor_model_parallel_group(mpu))
-
-
-def _keep_frozen(engine: Any) -> None:
-    """Have ``engine.save_checkpoint`` write what DeepSpeed's zero_to_fp32.py reads of frozen weights at stage 1, too.
-
-    DeepSpeed writes it at stages 2 and 3 alone, and its script then leaves W0 and bases out without a word.
-    """
-    original = getattr(engine, "_common_checkpoint_state", None)
-    frozen = {name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad}
-    if original is None or engine.zero_optimization_stage() != 1 or not frozen:
-        return
-
-    def with_frozen(module: dict[str, Any] | None, zero_state: bool, save_frozen: bool) -> dict[str, Any]:
-        # A pipeline's stages write files of their own; what the user leaves out is not there.
-        state: dict[str, Any] = original(module, zero_state, save_frozen or frozen <= (module or {}).keys())
-        return state
-
-    engine._common_checkpoint_state = with_frozen
-
-
-def _mark_gradients(model: nn.Module, content: Json) -> None:
-    """Have DeepSpeed know gradients of cut parameters where it takes the norm for clipping of gradients alone."""
-    half = any((content.get(key) or {}).get("enabled", False) for key in ("bf16", "bfloat16", "fp16"))
-    if half and not (content.get("zero_optimization") or {}).get("stage", 0):
-        mark_gradients(model.parameters())
-
-
-def deepspeed_section(content: Json) -> dict[str, Any]:
-    """What DeepSpeed is to see of the JSON: all but our two sections, and its consent to a client optimizer."""
-    rest = {key: value for key, value in content.items() if key not in ("megalr", "optimizer")}
-    rest.setdefault("zero_allow_untested_optimizer", True)
-    rest.setdefault("zero_force_ds_cpu_optimizer", False)
-    return rest
+            check_neighbours(model, cuts, factorized)
+        cut_layers(model, MegalrConfig.from_json(content).parametrization, cuts, tensor_parallel_group(mpu))
 
 
 def _complete(training_args: Any, content: Json) -> None:
@@ -255,11 +225,9 @@ def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
 
     Trained parameters come from the fp32 masters, at any ZeRO stage; frozen ones and persistent buffers as they are.
     """
-    import deepspeed  # noqa: PLC0415
-
-    optimizer: MegalrOptimizer = engine.basic_optimizer
-    state = optimizer.consolidate()
-    module: nn.Module = engine.module
+    host = host_of(engine)
+    optimizer: MegalrOptimizer = host.optimizer
+    state, module = optimizer.consolidate(), host.module
     trained = optimizer.prepare().layout.shapes
     for name, parameter in module.named_parameters():
         places = indices_in_whole(parameter)
@@ -268,7 +236,7 @@ def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
     # Layers may share a frozen parameter, and each has its own name for it.
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if name not in trained and not parameter.requires_grad:
-            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            with gather([parameter]):
                 whole = whole_frozen(name, parameter)
                 if state is not None:
                     state[name] = whole
@@ -276,17 +244,3 @@ def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
         persistent = {name for name in module.state_dict() if name not in state}
         state.update({n: b.detach().cpu().clone() for n, b in module.named_buffers() if n in persistent})
     return state
-
-
-def refuse_unsupported(content: Json) -> None:
-    """Raise a UserError for what DeepSpeed can do but megalr, or this machine, cannot."""
-    if content.get("tensor_parallel"):
-        check_section(content)
-    zero = content.get("zero_optimization", {})
-    for section in ("offload_optimizer", "offload_param"):
-        if isinstance(zero, dict) and (zero.get(section) or {}).get("device") == "nvme":
-            raise UserError(
-                f'zero_optimization.{section}.device is "nvme", which megalr cannot update: write "cpu" or leave it out'
-            )
-    if (content.get("fp16") or {}).get("enabled") not in (None, False, "auto") and not torch.cuda.is_available():
-        raise UserError('fp16 needs a GPU: write "fp16": {"enabled": false} and "bf16": {"enabled": "auto"}')

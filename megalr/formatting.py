@@ -18,9 +18,15 @@ def human_bytes(number: float) -> str:
     return f"{value:#.3g}".rstrip(".") + f" {BYTE_UNITS[unit]}"
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table. The first column is aligned left, the others right; short rows are filled with empty cells."""
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
+    """A Markdown table; short rows are filled with empty cells.
+
+    Args:
+        columns: their titles.
+        rows: cells, at most one for each column.
+        numbers: align all columns but the first to the right.
+    """
+    lines = [columns, ["---"] + ["---:" if numbers else "---"] * (len(columns) - 1), *rows]
     return "\n".join(markdown_row([*line, *[""] * (len(columns) - len(line))]) for line in lines)
 
 

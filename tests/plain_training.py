@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.references import reference_for
+from tests.references import REFERENCES, hyperparameters, reference_for
 
 
 def plain_training(
@@ -55,12 +55,9 @@ class _Updates:
         phases = {name: i * gap // count if stagger else 0 for i, name in enumerate(names)}
         self.references: dict[str, list[Any]] = {}
         self.settings: dict[str, dict[str, Any]] = {}
-        adam = {k: v for k, v in params.items() if k in ("betas", "eps")}
-        # A rule's own epsilon serves the other groups as well.
-        other = ("GaLore", "GoLore", "Fira", "APOLLO", "Online", "SPAM", "QGaLore", "AdaRank")
-        adam.setdefault("eps", 1e-6 if optimizer.startswith(other) else 1e-8)
-        if optimizer == "LDAdamW":
-            adam.setdefault("betas", (0.908, 0.99))
+        # A rule's own betas and epsilon serve the other groups as well.
+        known = hyperparameters(REFERENCES[optimizer]) | params
+        adam = {key: known[key] for key in ("betas", "eps") if key in known}
         for name, w in weights.items():
             if name in chosen:
                 shape = (w.shape[-2], w.shape[-1])

@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from megalr.checkpoint.random_states import random_states, set_random_states
 from megalr.checkpoint.schedules import goes_on, schedule_numbers, set_schedule
 from megalr.errors import UserError
-from megalr.hosts.reading import frozen_parts
-from megalr.hosts.tensor_parallel import indices_in_whole, part_offset, tensor_parallel_rank
+from megalr.hosts import held, host_of, logical_shape
+from megalr.hosts.tensor_parallel import indices_in_whole, part_offset
 from megalr.layers.base import FactorizedLinear
-from megalr.layout.exchange import Item, write
+from megalr.layout.exchange import write
+from megalr.layout.placement import Unit
 from megalr.layout.rectangles import Entry, Piece, folded, rectangles
-from megalr.optim.groups import logical_shape
+from megalr.optim.forms import logical_form
 from megalr.optim.optimizer import MegalrOptimizer
 from megalr.optim.state import MOMENTS, check, entries_of, make_room, numbers_of, set_rates, settle
-
-COUNTS = ("global_steps", "global_samples", "skipped_steps")
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Contents:
@@ -44,20 +42,22 @@ class Contents:
         Raises:
             UserError: it is a pipeline's, or has another optimizer.
         """
-        if not isinstance(engine.basic_optimizer, MegalrOptimizer):
+        host = host_of(engine)
+        if not isinstance(host.optimizer, MegalrOptimizer):
             raise UserError(
-                f"the engine's optimizer is {type(engine.basic_optimizer).__name__}, of which megalr's checkpoints "
+                f"the engine's optimizer is {type(host.optimizer).__name__}, of which megalr's checkpoints "
                 "know nothing: make the engine with megalr.initialize or give deepspeed.initialize what "
                 "megalr.build_optimizer returns, or use engine.save_checkpoint and engine.load_checkpoint"
             )
-        if engine.pipeline_parallelism:
+        if host.has_stages:
             raise UserError(
                 "megalr's checkpoints do not hold pipeline engines, of which each stage has a model of its own: use "
                 "engine.save_checkpoint and engine.load_checkpoint"
             )
-        self._engine = engine
-        self._optimizer = engine.basic_optimizer
-        self._module: nn.Module = engine.module
+        self._host = host
+        self._guard = getattr(engine, "megalr_guard", None)
+        self._optimizer = host.optimizer
+        self._module: nn.Module = host.module
         self._shard = self._optimizer.prepare()
         for name, module in self._module.named_modules():
             if type(module).get_extra_state is not nn.Module.get_extra_state:
@@ -70,26 +70,22 @@ class Contents:
 
     def numbers(self) -> dict[str, Any]:
         """Counts and settings, as JSON has them; the same on every rank but for "matrices"."""
-        engine, numbers = self._engine, numbers_of(self._optimizer)
+        host, numbers = self._host, numbers_of(self._optimizer)
         shared = {id(p): n for n, p in reversed(list(self._module.named_parameters()))}
-        scaler = _loss_scaler(engine)
-        guard = getattr(engine, "megalr_guard", None)
         return {
             "matrices": numbers.pop("matrices"),
             "optimizer": numbers,
-            "engine": {key: getattr(engine, key) for key in COUNTS},
-            "schedule": schedule_numbers(engine.lr_scheduler),
-            "loss_scaler": {
-                key: getattr(scaler, key) for key in SCALER if engine.fp16_enabled() and hasattr(scaler, key)
-            },
-            "guard": None if guard is None else guard.state_dict(),
+            "engine": host.counters(),
+            "schedule": schedule_numbers(host.schedule),
+            "loss_scaler": host.loss_scale(),
+            "guard": None if self._guard is None else self._guard.state_dict(),
             "names": {
                 name: shared[id(p)]
                 for name, p in self._module.named_parameters(remove_duplicate=False)
                 if shared[id(p)] != name
             },
             "shapes": {name: list(shape) for name, shape in self._shapes() if folded(shape) != tuple(shape)},
-            "chosen_by": self._shares() if self._states_of_chosen() else 0,
+            "chosen_by": host.groups().tensor_size if self._states_of_chosen() else 0,
         }
 
     def entries(self) -> dict[str, Entry]:
@@ -117,10 +113,11 @@ class Contents:
         """
         self._check_boundary()
         self._check_model(saved)
-        if numbers["chosen_by"] not in (0, self._shares()):
+        shares = self._host.groups().tensor_size
+        if numbers["chosen_by"] not in (0, shares):
             raise UserError(
                 f"the rule's state of sparse values was written by {numbers['chosen_by']} tensor-parallel ranks, and "
-                f"only so many can go on with it; there are {self._shares()}"
+                f"only so many can go on with it; there are {shares}"
             )
         self._check_places(read)
         dropped = [check(self._optimizer, numbers["optimizer"])]
@@ -135,7 +132,7 @@ class Contents:
             numbers, saved: that :meth:`check` was given.
         """
         make_room(self._optimizer, {**numbers["optimizer"], "matrices": numbers["matrices"]}, saved)
-        self._prologue()
+        self._host.prepare_load()
         found = self._portable(once=False) | self._frozen()
         self._buffers_read = {key: Entry.of(entry.pieces[0].data.clone()) for key, entry in self._buffers()}
         found |= self._buffers_read
@@ -161,34 +158,27 @@ class Contents:
                     write(piece.data[places.to(piece.data.device)], field, own)
         self._settle_buffers()
         settle(self._optimizer, numbers["optimizer"])
-        self._epilogue()
-        engine = self._engine
-        for key, value in numbers["engine"].items():
-            setattr(engine, key, value)
-        # Where an update ends is counted in micro-batches, of which an update may have more or fewer now.
-        engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+        self._host.publish(self._shard)
+        self._host.set_counters(numbers["engine"])
         self._settle_schedule(numbers)
-        scaler = _loss_scaler(engine)
-        for key, value in numbers["loss_scaler"].items():
-            setattr(scaler, key, value)
-        guard = getattr(engine, "megalr_guard", None)
-        if guard is not None and numbers["guard"] is not None:
-            guard.load_state_dict(numbers["guard"])
+        self._host.set_loss_scale(numbers["loss_scaler"])
+        if self._guard is not None and numbers["guard"] is not None:
+            self._guard.load_state_dict(numbers["guard"])
         if self._random_key in self._targets:
             set_random_states(self._targets[self._random_key].pieces[0].data)
 
     def _schedule_goes_on(self, numbers: Mapping[str, Any]) -> bool:
-        return goes_on(self._engine.lr_scheduler, numbers["schedule"], same_groups=self._has_groups_of(numbers))
+        return goes_on(self._host.schedule, numbers["schedule"], same_groups=self._has_groups_of(numbers))
 
     def _has_groups_of(self, numbers: Mapping[str, Any]) -> bool:
         """Whether learning rates of groups can be taken over: those of another rule mean something else."""
         names = [group["name"] for group in self._optimizer.all_groups]
-        same_rule = numbers["optimizer"]["logical_rule"] == self._optimizer.logical_form()
+        same_rule = numbers["optimizer"]["logical_rule"] == logical_form(self._optimizer.config)
         return same_rule and list(numbers["optimizer"]["lr"]) == names
 
     def _settle_schedule(self, numbers: Mapping[str, Any]) -> None:
         """A schedule and the rates that it has made of the groups; those of other groups stay."""
-        schedule, saved = self._engine.lr_scheduler, numbers["schedule"]
+        schedule, saved = self._host.schedule, numbers["schedule"]
         if not self._schedule_goes_on(numbers):
             if schedule is not None:
                 name = type(schedule).__name__
@@ -204,14 +194,10 @@ class Contents:
 
     def _check_boundary(self) -> None:
         """Refuse a load while gradients are there, which ZeRO would add those of the next micro-batch to."""
-        engine = self._engine
-        managed = getattr(engine, "managed_gradient_accumulation", None)
-        given = getattr(engine, "_is_gradient_accumulation_boundary", None) is not None
-        counts = not given and (managed is None or managed())
-        if counts and engine.micro_steps % engine.gradient_accumulation_steps():
+        made, size = self._host.progress()
+        if made:
             raise UserError(
-                f"an update has begun: {engine.micro_steps % engine.gradient_accumulation_steps()} of its "
-                f"{engine.gradient_accumulation_steps()} micro-batches are made. Load between two updates"
+                f"an update has begun: {made} of its {size} micro-batches are made. Load between two updates"
             )
 
     def _check_model(self, saved: Mapping[str, Tensor]) -> None:
@@ -260,7 +246,7 @@ class Contents:
                     continue  # no moments yet
                 whole = torch.empty(self._shard.layout.numel(name), device=field[0].device)
                 if once:
-                    gathered = self._optimizer.exchange.gather([Item(name, 0)], [field])
+                    gathered = self._optimizer.exchange.gather([Unit((name,), owner=0)], [field])
                     if name not in gathered:
                         continue
                     whole.index_copy_(0, places.to(whole.device), gathered[name][0])
@@ -274,16 +260,10 @@ class Contents:
         matrices = self._optimizer.matrices
         return matrices is not None and any(m.name in self._chosen for m in matrices.matrices)
 
-    def _shares(self) -> int:
-        from deepspeed.utils import groups  # noqa: PLC0415
-        from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size  # noqa: PLC0415
-
-        size: int = bwc_tensor_model_parallel_world_size(groups.mpu)
-        return size
-
     def _ranks(self) -> tuple[int, int]:
         """This one among those that read other data, and among those that share layers with it."""
-        return dist.get_rank(self._engine.seq_data_parallel_group), tensor_parallel_rank() if self._shares() > 1 else 0
+        groups = self._host.groups()
+        return groups.data_rank, groups.tensor_rank
 
     def _frozen_parameters(self) -> Iterator[tuple[str, Any]]:
         return ((n, p) for n, p in self._module.named_parameters() if not p.requires_grad)
@@ -292,7 +272,7 @@ class Contents:
         found = {}
         for name, parameter in self._frozen_parameters():
             origin, whole = part_offset(name, parameter)
-            start, flat = frozen_parts(parameter)[0]
+            start, flat = held(parameter)[0]
             pieces: list[Piece] = rectangles(logical_shape(parameter), start, flat, origin)
             if pieces:
                 found[f"frozen/{name}"] = Entry(folded(whole), flat.dtype, tuple(pieces))
@@ -319,30 +299,6 @@ class Contents:
             if isinstance(layer, FactorizedLinear):
                 layer.buffers_changed()
 
-    def _prologue(self) -> None:
-        """At stage 3 parameters must lie cut, as they do in an update."""
-        prologue = getattr(self._engine.optimizer, "checkpoint_event_prologue", None)
-        if prologue is not None:
-            prologue()
-
-    def _epilogue(self) -> None:
-        """From the masters to the weights that the model computes with, on all ranks."""
-        zero = self._engine.optimizer
-        if hasattr(zero, "update_lp_params"):
-            zero.update_lp_params()
-        else:
-            for buffer in range(len(self._shard.buffers)):
-                self._shard.publish(buffer)
-        epilogue = getattr(zero, "checkpoint_event_epilogue", None)
-        if epilogue is not None:
-            epilogue()
-
 
 def _whole(name: str, parameter: Tensor) -> tuple[int, ...]:
     return part_offset(name, parameter)[1]
-
-
-def _loss_scaler(engine: Any) -> Any:
-    """What holds fp16's loss scale: the wrapper itself or its scaler."""
-    wrapper = engine.optimizer
-    return getattr(wrapper, "loss_scaler", wrapper)

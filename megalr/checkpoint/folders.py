@@ -9,9 +9,8 @@ from pathlib import Path
 
 from megalr.checkpoint.manifest import LATEST, MANIFEST, Manifest, problems, read_manifest, read_whole
 from megalr.errors import UserError
+from megalr.hosts.deepspeed import CHECKPOINT_FILES
 
-# Of what engine.save_checkpoint writes: model states, ZeRO's states, layers of a pipeline.
-DEEPSPEED_FILES = ("mp_rank_*_model_states.pt", "*zero_pp_rank_*_states.pt", "layer_*-model_*.pt")
 RANK_FILES = "rank-*.safetensors"
 
 
@@ -42,7 +41,7 @@ def is_one(place: Path) -> bool:
         return True
     if any(_is_checkpoint(folder) for folder in _folders(place)):
         return False
-    if any(next(place.glob(f"{depth}{files}"), None) for depth in ("", "*/", "*/*/") for files in DEEPSPEED_FILES):
+    if any(next(place.glob(f"{depth}{files}"), None) for depth in ("", "*/", "*/*/") for files in CHECKPOINT_FILES):
         raise UserError(
             f"{place} holds checkpoints of DeepSpeed's own, which engine.save_checkpoint writes: load them with "
             "engine.load_checkpoint, or make fp32 weights of one with the zero_to_fp32.py that lies beside it. This "

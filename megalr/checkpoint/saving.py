@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalr.checkpoint.contents import Contents
@@ -27,6 +27,8 @@ from megalr.checkpoint.planners import EntrySaver
 from megalr.checkpoint.publishing import abandon
 from megalr.checkpoint.storage import FolderWriter
 from megalr.errors import UserError
+from megalr.hosts import host_of
+from megalr.hosts.base import RunningHost
 from megalr.layout.rectangles import Entry, Piece
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ def save_checkpoint(
     Raises:
         UserError: it could not be written, on all ranks; or the state cannot be kept.
     """
-    contents = Contents(engine)
+    contents, host = Contents(engine), host_of(engine)
     numbers, entries = contents.numbers(), contents.entries()
     updates = numbers["optimizer"]["updates"]
     place, tag = Path(directory).expanduser().absolute(), tag or f"step{updates}"
@@ -75,9 +77,9 @@ def save_checkpoint(
     document = {
         "numbers": {key: value for key, value in numbers.items() if key != "matrices"},
         "client": _as_it_is(client_state or {}),
-        "layout": _layout(engine),
-        "config": engine.basic_optimizer.sections,
-        "model": _model_config(engine),
+        "layout": _layout(host),
+        "config": host.optimizer.sections,
+        "model": _model_config(host.module),
         "versions": {name: version(name) for name in VERSIONS_OF},
     }
     write_entries(place, tag, document, entries, numbers["matrices"], keep=keep, asynchronous=asynchronous)
@@ -226,24 +228,21 @@ def _as_it_is(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return copy
 
 
-def _layout(engine: Any) -> dict[str, Any]:
-    from deepspeed.utils import groups  # noqa: PLC0415  (there is an engine, so it has been imported)
-    from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size  # noqa: PLC0415
-
+def _layout(host: RunningHost) -> dict[str, Any]:
     return {
-        "stage": int(engine.zero_optimization_stage()),
+        "stage": host.stage,
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
-        "tensor_parallel": int(bwc_tensor_model_parallel_world_size(groups.mpu)),
-        "dtype": str(engine.get_data_types()[0]).removeprefix("torch."),
+        "tensor_parallel": host.groups().tensor_size,
+        "dtype": str(host.dtypes[0]).removeprefix("torch."),
     }
 
 
-def _model_config(engine: Any) -> Any:
+def _model_config(module: nn.Module) -> Any:
     """Of a transformers model, for exports; with the name of its class, which it has else only when it is saved."""
-    to_json = getattr(getattr(engine.module, "config", None), "to_json_string", None)
+    to_json = getattr(getattr(module, "config", None), "to_json_string", None)
     if to_json is None:
         return None
-    return json.loads(to_json(use_diff=False)) | {"architectures": [type(engine.module).__name__]}
+    return json.loads(to_json(use_diff=False)) | {"architectures": [type(module).__name__]}
 
 
 def _check_tag(tag: str) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalr.errors import UserError
+from megalr.hosts.deepspeed import POSITION
 
-POSITION = "last_batch_iteration"  # all that is in the state of DeepSpeed's
 ITEMS = "(items)"  # of a dictionary whose keys are not all strings, which JSON's have to be
 
 

@@ -24,8 +24,8 @@ import torch
 from megalr.comparison.recipe import Method, read_recipe
 from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
+from megalr.hosts import check_config
 from megalr.hosts.autotp import tensor_parallel_size
-from megalr.hosts.deepspeed_config import check_deepspeed_config
 from megalr.layers import parametrize
 from megalr.layers.velora import compress_activations
 from megalr.optim.groups import ParameterGroup, Settings, parameter_groups
@@ -237,7 +237,7 @@ class Recipe:
         for method in self.methods:
             for run in self.grid(method):
                 try:
-                    check_deepspeed_config(_of_one_process(run.resolved), 1)
+                    check_config(_of_one_process(run.resolved), 1)
                     groups = run.groups(self.model)
                 except UserError as error:
                     raise UserError(f'method "{method.name}": {error}') from error

@@ -1,1 +1,1 @@
-"""The typed view of the JSON: settings, and what goes with what."""
+"""The typed view of the JSON: sections, reading them, and what goes with what."""

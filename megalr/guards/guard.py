@@ -12,7 +12,8 @@ from torch import Tensor
 from megalr.errors import GuardError, UserError
 from megalr.guards.losses import LossWindow
 from megalr.guards.replicas import compare_replicas, find_replicas, in_words
-from megalr.hosts.pipelines import UNGUARDED
+from megalr.hosts import host_of
+from megalr.hosts.deepspeed_pipeline import UNGUARDED
 from megalr.optim.optimizer import MegalrOptimizer
 
 GRADIENT = "gradient is not finite"
@@ -32,7 +33,7 @@ def attach_guard(engine: Any) -> Guard:
     Raises:
         UserError: it is a pipeline's.
     """
-    if engine.pipeline_parallelism:
+    if host_of(engine).has_stages:
         raise UserError(UNGUARDED)
     guard = Guard(engine)
     engine.backward, engine.step, engine.megalr_guard = guard.backward, guard.step, guard
@@ -60,8 +61,8 @@ class Guard:
         Args:
             engine: see :func:`attach_guard`, which is what to call.
         """
-        self._engine = engine
-        self._optimizer: MegalrOptimizer = engine.basic_optimizer
+        self._host = host_of(engine)
+        self._optimizer: MegalrOptimizer = self._host.optimizer
         self.config = self._optimizer.config.guards
         self.skipped = 0
         self.skipped_in_a_row = 0
@@ -84,7 +85,7 @@ class Guard:
             GuardError: too many updates in a row were skipped, or ranks have drifted apart; on all ranks alike, after
                 the step.
         """
-        if not self._ends_update():
+        if not self._host.ends_update():
             return self._engine_step(*args, **kwargs)
         optimizer = self._optimizer
         objection = self._objection()
@@ -112,8 +113,8 @@ class Guard:
         """
         optimizer = self._optimizer
         counts = {**optimizer.counts(), "skipped": self.skipped}
-        replicas = find_replicas(self._engine.module, counts)
-        found = compare_replicas(replicas, self._engine.device)
+        replicas = find_replicas(self._host.module, counts)
+        found = compare_replicas(replicas, self._host.device)
         if found:
             others = "the majority" if 2 * len(found) < dist.get_world_size() else "rank 0"
             raise GuardError(
@@ -139,18 +140,11 @@ class Guard:
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.last_reason = state["last_reason"]
 
-    def _ends_update(self) -> bool:
-        """Whether the step that comes is an update's last, also where the user has set it."""
-        managed = getattr(self._engine, "managed_gradient_accumulation", None)
-        if managed is not None and not managed():
-            return True  # each step is, and the engine says so only while it runs
-        return bool(self._engine.is_gradient_accumulation_boundary())
-
     def _objection(self) -> str | None:
         """Why to skip the update that all backward passes have been made for; the same on all ranks."""
         losses = [loss.reshape(()).double() for loss in self._losses]
         self._losses.clear()
-        device = self._engine.device
+        device = self._host.device
         own = torch.stack(losses).to(device) if losses else torch.zeros(0, dtype=torch.float64, device=device)
         sums = torch.stack([own.sum(), (~torch.isfinite(own)).sum().double(), torch.full_like(own.sum(), len(losses))])
         if dist.get_world_size() > 1:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalr.hosts import is_replicated
 from megalr.hosts.tensor_parallel import tensor_parallel_cuts, tensor_parallel_rank
 
 CHUNK = 1 << 20  # elements that are integers at a time
@@ -42,7 +43,8 @@ class Replica:
 def find_replicas(module: nn.Module, counts: dict[str, Any]) -> list[Replica]:
     """What this rank holds of a model that other ranks hold as well, and the counts.
 
-    At ZeRO stage 3 a parameter is among it while DeepSpeed keeps it gathered.
+    A parameter that the engine cuts is among it while it is gathered, an expert, of which ranks have different ones,
+    never.
 
     Args:
         module: the model, as the engine has it.
@@ -52,9 +54,7 @@ def find_replicas(module: nn.Module, counts: dict[str, Any]) -> list[Replica]:
     cuts = tensor_parallel_cuts(parameters)
     found = []
     for name, parameter in parameters.items():
-        gathered = parameter.numel() == getattr(parameter, "ds_numel", parameter.numel())
-        # DeepSpeed's mark of an expert, of which ranks have different ones.
-        if gathered and getattr(parameter, "allreduce", True):
+        if is_replicated(parameter):
             found.append(Replica(name, parameter.detach(), everywhere=name not in cuts))
     persistent = module.state_dict(keep_vars=True)
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}

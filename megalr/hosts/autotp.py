@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -11,11 +11,28 @@ from torch import nn
 
 from megalr.errors import UserError, in_short
 from megalr.hosts.tensor_parallel import tensor_parallel_cuts
-from megalr.layers.replacement import replaced_layers
 
 # Of the weight: column-parallel in Megatron-LM's words, the same with whole outputs on every rank, and row-parallel.
 Cut = Literal["rows", "gathered", "columns"]
 HEADS = ("num_attention_heads", "num_key_value_heads")
+
+CONFIG = "deepspeed.runtime.tensor_parallel.config"
+PARTITION = "deepspeed.module_inject.autotp_config"
+SPEC = "a layer's spec in AutoTP's configuration"
+
+# What this file reads of DeepSpeed; held by tests/deepspeed/test_contract.py.
+INTERNALS = {
+    "deepspeed": ("init_distributed",),
+    "deepspeed.utils.groups": ("_init_tp_mesh_device",),
+    CONFIG: ("get_tensor_parallel_config", "_get_hf_tp_plan"),
+    f"{CONFIG}.TPConfig": ("get_partition_config_object",),
+    PARTITION: ("AutoTPConfig", "PartitionType"),
+    f"{PARTITION}.AutoTPConfig": ("find_matching_spec", "lm_head_patterns"),
+    f"{PARTITION}.PartitionType": ("SKIP", "ROW"),
+    SPEC: ("shape", "grad_allreduce", "partition_type", "partition_dim", "get_partition_dim", "gather_output"),
+    "deepspeed.module_inject.tp_plan_converter": ("TPPlanConverter",),
+    "deepspeed.module_inject.tp_plan_converter.TPPlanConverter": ("convert",),
+}
 
 
 def tensor_parallel_size(content: Mapping[str, Any]) -> int:
@@ -99,11 +116,16 @@ def start_tensor_parallel(model: nn.Module, size: int) -> Any:
     return groups
 
 
-def planned_cuts(model: nn.Module, content: Mapping[str, Any]) -> dict[str, Cut]:
+def planned_cuts(model: nn.Module, content: Mapping[str, Any], factorized: Collection[str] = ()) -> dict[str, Cut]:
     """How AutoTP would cut the weights of the model's modules, by the module's name; of those that it would cut.
 
     As DeepSpeed has it: by the JSON's ``tensor_parallel.partition_config`` or preset, else by the plan that comes with
     models of transformers.
+
+    Args:
+        model: not yet cut.
+        content: the DeepSpeed JSON.
+        factorized: names of its layers that are parametrized.
 
     Raises:
         UserError: there is neither, or it asks for something of a factorized layer that only dense ones can do.
@@ -127,7 +149,7 @@ def planned_cuts(model: nn.Module, content: Mapping[str, Any]) -> dict[str, Cut]
     kind = getattr(getattr(model, "config", None), "model_type", None)
     found = {name: config.find_matching_spec(f"{name}.weight", kind) for name, _ in model.named_modules() if name}
     by_vocabulary = (content.get("tensor_parallel") or {}).get("vocab_parallel_lm_head")
-    for name in replaced_layers(model):
+    for name in factorized:
         _check_spec(name, found[name])
         if by_vocabulary and name.rpartition(".")[2] in config.lm_head_patterns:
             raise UserError(
@@ -138,16 +160,16 @@ def planned_cuts(model: nn.Module, content: Mapping[str, Any]) -> dict[str, Cut]
     return {name: cut for name, cut in cuts.items() if cut is not None}
 
 
-def check_neighbours(model: nn.Module, cuts: Mapping[str, Cut]) -> None:
+def check_neighbours(model: nn.Module, cuts: Mapping[str, Cut], factorized: Collection[str]) -> None:
     """Raise a UserError where a factorized layer that is to be cut meets a dense one that every rank has whole.
 
     AutoTP cuts dense layers; who brings groups of their own cuts them, or has all of a block factorized.
 
     Args:
-        model: parametrized, not yet cut by :func:`~megalr.layers.tensor_parallel.layers.cut_layers`.
-        cuts: see :func:`planned_cuts`.
+        model: parametrized, not yet cut by :func:`~megalr.layers.tensor_parallel.cutting.cut_layers`.
+        cuts, factorized: see :func:`planned_cuts`.
     """
-    ours = [name for name in replaced_layers(model) if cuts.get(name) in ("rows", "columns")]
+    ours = [name for name in factorized if cuts.get(name) in ("rows", "columns")]
     by_parent = {name.rpartition(".")[0]: name for name in ours}
     for name, layer in model.named_modules():
         beside = by_parent.get(name.rpartition(".")[0])

@@ -1,4 +1,4 @@
-"""What DeepSpeed would refuse in its JSON, said before anything is built and without its traceback."""
+"""What DeepSpeed gets to see of the JSON, and what it would refuse there, said before anything is built."""
 
 from __future__ import annotations
 
@@ -9,8 +9,37 @@ from typing import Any
 
 import torch
 
-from megalr.api import deepspeed_section, refuse_unsupported
 from megalr.errors import UserError, in_short
+from megalr.hosts.autotp import check_section
+from megalr.schema import Json
+
+CONFIG = "deepspeed.runtime.config"
+SCHEDULES = "deepspeed.runtime.lr_schedules"
+
+# What this file reads of DeepSpeed; held by tests/deepspeed/test_contract.py.
+INTERNALS = {CONFIG: ("DeepSpeedConfig",), SCHEDULES: ("VALID_LR_SCHEDULES",)}
+
+
+def deepspeed_section(content: Json) -> dict[str, Any]:
+    """What DeepSpeed is to see of the JSON: all but our two sections, and its consent to a client optimizer."""
+    rest = {key: value for key, value in content.items() if key not in ("megalr", "optimizer")}
+    rest.setdefault("zero_allow_untested_optimizer", True)
+    rest.setdefault("zero_force_ds_cpu_optimizer", False)
+    return rest
+
+
+def refuse_unsupported(content: Json) -> None:
+    """Raise a UserError for what DeepSpeed can do but megalr, or this machine, cannot."""
+    if content.get("tensor_parallel"):
+        check_section(content)
+    zero = content.get("zero_optimization", {})
+    for section in ("offload_optimizer", "offload_param"):
+        if isinstance(zero, dict) and (zero.get(section) or {}).get("device") == "nvme":
+            raise UserError(
+                f'zero_optimization.{section}.device is "nvme", which megalr cannot update: write "cpu" or leave it out'
+            )
+    if (content.get("fp16") or {}).get("enabled") not in (None, False, "auto") and not torch.cuda.is_available():
+        raise UserError('fp16 needs a GPU: write "fp16": {"enabled": false} and "bf16": {"enabled": "auto"}')
 
 
 def check_deepspeed_config(config: Mapping[str, Any], data_size: int) -> None:

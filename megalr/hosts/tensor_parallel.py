@@ -11,35 +11,53 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalr.errors import UserError
 from megalr.hosts.base import NamedGroup
-from megalr.hosts.reading import read_shard
+from megalr.hosts.zero_layouts import shape_of, told_of_parallelism
 from megalr.layout.shard import Shard
 from megalr.layout.tensor_parallel import join
+from megalr.schema import Json
 
 T = TypeVar("T")
 
-AUTOTP = "ds_autotp_universal_checkpoint_meta"
+AUTOTP = "ds_autotp_universal_checkpoint_meta"  # AutoTP's mark, which DeepSpeed's universal checkpoints read
+
+CUT = "a parameter that AutoTP has cut"
+MEGATRON = "a parameter that a layer of Megatron-LM has cut"
+MARK = "AutoTP's mark on a parameter"
+REPLACED = "a module that AutoTP leaves as it is"
+BWC = "deepspeed.utils.bwc"
+
+# What this file reads and writes of DeepSpeed and of Megatron-LM's marks; held by tests/deepspeed/test_contract.py.
+INTERNALS = {
+    CUT: (AUTOTP,),
+    MARK: ("partition_dim", "replicated", "unsupported_reason", "sub_param_shape", "sub_param_shard_widths"),
+    MEGATRON: ("tensor_model_parallel", "partition_dim"),
+    REPLACED: ("replaced",),
+    BWC: ("bwc_tensor_model_parallel_group", "bwc_tensor_model_parallel_world_size"),
+}
 
 
-def read_shards(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]]) -> tuple[Shard, Shard]:
-    """:func:`~megalr.hosts.reading.read_shard`, and the same in what all tensor-parallel ranks hold; collective there.
+def joined_shards(local: Shard, named_groups: Sequence[NamedGroup]) -> tuple[Shard, Shard]:
+    """A data-parallel group's shard, and the same in what all tensor-parallel ranks hold; collective there.
 
     At stage 0, where data-parallel ranks all have the same, only tensor-parallel ranks are put together: every
     replica does the same work, and what cannot be computed twice alike is agreed upon over the data-parallel group.
 
+    Args:
+        local: the data-parallel group's, with this rank's parts of what tensor parallelism has cut.
+        named_groups: see :meth:`~megalr.hosts.base.Host.read`.
+
     Returns:
-        ``(local, whole)``: the data-parallel group's, with this rank's parts of what tensor parallelism has cut, and
-        that of all ranks, with whole parameters; twice the same without tensor parallelism.
+        ``local``, and the shard of all ranks, with whole parameters; twice the same without tensor parallelism.
     """
-    local = read_shard(named_groups, param_groups)
     parameters = {name: p for named in named_groups for name, p in named.items()}
     cuts = tensor_parallel_cuts({name: parameters[name] for name in local.layout.shapes})
     if not cuts:
         return local, local
-    tensor_group = _tensor_group()
+    tensor_group = tensor_parallel_group()
     layout, group, replicas = local.layout, local.group, None
     if local.replicated:
         own = [replace(f, rank=0, copy=0) for f in layout.fragments if f.rank == local.rank]
@@ -75,8 +93,8 @@ def tensor_parallel_cuts(parameters: Mapping[str, Tensor]) -> dict[str, int]:
                 f"tensor parallelism gives each rank several pieces of {name}, as of fused projections; rows or "
                 "columns in one piece are needed: use a model with separate projections"
             )
-        megatron = getattr(parameter, "tensor_model_parallel", False)
-        dim = marks.get("partition_dim") if marks or not megatron else getattr(parameter, "partition_dim", None)
+        megatron = None if marks or not is_marked(parameter) else getattr(parameter, "partition_dim", None)
+        dim = marks.get("partition_dim", megatron)
         if dim is not None and not marks.get("replicated"):
             cuts[name] = int(dim)
     return cuts
@@ -90,7 +108,7 @@ def whole_frozen(name: str, parameter: Tensor) -> Tensor:
 
 def joined(part: Tensor, dim: int) -> Tensor:
     """What the tensor-parallel ranks have parts of, on the CPU; collective over them."""
-    return torch.cat(_of_all(part.detach().cpu(), _tensor_group()), dim=dim)
+    return torch.cat(_of_all(part.detach().cpu(), tensor_parallel_group()), dim=dim)
 
 
 def part_offset(name: str, parameter: Tensor) -> tuple[tuple[int, int], tuple[int, ...]]:
@@ -99,14 +117,14 @@ def part_offset(name: str, parameter: Tensor) -> tuple[tuple[int, int], tuple[in
     Returns:
         ``((first row, first column), shape)``; of a vector the first element.
     """
-    size, cut = list(_size(parameter)), tensor_parallel_cuts({name: parameter})
+    size, cut = list(shape_of(parameter)), tensor_parallel_cuts({name: parameter})
     if not cut:
         return (0, 0), tuple(size)
     dim = cut[name]
     if hasattr(parameter, "megalr_part"):
         _, first, size[dim] = parameter.megalr_part
     else:
-        group = _tensor_group()
+        group = tensor_parallel_group()
         parts = _of_all(size[dim], group)
         first, size[dim] = sum(parts[: dist.get_rank(group)]), sum(parts)
     return (first, 0) if dim == 0 else (0, first), tuple(size)
@@ -126,13 +144,30 @@ def mark_cut(parameter: Any, dim: int, part: tuple[int, int] | None = None) -> N
         parameter.megalr_part = (dim, *part)
 
 
-def mark_gradients(parameters: Iterable[Tensor]) -> None:
-    """From now on, mark the gradients of those parameters that are marked as cut.
+def mark_replaced(layer: nn.Module) -> None:
+    """Have AutoTP leave a layer as it is, which it would else take for a dense one because it has a weight."""
+    layer.replaced = True  # type: ignore[assignment]
+
+
+def is_marked(parameter: Tensor) -> bool:
+    """Whether a parameter is marked as this rank's part of one that is cut, by Megatron-LM's layers or by us."""
+    return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def mark_gradients(parameters: Iterable[Tensor], content: Json) -> None:
+    """From now on, mark the gradients of those parameters that are marked as cut, where DeepSpeed looks at these.
 
     At stage 0 in bf16 and fp16 DeepSpeed takes the norm for clipping of a list of gradients, not of parameters, and
     leaves out on all tensor-parallel ranks but the first what is not marked as cut there: every gradient, if nobody
     marks them. All other stages, and fp32, look at the parameters.
+
+    Args:
+        parameters: the model's.
+        content: the DeepSpeed JSON.
     """
+    half = any((content.get(key) or {}).get("enabled", False) for key in ("bf16", "bfloat16", "fp16"))
+    if not half or (content.get("zero_optimization") or {}).get("stage", 0):
+        return
     for parameter in parameters:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_mark_gradient)
@@ -140,7 +175,7 @@ def mark_gradients(parameters: Iterable[Tensor]) -> None:
 
 def _mark_gradient(parameter: Any) -> None:
     # Asked here, since AutoTP cuts and marks its layers later than the hook is made.
-    if parameter.grad is not None and getattr(parameter, "tensor_model_parallel", False):
+    if parameter.grad is not None and is_marked(parameter):
         parameter.grad.tensor_model_parallel = True
 
 
@@ -149,7 +184,7 @@ def own_part(parameter: Any, whole: Tensor) -> Tensor:
     if not hasattr(parameter, "megalr_part"):
         return whole
     dim, first, _ = parameter.megalr_part
-    return whole.narrow(dim, first, _size(parameter)[dim])
+    return whole.narrow(dim, first, shape_of(parameter)[dim])
 
 
 def in_whole(parameter: Any, own: Tensor) -> Tensor:
@@ -175,16 +210,31 @@ def indices_in_whole(parameter: Tensor) -> Tensor | None:
     mine = getattr(parameter, "megalr_indices", None)
     if mine is None:
         return None
-    return torch.cat(_of_all(mine, _tensor_group()))
+    return torch.cat(_of_all(mine, tensor_parallel_group()))
+
+
+def ranks_that_share(mpu: Any) -> int:
+    """How many ranks share each layer by an ``mpu``, as DeepSpeed asks it; 1 for None."""
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size  # noqa: PLC0415
+
+    return int(bwc_tensor_model_parallel_world_size(mpu))
+
+
+def tensor_parallel_group(mpu: Any = None) -> dist.ProcessGroup:
+    """The ranks that share layers with this one.
+
+    Args:
+        mpu: what ``deepspeed.initialize`` takes; None for what it was given.
+    """
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_group  # noqa: PLC0415  (slow, and loaded by now)
+
+    group: dist.ProcessGroup = bwc_tensor_model_parallel_group(told_of_parallelism() if mpu is None else mpu)
+    return group
 
 
 def tensor_parallel_rank() -> int:
     """Which of the tensor-parallel ranks that DeepSpeed was told of this one is."""
-    return dist.get_rank(_tensor_group())
-
-
-def _size(parameter: Any) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    return dist.get_rank(tensor_parallel_group())
 
 
 def _of_all(mine: T, group: dist.ProcessGroup) -> list[T]:
@@ -192,15 +242,6 @@ def _of_all(mine: T, group: dist.ProcessGroup) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, mine, group=group)
     return values
-
-
-def _tensor_group() -> dist.ProcessGroup:
-    """The tensor-parallel ranks that DeepSpeed was told of."""
-    from deepspeed.utils import groups  # noqa: PLC0415  (slow to import, and where it is needed it has been)
-    from deepspeed.utils.bwc import bwc_tensor_model_parallel_group  # noqa: PLC0415
-
-    group: dist.ProcessGroup = bwc_tensor_model_parallel_group(groups.mpu)
-    return group
 
 
 def _check_groups(tensor: dist.ProcessGroup, data: dist.ProcessGroup | None) -> None:

@@ -1,4 +1,4 @@
-"""The projected linear layer, W = W0 + R Qᵀ: GaLore's training with everything that is trained r wide.
+"""Projected layers: GaLore as W = W0 + R Qᵀ, where all that is trained has rank r, arXiv 2403.03507.
 
 Between two refreshes GaLore (arXiv 2403.03507) is plain Adam on R in W = W0 + R Qᵀ, with Q fixed. As a layer, R is an
 ordinary parameter: its gradient, the reduction of it, its moments and its master are m x r, and any ZeRO stage cuts it
@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from megalr.layers.base import Parametrization
+from megalr.hosts.tensor_parallel import mark_replaced
+from megalr.layers.base import MergeRounding, Parametrization
+from megalr.layers.tensor_parallel.messages import SharedInput
+from megalr.layers.tensor_parallel.split import Split, become
 from megalr.rules.bases import Projector, Side, random_basis
 from megalr.schema import require
 from megalr.seeding import generator
@@ -72,7 +76,7 @@ class ProjectedConfig(Parametrization):
     stagger: bool = True
     share_basis: bool | None = None
     compute: Compute = "auto"
-    merge_rounding: Literal["nearest", "stochastic", "remainder"] = "nearest"
+    merge_rounding: MergeRounding = "nearest"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,6 +131,15 @@ class ProjectedConfig(Parametrization):
                 for layer in group:
                     layer.basis, layer.latents = first.basis, latents
 
+    def cut(self, layer: nn.Module, split: Split) -> None:
+        become(layer, split, ProjectedLinear, ColumnParallelProjected, RowParallelProjected).keep(split)
+
+    def share_inputs(self, layers: Sequence[nn.Module], group: dist.ProcessGroup) -> None:
+        alike = [layer for layer in layers if isinstance(layer, ColumnParallelProjected)]
+        inputs = SharedInput(len(alike), group)
+        for layer in alike:
+            layer.inputs = inputs
+
     def weight(self, parts: Mapping[str, Tensor]) -> Tensor:
         w, r, basis = (parts[key].to(torch.float32) for key in ("weight", "R", "basis"))
         right = self.side_of(w.shape) == "right"
@@ -144,8 +157,7 @@ class ProjectedLinear(nn.Module):
         bias: (out_features,) or None.
         side: where the basis is.
         latents: what the group shares besides; None for a layer on its own.
-        collecting: whether backward passes add up the gradient of the whole weight, for a refresh.
-        full_gradient: (out_features, in_features), fp32, what they have added up so far; None before the first.
+        full_gradient: sum of the whole weight's gradient over backward passes, for a refresh; None if none is due.
     """
 
     bias: nn.Parameter | None
@@ -178,8 +190,7 @@ class ProjectedLinear(nn.Module):
         self.basis = nn.Parameter(basis, requires_grad=False)
         self.register_parameter("bias", bias)
         self.latents: SharedLatent | None = None
-        self.collecting = False
-        self.full_gradient: Tensor | None = None
+        self.full_gradient: FullGradientSum | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (..., in_features)."""
@@ -196,8 +207,8 @@ class ProjectedLinear(nn.Module):
         """x Wᵀ + bias; the gradient goes to ``r``, which has to be this layer's R, perhaps by way of something."""
         materialize = self.materializes(x.numel() // self.in_features)
         y: Tensor = _Projected.apply(x, r, bias, self._latent(x, materialize), self, materialize)
-        if self.collecting and torch.is_grad_enabled() and y.requires_grad:
-            y = _Collect.apply(y, x.detach(), self)
+        if self.full_gradient is not None and torch.is_grad_enabled() and y.requires_grad:
+            y = _Collect.apply(y, x.detach(), self.full_gradient)
         return y
 
     def materializes(self, tokens: int) -> bool:
@@ -231,6 +242,53 @@ class ProjectedLinear(nn.Module):
         if self.latents is None:
             return _latent(x, self.basis)
         return self.latents.of(x, self)
+
+
+class CutProjected(ProjectedLinear):
+    """A part of a layer.
+
+    Attributes:
+        split: between which ranks.
+        width: of the whole output.
+    """
+
+    split: Split
+    width: int
+
+    def keep(self, split: Split) -> None:
+        """Drop what other ranks have."""
+        self.split, self.width = split, self.out_features
+        mark_replaced(self)
+        split.keep(self, *(("weight", "bias") if split.rows else ("weight",)))
+        # Of R and the basis, the one on the side that is cut.
+        if split.rows == (self.side == "right"):
+            split.keep(self, "R")
+        else:
+            split.keep(self, "basis", dim=0)
+        self.out_features, self.in_features = self.weight.shape
+
+
+class ColumnParallelProjected(CutProjected):
+    """Rows of W0, of the bias, and of R, or with a basis of the output of that: x whole, y in parts.
+
+    Attributes:
+        inputs: of this layer and those that get the same x.
+    """
+
+    inputs: SharedInput
+
+    def _output(self, x: Tensor) -> Tensor:
+        r = self.R if self.side == "right" else self.split.sum_gradient(self.R)
+        return self.split.output(self._product(self.inputs.of(self, x), r, self.bias), self.width)
+
+
+class RowParallelProjected(CutProjected):
+    """Columns of W0 and of R, or with a basis of the input rows of that; all of the bias: x in parts, y whole."""
+
+    def _output(self, x: Tensor) -> Tensor:
+        r = self.R if self.side == "left" else self.split.sum_gradient(self.R)
+        y = self.split.sum(self._product(x, r, None))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class SharedLatent:
@@ -320,26 +378,38 @@ class _Projected(torch.autograd.Function):
         return dx, dr, dbias, None, None, None
 
 
+class FullGradientSum:
+    """The gradient of a whole weight, summed over backward passes.
+
+    Attributes:
+        value: (out_features, in_features), fp32; None before the first pass.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def add(self, dy: Tensor, x: Tensor) -> None:
+        """Add dyᵀ x for dy (tokens, out_features) and x (tokens, in_features)."""
+        if self.value is None:
+            self.value = (dy.T @ x).float()
+        elif self.value.dtype == dy.dtype:
+            self.value.addmm_(dy.T, x)
+        else:
+            self.value += dy.T @ x
+
+
 class _Collect(torch.autograd.Function):
-    """Hands on y, and adds dyᵀ x to the layer's full gradient when dy comes by."""
+    """Hands on y, and adds dyᵀ x to a sum when dy comes by."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, layer: ProjectedLinear) -> Tensor:
-        ctx.layer = layer
+    def forward(ctx: Any, y: Tensor, x: Tensor, total: FullGradientSum) -> Tensor:
+        ctx.total = total
         ctx.save_for_backward(x)
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layer: ProjectedLinear = ctx.layer
         (x,) = ctx.saved_tensors
-        dy, flat = grads[0].reshape(-1, layer.out_features), x.reshape(-1, layer.in_features)
-        if layer.collecting:
-            if layer.full_gradient is None:
-                layer.full_gradient = (dy.T @ flat).float()
-            elif layer.full_gradient.dtype == dy.dtype:
-                layer.full_gradient.addmm_(dy.T, flat)
-            else:
-                layer.full_gradient += dy.T @ flat
+        ctx.total.add(grads[0].reshape(-1, grads[0].shape[-1]), x.reshape(-1, x.shape[-1]))
         return grads[0], None, None

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from megalr.errors import UserError
+from megalr.hosts import is_partitioned
 from megalr.layers.base import FactorizedLinear, FullConfig, Parametrization, ParametrizationConfig
 from megalr.layers.low_rank import LowRankLinear
 from megalr.layers.projected import ProjectedLinear
@@ -134,7 +135,7 @@ def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for name, layer in chosen.items():
-        if hasattr(layer.weight, "ds_id"):
+        if is_partitioned(layer.weight):
             raise UserError(
                 "the model was built under deepspeed.zero.Init, which has already cut its weights: build it without, "
                 "call megalr.parametrize, then deepspeed.initialize, which shards what it made (with transformers' "

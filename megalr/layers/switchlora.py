@@ -1,4 +1,4 @@
-"""SwitchLoRA's layer, W = W0 + s Σ b_i a_iᵀ, of which single vectors are switched for candidates (arXiv 2406.06564)."""
+"""SwitchLoRA: W = W0 + s Σ b_i a_iᵀ with single vectors switched for candidates, arXiv 2406.06564."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megalr.errors import UserError
-from megalr.layers.base import FactorizedLinear
-from megalr.layers.lora import MergeRounding
+from megalr.layers.base import FactorizedLinear, MergeRounding
 from megalr.layers.low_rank import ScaledParametrization, uniform_
 from megalr.schema import require
 

@@ -2,13 +2,12 @@
 
 Both directions are all-to-all messages planned from the layout alone, so every rank knows what to send and what comes
 without asking. What already lies where it is needed is copied, not sent; when a round needs no message at all, no
-collective is called. All ranks of the group must call with the same items in the same order.
+collective is called. All ranks of the group must call with the same units in the same order.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,18 +18,9 @@ from torch import Tensor
 from megalr.layout.layout import Fragment, Layout
 from megalr.layout.placement import Unit
 
-# What a gather or a scatter holds at once: whole tensors at their owners, what is being sent, what is being received.
-COPIES = 3
+BUCKET_BYTES = 2**28
 # One tensor a flat buffer: masters, or first moments, or ... of this rank.
 Field = Sequence[Tensor]
-
-
-@dataclass(frozen=True)
-class Item:
-    """A parameter and its owner in one round of the exchange."""
-
-    name: str
-    owner: int
 
 
 # What becomes of the elements that come back for a fragment of this rank: (fragment, values).
@@ -47,7 +37,7 @@ class _Plan:
 
     Attributes:
         local: what this rank both has and needs.
-        outgoing, incoming: what travels, ordered by the other rank; both ends keep the items' order inside that.
+        outgoing, incoming: what travels, ordered by the other rank; both ends keep the units' order inside that.
         out_counts, in_counts: elements to and from each rank.
         travelling: elements that travel between any two ranks.
     """
@@ -93,6 +83,7 @@ class Exchange:
     Attributes:
         layout: what lies where.
         rank: this process's rank in the group.
+        bucket_bytes: maximum temporary memory of whole-matrix work.
         bytes_sent: bytes this rank has sent to others since the start.
         bytes_moved: bytes all ranks together have sent to others since the start.
     """
@@ -105,6 +96,7 @@ class Exchange:
         *,
         device: torch.device | None = None,
         replicas: dist.ProcessGroup | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         """
         Args:
@@ -112,35 +104,37 @@ class Exchange:
             rank: this process's rank in ``group``.
             group: the data-parallel group; may be None when the layout has one rank.
             device: where messages live: the accelerator under NCCL. None: where the first field lies.
-            replicas: see :class:`megalr.layout.shard.Shard`.
+            replicas: see :class:`~megalr.layout.shard.Shard`.
+            bucket_bytes: maximum temporary memory of whole-matrix work; see :class:`~megalr.layout.rounds.Rounds`.
         """
         self.layout = layout
         self.rank = rank
+        self.bucket_bytes = bucket_bytes
         self.bytes_sent = self.bytes_moved = 0
         self._group = group
         self._replicas = replicas
         self._device = device
-        self._plans: dict[tuple[str, tuple[Item, ...]], _Plan] = {}
+        self._plans: dict[tuple[str, tuple[Unit, ...]], _Plan] = {}
 
-    def gather(self, items: Sequence[Item], fields: Sequence[Field]) -> dict[str, list[Tensor]]:
-        """Whole tensors of the items that this rank owns.
+    def gather(self, units: Sequence[Unit], fields: Sequence[Field]) -> dict[str, list[Tensor]]:
+        """Whole tensors of the units that this rank owns.
 
         Args:
-            items: parameters and owners, the same on every rank.
+            units: parameters and owners, the same on every rank.
             fields: flat buffers to read, e.g. ``[masters, first_moments]``.
 
         Returns:
-            For each item owned here, one new tensor of the parameter's shape a field.
+            For each parameter owned here, one new tensor of the parameter's shape a field.
         """
-        return self.start_gather(items, fields).wait()
+        return self.start_gather(units, fields).wait()
 
-    def start_gather(self, items: Sequence[Item], fields: Sequence[Field]) -> Gathering:
+    def start_gather(self, units: Sequence[Unit], fields: Sequence[Field]) -> Gathering:
         """:meth:`gather` up to the point where one would wait; the fields may change afterwards."""
         like = fields[0][0]
         whole = {
-            item.name: [torch.empty(self.layout.numel(item.name), dtype=f[0].dtype, device=f[0].device) for f in fields]
-            for item in items
-            if item.owner == self.rank
+            name: [torch.empty(self.layout.numel(name), dtype=f[0].dtype, device=f[0].device) for f in fields]
+            for name, owner in _owned(units)
+            if owner == self.rank
         }
 
         def read(k: int, fragment: Fragment) -> Tensor:
@@ -149,26 +143,23 @@ class Exchange:
         def write(k: int, fragment: Fragment, value: Tensor) -> None:
             whole[fragment.name][k][fragment.start : fragment.start + fragment.length].copy_(value)
 
-        arrive = self._start(self._gather_plan(tuple(items)), len(fields), read, write, like)
+        arrive = self._start(self._gather_plan(tuple(units)), len(fields), read, write, like)
         return Gathering(whole, self.layout, arrive)
 
-    def scatter(self, items: Sequence[Item], values: Mapping[str, Sequence[Tensor]], fields: Sequence[Field]) -> None:
+    def scatter(self, units: Sequence[Unit], values: Mapping[str, Sequence[Tensor]], fields: Sequence[Field]) -> None:
         """Write whole tensors back into every rank's fragments, in place.
 
         Args:
-            items: as in :meth:`gather`.
-            values: for each item owned here, one tensor of the parameter's shape a field.
+            units: as in :meth:`gather`.
+            values: for each parameter owned here, one tensor of the parameter's shape a field.
             fields: flat buffers to write.
         """
 
-        def write(field: Field, fragment: Fragment, value: Tensor) -> None:
-            run_of(field, fragment).copy_(value)
-
-        self.start_scatter(items, values, [partial(write, field) for field in fields], like=fields[0][0]).wait()
+        self.start_scatter(units, values, [copy_into(field) for field in fields], like=fields[0][0]).wait()
 
     def start_scatter(
         self,
-        items: Sequence[Item],
+        units: Sequence[Unit],
         values: Mapping[str, Sequence[Tensor]],
         writes: Sequence[Write],
         *,
@@ -177,8 +168,8 @@ class Exchange:
         """:meth:`scatter` up to the point where one would wait.
 
         Args:
-            items, values: as in :meth:`scatter`; the values may be dropped afterwards.
-            writes: for each of the values of an item, what to do with the part that belongs to a fragment of this rank.
+            units, values: as in :meth:`scatter`; the values may be dropped afterwards.
+            writes: for each value of a parameter, what to do with the part that belongs to a fragment of this rank.
             like: any tensor of the values' dtype on the device that messages start from.
         """
 
@@ -190,7 +181,7 @@ class Exchange:
         def write(k: int, fragment: Fragment, value: Tensor) -> None:
             writes[k](fragment, value)
 
-        return Scattering(self._start(self._scatter_plan(tuple(items)), len(writes), read, write, like))
+        return Scattering(self._start(self._scatter_plan(tuple(units)), len(writes), read, write, like))
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Make the owner's tensor everyone's, in place."""
@@ -286,17 +277,17 @@ class Exchange:
             tensor.copy_(message)
         return message.numel() * message.element_size()
 
-    def _gather_plan(self, items: tuple[Item, ...]) -> _Plan:
-        if ("gather", items) not in self._plans:
-            moves = [(f, f.rank, item.owner) for item in items for f in self.layout.cover(item.name, item.owner)]
-            self._plans["gather", items] = self._plan(moves)
-        return self._plans["gather", items]
+    def _gather_plan(self, units: tuple[Unit, ...]) -> _Plan:
+        if ("gather", units) not in self._plans:
+            moves = [(f, f.rank, owner) for name, owner in _owned(units) for f in self.layout.cover(name, owner)]
+            self._plans["gather", units] = self._plan(moves)
+        return self._plans["gather", units]
 
-    def _scatter_plan(self, items: tuple[Item, ...]) -> _Plan:
-        if ("scatter", items) not in self._plans:
-            moves = [(f, item.owner, f.rank) for item in items for f in self.layout.of(item.name)]
-            self._plans["scatter", items] = self._plan(moves)
-        return self._plans["scatter", items]
+    def _scatter_plan(self, units: tuple[Unit, ...]) -> _Plan:
+        if ("scatter", units) not in self._plans:
+            moves = [(f, owner, f.rank) for name, owner in _owned(units) for f in self.layout.of(name)]
+            self._plans["scatter", units] = self._plan(moves)
+        return self._plans["scatter", units]
 
     def _plan(self, moves: list[tuple[Fragment, int, int]]) -> _Plan:
         """This rank's part of the moves (fragment, from rank, to rank)."""
@@ -317,32 +308,22 @@ class Exchange:
         )
 
 
-def buckets(units: Sequence[Unit], owners: Sequence[int], layout: Layout, limit: int) -> Iterator[list[int]]:
-    """Indices of units in rounds that give no owner more than ``limit`` elements at once, and all owners something.
-
-    A unit that is larger than the limit is its owner's only one in a round.
-    """
-    waiting: dict[int, deque[int]] = {}
-    for index, owner in enumerate(owners):
-        waiting.setdefault(owner, deque()).append(index)
-    while waiting:
-        current: list[int] = []
-        for owner in list(waiting):
-            load = 0
-            queue = waiting[owner]
-            while queue:
-                size = sum(layout.numel(name) for name in units[queue[0]].names)
-                if load and load + size > limit:
-                    break
-                load += size
-                current.append(queue.popleft())
-            if not queue:
-                del waiting[owner]
-        yield sorted(current)
+def _owned(units: Iterable[Unit]) -> list[tuple[str, int]]:
+    """Every parameter with its owner."""
+    return [(name, unit.owner) for unit in units for name in unit.names]
 
 
 def _nothing() -> None:
     """What arrives where nothing travels."""
+
+
+def copy_into(field: Field) -> Write:
+    """Write what comes back into this rank's flat buffers."""
+    return partial(_copy_into, field)
+
+
+def _copy_into(field: Field, fragment: Fragment, value: Tensor) -> None:
+    run_of(field, fragment).copy_(value)
 
 
 def run_of(field: Field, fragment: Fragment) -> Tensor:

@@ -5,7 +5,7 @@ The choice is a pure function of the layout and the units, so every rank makes t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megalr.layout.layout import Layout
@@ -13,52 +13,60 @@ from megalr.layout.layout import Layout
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that one owner has to see together, e.g. the two factors of a low-rank layer.
+    """Parameters that one rank has to see together, e.g. the two factors of a low-rank layer.
 
     Attributes:
         names: qualified names of the parameters.
-        cost: what owning it costs, in any unit that is the same for all.
+        owner: the rank that sees them whole.
+        cost: what owning them costs, in any unit that is the same for all.
     """
 
     names: tuple[str, ...]
-    cost: float
+    owner: int
+    cost: float = 0.0
 
 
-def assign_owners(units: Sequence[Unit], layout: Layout) -> list[int]:
-    """The owner of each unit, in the order of ``units``.
+def assign_owners(costs: Mapping[tuple[str, ...], float], layout: Layout) -> list[Unit]:
+    """Choose the owner of each unit.
 
     A unit that one rank holds whole stays there: moving it would cost communication, and its cost counts for that
     rank. The others go, costliest first, to the rank with the least so far; among equals to the one that already
     holds most of it, then to the lowest rank.
+
+    Args:
+        costs: what owning each unit costs, by the names of its parameters.
+        layout: what lies where.
+
+    Returns:
+        The units in the order of ``costs``.
     """
     load = [0.0] * layout.world_size
-    owners: list[int | None] = [None] * len(units)
-    homes = [_homes(unit, layout) for unit in units]
-    largest_first = sorted(range(len(units)), key=lambda i: (-units[i].cost, i))
+    owners: dict[tuple[str, ...], int] = {}
+    homes = {names: _homes(names, layout) for names in costs}
+    largest_first = sorted(costs, key=lambda names: -costs[names])
     # Fixed ones first: what they add to a rank is known before any choice is made.
-    for i in [i for i in largest_first if len(homes[i]) == 1] + [i for i in largest_first if len(homes[i]) != 1]:
-        candidates = homes[i] or range(layout.world_size)
-        held = {rank: sum(f.length for n in units[i].names for f in layout.on(n, rank)) for rank in candidates}
-        owner = min(candidates, key=lambda rank: (load[rank], -held[rank], rank))
-        owners[i] = owner
-        load[owner] += units[i].cost
-    return [owner for owner in owners if owner is not None]
+    for names in sorted(largest_first, key=lambda names: len(homes[names]) != 1):
+        candidates = homes[names] or range(layout.world_size)
+        held = {rank: sum(f.length for n in names for f in layout.on(n, rank)) for rank in candidates}
+        owners[names] = min(candidates, key=lambda rank: (load[rank], -held[rank], rank))
+        load[owners[names]] += costs[names]
+    return [Unit(names, owners[names], cost) for names, cost in costs.items()]
 
 
-def imbalance(units: Sequence[Unit], owners: Sequence[int], layout: Layout) -> float:
+def imbalance(units: Sequence[Unit], layout: Layout) -> float:
     """The largest rank's cost over the mean."""
     load = [0.0] * layout.world_size
-    for unit, owner in zip(units, owners, strict=True):
-        load[owner] += unit.cost
+    for unit in units:
+        load[unit.owner] += unit.cost
     return max(load) * layout.world_size / sum(load) if any(load) else 1.0
 
 
 def least_imbalance(units: Sequence[Unit], layout: Layout) -> float:
-    """A bound that :func:`imbalance` cannot fall below while units stay where they lie whole."""
+    """A bound that :func:`imbalance` cannot fall below, whoever the owners are, while what lies whole stays there."""
     world_size = layout.world_size
     fixed, free = [0.0] * world_size, []
     for unit in units:
-        homes = _homes(unit, layout)
+        homes = _homes(unit.names, layout)
         if len(homes) == 1:
             fixed[homes[0]] += unit.cost
         else:
@@ -76,6 +84,6 @@ def _least_pile(costs: Sequence[float], world_size: int) -> float:
     return max((sum(costs[end - k : end + 1]) for k, end in last), default=0.0)
 
 
-def _homes(unit: Unit, layout: Layout) -> list[int]:
+def _homes(names: Sequence[str], layout: Layout) -> list[int]:
     """The ranks that hold all of a unit's parameters."""
-    return [rank for rank in range(layout.world_size) if all(layout.is_whole_on(name, rank) for name in unit.names)]
+    return [rank for rank in range(layout.world_size) if all(layout.is_whole_on(name, rank) for name in names)]

@@ -17,32 +17,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from megalr.hosts import host_of, logical_shape
 from megalr.layers import factor_names
 from megalr.layers.base import ParametrizationConfig, kept_buffers
 from megalr.layers.replacement import replaced_layers
 from megalr.layout.planned import PADDING
-from megalr.optim.groups import logical_shape
 
 Shape = Sequence[int]
 Storages = set[tuple[torch.device, int]]
 
 ADAM_STATE_FLOATS = 2  # first and second moment
 PERSISTENCE_THRESHOLD = 100_000  # DeepSpeed's default of stage3_param_persistence_threshold
-
-# Where DeepSpeed's wrappers keep things: the model's parameters by group, the fp32 masters, the gradients.
-MODEL_GROUPS = ("bit16_groups", "bf16_groups", "fp16_groups")
-MASTERS = (
-    "single_partition_of_fp32_groups",  # stages 1 and 2
-    "fp32_groups_flat_partition",  # stage 1, bf16 with fp32 gradients
-    "fp32_partitioned_groups_flat",  # stage 3
-    "fp32_groups",  # stage 0, bf16
-)
-GRADIENTS = (
-    "all_grad_tensors",  # stage 2, between micro-batches
-    "averaged_gradients",  # stages 1 and 2, before the step
-    "fp32_groups_gradients_flat",  # stage 1, bf16 with fp32 gradients
-    "grad_partitions_flat_buffer",  # stage 3
-)
 
 
 @dataclass(frozen=True)
@@ -249,28 +234,25 @@ def deepspeed_bytes(
 
 def expected_bytes(engine: Any) -> RankBytes:
     """:func:`deepspeed_bytes` for a live DeepSpeed engine's groups, stage, dtypes, world size and rank."""
-    optimizer = engine.optimizer
-    groups = [group["params"] for group in optimizer.param_groups]  # the model's own if nothing wraps them
-    for name in MODEL_GROUPS:
-        groups = getattr(optimizer, name, groups)
-    dtype, gradient_dtype = engine.get_data_types()
-    own = {id(parameter) for parameter in getattr(engine.basic_optimizer, "matrix_parameters", ())}
-    merged = [engine.module.get_submodule(layer) for layer in getattr(engine.basic_optimizer, "remainders", ())]
-    groups = [[parameter for parameter in group if parameter.requires_grad] for group in groups]
+    host = host_of(engine)
+    optimizer, groups, ranks = host.optimizer, host.parameter_groups(), host.groups()
+    dtype, gradient_dtype = host.dtypes
+    own = {id(parameter) for parameter in getattr(optimizer, "matrix_parameters", ())}
+    merged = [host.module.get_submodule(layer) for layer in getattr(optimizer, "remainders", ())]
     return deepspeed_bytes(
         [[logical_shape(parameter) for parameter in group] for group in groups],
-        stage=engine.zero_optimization_stage(),
-        world_size=torch.distributed.get_world_size(engine.seq_data_parallel_group),
-        rank=torch.distributed.get_rank(engine.seq_data_parallel_group),
+        stage=host.stage,
+        world_size=ranks.data_size,
+        rank=ranks.data_rank,
         dtype=dtype,
         gradient_dtype=gradient_dtype,
-        persistence_threshold=engine.zero_param_persistence_threshold(),
+        persistence_threshold=host.persistence_threshold,
         # No flat buffer holds both matrices of a rule and other parameters.
         treated=[index for index, group in enumerate(groups) if own.issuperset(map(id, group))],
-        treated_bytes=engine.basic_optimizer.matrix_state_bytes if own else 0,
-        frozen=frozen_shapes(engine.module),
-        buffers=buffer_bytes(engine.module),
-        merged=[logical_shape(layer.weight) for layer in merged],
+        treated_bytes=optimizer.matrix_state_bytes if own else 0,
+        frozen=frozen_shapes(host.module),
+        buffers=buffer_bytes(host.module),
+        merged=[logical_shape(layer.get_parameter("weight")) for layer in merged],
     )
 
 
@@ -281,17 +263,15 @@ def measured_bytes(engine: Any) -> RankBytes:
     is over, stages 0 to 2 have freed their gradients; before the first there is no optimizer state. At stage
     3 an evaluation leaves parameters gathered until the next step, and they count as the weights they are.
     """
-    optimizer = engine.optimizer
-    parameters = list(engine.module.parameters())
+    host = host_of(engine)
+    optimizer, kept = host.optimizer, host.tensors()
     seen: Storages = set()
-    weights = _storage_bytes([[p, getattr(p, "ds_tensor", None)] for p in parameters], seen)
-    weights += _storage_bytes(kept_buffers(engine.module), seen)
-    masters = _storage_bytes([getattr(optimizer, name, None) for name in MASTERS], seen)
-    state = _storage_bytes(list(engine.basic_optimizer.state.values()), seen)
-    state += _storage_bytes(getattr(engine.basic_optimizer, "matrix_states", {}), seen)
-    state += _storage_bytes(getattr(engine.basic_optimizer, "remainders", {}), seen)
-    gradients = _storage_bytes([[p.grad, getattr(p, "grad_accum", None)] for p in parameters], seen)
-    gradients += _storage_bytes([getattr(optimizer, name, None) for name in GRADIENTS], seen)
+    weights = _storage_bytes([kept.weights, kept_buffers(host.module)], seen)
+    masters = _storage_bytes(kept.masters, seen)
+    state = _storage_bytes(list(optimizer.state.values()), seen)
+    state += _storage_bytes(getattr(optimizer, "matrix_states", {}), seen)
+    state += _storage_bytes(getattr(optimizer, "remainders", {}), seen)
+    gradients = _storage_bytes(kept.gradients, seen)
     return RankBytes(weights=weights, gradients=gradients, masters=masters, optimizer_state=state)
 
 
@@ -302,7 +282,7 @@ def _touched(numels: Sequence[int], first: int, length: int) -> int:
 
 
 def _remainder_bytes(merged: Sequence[Shape], *, stage: int, world_size: int, rank: int, dtype: torch.dtype) -> int:
-    """Of a rank, of what :class:`~megalr.optim.frozen_weights.Merging` keeps of merged weights; none in fp32."""
+    """Of a rank, of what :class:`~megalr.optim.frozen_weights.FrozenWeights` keeps of merged weights; none in fp32."""
     if dtype == torch.float32:
         return 0
     numels = [math.prod(shape) for shape in merged]

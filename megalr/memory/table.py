@@ -19,7 +19,7 @@ from torch import nn
 from megalr.config.settings import FullConfig, LowRankConfig, OptimizerConfig, ParametrizationConfig, ProjectedConfig
 from megalr.errors import UserError
 from megalr.formatting import human_bytes, markdown_row
-from megalr.layers.lora import MergeRounding
+from megalr.layers.base import MergeRounding
 from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.layers.replacement import parametrize
 from megalr.memory.methods import method_memory
@@ -88,6 +88,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(str(error))
     rules = [name for name, kind in RULES.items() if kind is not None]
     others = [name for name in PARAMETRIZATIONS if name not in ALWAYS]
+    merged = [name for name, kind in PARAMETRIZATIONS.items() if hasattr(kind, "merge_rounding")]
     parser.add_argument(
         "--models", nargs="+", default=["60m", "350m", "1b"], help="names in launchers/models, or paths"
     )
@@ -115,8 +116,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--merge-rounding",
         choices=get_args(MergeRounding),
         default="nearest",
-        help="of projected, relora and switchlora: in bf16 a remainder takes memory from the first merge on "
-        "(default: nearest)",
+        help=f"of {', '.join(merged)}: in bf16 a remainder takes memory from the first merge on (default: nearest)",
     )
     arguments = parser.parse_args(argv)
     if len(arguments.models) != len(arguments.ranks):

@@ -1,10 +1,11 @@
-"""The table at the start of a run: which parameter is updated by what, where, and what state that takes."""
+"""The tables at the start of a run: which parameter is updated by what, where, and what state that takes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from megalr.layout.layout import Layout
+from megalr.optim.events.base import Event
 from megalr.optim.groups import ParameterGroup
 from megalr.optim.matrices import MatrixUpdater
 
@@ -12,19 +13,20 @@ TITLES = ("parameter", "shape", "group", "rule", "rank", "lr", "owner", "state b
 
 
 def routing_table(
-    groups: Sequence[ParameterGroup],
-    layout: Layout,
-    looked_after: Mapping[str, tuple[int | None, int | None]],
-    matrices: MatrixUpdater | None,
+    groups: Sequence[ParameterGroup], layout: Layout, events: Sequence[Event], matrices: MatrixUpdater | None
 ) -> str:
-    """See :meth:`megalr.optim.MegalrOptimizer.routing_table`.
+    """One line for each parameter or matrix: shape, group, rule, its rank, learning rate, owner, bytes of state.
+
+    The owner is the rank that runs the rule, refactorizes the factor or computes the projected layer's basis; what
+    is element-wise has none. A last line says how evenly the rule's state is spread over the ranks.
 
     Args:
-        groups: as they were given.
+        groups: as they were given to the optimizer.
         layout: of the masters.
-        looked_after: the rank r, and the owner, of parameters that AdamW updates and something else looks after.
-        matrices: the rule's, if there is one.
+        events: of the optimizer.
+        matrices: what runs the rule, if there is one.
     """
+    looked_after = {name: route for event in events for name, route in event.routes().items()}
     rows = [TITLES]
     for group in groups:
         lr = f"{group.settings.lr:g}"  # the schedule's own is that of its first step already
@@ -44,4 +46,23 @@ def routing_table(
             f"state bytes of {matrices.rule_name} by rank: "
             f"largest {found:.2f} x the mean; these shapes and cuts allow {least:.2f}"
         )
+    return "\n".join(lines)
+
+
+def summary(layout: Layout, events: Sequence[Event], matrices: MatrixUpdater | None) -> str:
+    """One line for each rule: how many parameters or matrices it updates, and with how many elements.
+
+    Args:
+        layout, events, matrices: as in :func:`routing_table`.
+    """
+    lines, owned = [], set()
+    if matrices is not None:
+        owned = matrices.parameters
+        ranks = sorted({rank for m in matrices.matrices if (rank := m.rule.rank_of(m.shape)) is not None})
+        projected = f" projected to rank {'-'.join(map(str, sorted({ranks[0], ranks[-1]})))}" if ranks else ""
+        size = sum(m.shape[0] * m.shape[1] for m in matrices.matrices)
+        lines.append(f"{matrices.rule_name}: {len(matrices.matrices)} matrices with {size:,} elements{projected}")
+    lines += [line for event in events if (line := event.summary())]
+    rest = [name for name in layout.shapes if name not in owned]
+    lines.append(f"adamw: {len(rest)} parameters with {sum(map(layout.numel, rest)):,} elements")
     return "\n".join(lines)

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from megalr.errors import UserError
-from megalr.hosts.reading import frozen_parts
+from megalr.hosts import copies, held, logical_shape
 from megalr.hosts.tensor_parallel import own_part
 from megalr.layout.exchange import Exchange
 from megalr.layout.rectangles import Entry, folded, rectangles
 from megalr.layout.shard import Shard
-from megalr.optim.groups import logical_shape
 from megalr.seeding import generator
 
 DROPPED_BITS = 16  # of fp32 that bf16 does not have
 
 
-class Merging:
+class FrozenWeights:
     """Adds to frozen weights, with one of three roundings.
 
     Attributes:
@@ -56,7 +55,7 @@ class Merging:
         Raises:
             UserError: stochastic rounding of a dtype other than bf16.
         """
-        parts = frozen_parts(weight)
+        parts = copies(weight)
         delta = own_part(weight, learnt).reshape(-1)
         if weight.dtype == torch.float32 or self._rounding == "nearest":
             for start, part in parts:
@@ -85,7 +84,7 @@ class Merging:
 
     def remainder(self, name: str, weight: Tensor) -> Entry:
         """This rank's share of a weight's remainder, by where it lies in the weight."""
-        first, _ = self._share(name, weight, *frozen_parts(weight)[0])
+        first, _ = self._share(name, weight, *held(weight)[0])
         shape, flat = logical_shape(weight), self.remainders[name]
         return Entry(folded(shape), flat.dtype, tuple(rectangles(shape, first, flat)))
 
@@ -93,21 +92,21 @@ class Merging:
         """A remainder to be read into :meth:`remainder`'s pieces, if it is of any use: to go on with, or in fp32."""
         if self._rounding != "remainder" and weight.dtype != torch.float32:
             return
-        start, held = frozen_parts(weight)[0]
-        first, last = self._share(name, weight, start, held)
-        self.remainders[name] = torch.zeros(last - first, dtype=weight.dtype, device=held.device)
+        start, own = held(weight)[0]
+        first, last = self._share(name, weight, start, own)
+        self.remainders[name] = torch.zeros(last - first, dtype=weight.dtype, device=own.device)
 
     def settle(self, name: str, weight: Tensor) -> None:
         """Where a remainder was read, and fp32 has room for it: add it to the weight."""
         if weight.dtype == torch.float32:
-            _, held = frozen_parts(weight)[0]
-            held.add_(self.remainders.pop(name))
+            _, own = held(weight)[0]
+            own.add_(self.remainders.pop(name))
 
     def _with_remainder(self, name: str, weight: Tensor, delta: Tensor, decay: float) -> None:
-        parts = frozen_parts(weight)
-        start, held = parts[0]
-        first, last = self._share(name, weight, start, held)
-        share = held[first - start : last - start]
+        parts = copies(weight)
+        start, own = parts[0]
+        first, last = self._share(name, weight, start, own)
+        share = own[first - start : last - start]
         total = torch.add(delta[first:last].to(share.device), share, alpha=decay)
         if name in self.remainders:
             total.add_(self.remainders[name].to(total.device), alpha=decay)
@@ -115,7 +114,7 @@ class Merging:
         self.remainders[name] = total.sub_(rounded).to(weight.dtype)
         share.copy_(rounded)
         numel = math.prod(logical_shape(weight))
-        if any(part.numel() > rounded.numel() for _, part in parts):
+        if len(parts) > 1 or own.numel() > rounded.numel():
             # Every element comes from one rank, so that the sum is exact.
             whole = torch.zeros(numel, dtype=weight.dtype, device=share.device)
             whole[first:last] = rounded
@@ -123,12 +122,12 @@ class Merging:
             for begin, part in parts:
                 part.copy_(whole[begin : begin + part.numel()])
 
-    def _share(self, name: str, weight: Tensor, start: int, held: Tensor) -> tuple[int, int]:
+    def _share(self, name: str, weight: Tensor, start: int, own: Tensor) -> tuple[int, int]:
         """The elements whose remainder this rank keeps; or, of a weight in fp32, those to which it is to be added."""
         layout, numel = self._shard.layout, math.prod(logical_shape(weight))
-        everything = weight.dtype == torch.float32 or held.numel() < numel
+        everything = weight.dtype == torch.float32 or own.numel() < numel
         if everything or layout.is_replicated(f"{name}.{self._trained}"):
-            return start, start + held.numel()
+            return start, start + own.numel()
         chunk = math.ceil(numel / layout.world_size)
         return min(numel, self._shard.rank * chunk), min(numel, (self._shard.rank + 1) * chunk)
 

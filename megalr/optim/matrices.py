@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megalr.errors import UserError
-from megalr.layout.exchange import Exchange, Field, Item, Scattering, buckets, run_of
+from megalr.layout.exchange import Exchange, Field, run_of
 from megalr.layout.layout import Fragment, Layout
 from megalr.layout.placement import Unit, assign_owners, imbalance, least_imbalance
 from megalr.layout.rectangles import Entry
+from megalr.layout.rounds import Rounds
 from megalr.layout.shard import Shard
 from megalr.rules.base import Basis, Rule, Shape, State, tensors_of
-
-# While one round is computed there may be, each as large as a round: its gradients, one after the other replaced by its
-# updates; the next round's whole, incoming and outgoing gradients; the last round's incoming and outgoing updates.
-ROUNDS_IN_MEMORY = 6
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ def papers_floats(rule: Rule, shape: Shape) -> int:
 
 
 def choose_owners(rules: Rule | Mapping[str, Rule], layout: Layout) -> list[int]:
-    """The owner of each matrix of a layout, in its order; a pure function of both arguments.
+    """The owner of each matrix of a layout, in the layout's order; a pure function of both arguments.
 
     By two costs, each normalised: the bytes to keep and the operations of an average update.
 
@@ -75,7 +70,8 @@ def choose_owners(rules: Rule | Mapping[str, Rule], layout: Layout) -> list[int]
     size = {name: rule_of[name].state_bytes(shape) for name, shape in shapes.items()}
     work = {name: rule_of[name].flops(shape) for name, shape in shapes.items()}
     total_size, total_work = max(1, sum(size.values())), max(1.0, sum(work.values()))
-    return assign_owners([Unit((n,), size[n] / total_size + work[n] / total_work) for n in shapes], layout)
+    units = assign_owners({(n,): size[n] / total_size + work[n] / total_work for n in shapes}, layout)
+    return [unit.owner for unit in units]
 
 
 def kept_bytes(rules: Rule | Mapping[str, Rule], layout: Layout, *, seed: int, replicated: bool) -> list[int]:
@@ -128,19 +124,25 @@ class MatrixUpdater:
             rules: of each parameter, by name; one of three dimensions is a stack of matrices, a vector a single row.
             shard: what lies where.
             device: where messages live; see :class:`megalr.layout.exchange.Exchange`.
-            bucket_bytes: bound of the exchange's temporary memory.
-            seed: key of random bases.
+            bucket_bytes: maximum temporary memory for communication.
+            seed: random seed of bases.
         """
         self.calls = 0
         self._shard = shard
         self._seed = seed
         self._layout = shard.layout.matrices(rules)
-        self.exchange = Exchange(self._layout, shard.rank, shard.group, device=device, replicas=shard.replicas)
+        self.exchange = Exchange(
+            self._layout,
+            shard.rank,
+            shard.group,
+            device=device,
+            replicas=shard.replicas,
+            bucket_bytes=bucket_bytes,
+        )
         self.matrices = self._owned(rules)
+        self._by_name = {m.name: m for m in self.matrices}
+        self._whole = {m.name for m in self.matrices if all(f.rank == m.owner for f in self._layout.of(m.name))}
         self.states: dict[str, State] = {}
-        itemsize = shard.buffers[0].element_size()
-        self._limit = max(1, bucket_bytes // (ROUNDS_IN_MEMORY * itemsize))
-        self._rounds: dict[tuple[tuple[int, ...], frozenset[str]], list[list[Matrix]]] = {}
 
     def update(self, which: Sequence[int], gradients: Field, *, lr: float, weight_decay: float, updates: int) -> None:
         """Update all matrices that lie in some of the flat buffers; collective.
@@ -162,29 +164,17 @@ class MatrixUpdater:
             master = run_of(masters, fragment)
             master.add_(update.to(master.device), alpha=-lr)
 
-        cut, local = self._plan(tuple(which), resting)
-        items = [[Item(m.name, m.owner) for m in part] for part in cut]
-        gathering = self.exchange.start_gather(items[0], [gradients]) if cut else None
+        def compute(units: Sequence[Unit], whole: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+            return {name: [self._run(name, whole.pop(name)[0], updates)] for unit in units for name in unit.names}
+
+        cut, local = self._cut_and_local(which, resting)
+        rounds = Rounds(self.exchange, cut, [gradients])
         for matrix, sent in zip(local, self._bases(local, gradients, updates), strict=True):
             (fragment,) = self._layout.on(matrix.name, self._shard.rank)
             grad, weight = (self._view(field, fragment, matrix.shape) for field in (gradients, masters))
             basis = self._begin(matrix, grad, sent, updates)
             matrix.rule.apply(weight, grad, self._state(matrix), basis, lr=lr)
-        scattering: Scattering | None = None
-        for index, part in enumerate(cut):
-            assert gathering is not None
-            whole = gathering.wait()
-            if index + 1 < len(cut):
-                gathering = self.exchange.start_gather(items[index + 1], [gradients])
-            results = {
-                m.name: [self._run(m, whole.pop(m.name)[0], updates)] for m in part if m.owner == self._shard.rank
-            }
-            if scattering is not None:
-                scattering.wait()
-            scattering = self.exchange.start_scatter(items[index], results, [apply], like=masters[0])
-            del whole, results  # not to be held through the next round
-        if scattering is not None:
-            scattering.wait()
+        rounds.run(compute, [apply], like=masters[0])
 
     def reset(self, parameters: Iterable[str]) -> None:
         """Momentum reset of the matrices of some parameters; those of others are passed over."""
@@ -192,41 +182,6 @@ class MatrixUpdater:
         for matrix in self.matrices:
             if matrix.name in self.states and _parameter(matrix.name) in chosen:
                 matrix.rule.reset(self.states[matrix.name])
-
-    def state_dict(self) -> dict[str, Any]:
-        """The states of this rank's matrices: tensors and numbers, by name."""
-        return {name: dict(state) for name, state in self.states.items()}
-
-    def load_state_dict(self, states: dict[str, State]) -> None:
-        """Take over what :meth:`state_dict` gave, at the same stage and world size.
-
-        Raises:
-            UserError: it belongs to another rule, rank or layout.
-        """
-        mine = {m.name: m for m in self.matrices if self._keeps(m)}
-        if states.keys() - mine.keys():
-            raise UserError(
-                f"the checkpoint holds the state of {min(states.keys() - mine.keys())}, which this rank does not own: "
-                "resume with the ZeRO stage, number of processes and optimizer settings that it was written with"
-            )
-        self.states = {}
-        for name, saved in states.items():
-            rule = mine[name].rule
-            state = rule.init_state(mine[name].shape, self._shard.buffers[0].device)
-            expected = {key: _form(value) for key, value in state.items()}
-            found = {key: _form(value) for key, value in saved.items()}
-            if expected != found:
-                raise UserError(
-                    f"the checkpoint's state of {name} is {found}, but {rule.name} with these settings has "
-                    f"{expected}: resume with the optimizer settings that it was written with"
-                )
-            for key, value in saved.items():
-                target = state[key]
-                if isinstance(target, Tensor) and isinstance(value, Tensor):
-                    target.copy_(value)
-                else:
-                    state[key] = value
-            self.states[name] = state
 
     def numbers(self) -> dict[str, dict[str, int]]:
         """The numbers in the states of this rank's matrices."""
@@ -244,7 +199,7 @@ class MatrixUpdater:
         }
 
     def make_room(self, numbers: Mapping[str, Mapping[str, int]], saved: Mapping[str, Tensor]) -> None:
-        """Have the states of exactly those matrices that are among all ranks' numbers; tensors are to be read into.
+        """Prepare the states of exactly those matrices that are among all ranks' numbers; tensors are to be read into.
 
         Args:
             numbers: of :meth:`numbers`, of all ranks.
@@ -262,7 +217,7 @@ class MatrixUpdater:
                 self.states[name][key] = torch.empty_like(outline, device=device)
 
     def convert(self) -> None:
-        """Have what was read as these rules keep it."""
+        """Convert states that were read to the form that these rules keep."""
         for m in self.matrices:
             if m.name in self.states:
                 self.states[m.name] = m.rule.convert(self.states[m.name], m.shape)
@@ -305,8 +260,8 @@ class MatrixUpdater:
         owned = [m for m in self.matrices if not m.everywhere]
         if not owned or self._layout.world_size == 1:
             return None
-        units = [Unit((m.name,), m.rule.state_bytes(m.shape)) for m in owned]
-        return imbalance(units, [m.owner for m in owned], self._layout), least_imbalance(units, self._layout)
+        units = [Unit((m.name,), m.owner, m.rule.state_bytes(m.shape)) for m in owned]
+        return imbalance(units, self._layout), least_imbalance(units, self._layout)
 
     def _keeps(self, matrix: Matrix) -> bool:
         """Whether this rank keeps the matrix's state, and runs the rule on it."""
@@ -338,17 +293,18 @@ class MatrixUpdater:
                 for fragment in self._layout.on(matrix.name, self._shard.rank):
                     run_of(masters, fragment).mul_(factor)
 
-    def _plan(self, which: tuple[int, ...], resting: frozenset[str]) -> tuple[list[list[Matrix]], list[Matrix]]:
-        """The rounds of cut matrices, the same on every rank, and the matrices that are whole here and updated here."""
-        here = [m for m in self.matrices if m.buffer in which and m.name not in resting]
-        whole = {m.name for m in here if m.everywhere or all(f.rank == m.owner for f in self._layout.of(m.name))}
-        if (which, resting) not in self._rounds:
-            cut = [m for m in here if m.name not in whole]
-            units, owners = [Unit((m.name,), 0.0) for m in cut], [m.owner for m in cut]
-            rounds = buckets(units, owners, self._layout, self._limit)
-            self._rounds[which, resting] = [[cut[i] for i in indices] for indices in rounds]
-        local = [m for m in here if m.name in whole and self._keeps(m)]
-        return self._rounds[which, resting], local
+    def _cut_and_local(self, which: Sequence[int], resting: frozenset[str]) -> tuple[list[Unit], list[Matrix]]:
+        """What has to be gathered, the same on every rank; and the matrices that this rank has whole and updates."""
+        cut: list[Unit] = []
+        local: list[Matrix] = []
+        for matrix in self.matrices:
+            if matrix.buffer not in which or matrix.name in resting:
+                continue
+            if not matrix.everywhere and matrix.name not in self._whole:
+                cut.append(Unit((matrix.name,), matrix.owner))
+            elif self._keeps(matrix):
+                local.append(matrix)
+        return cut, local
 
     def _bases(self, local: Sequence[Matrix], gradients: Field, updates: int) -> list[Basis | None]:
         """New bases of matrices that every rank holds; nothing where each has one owner, who computes its own."""
@@ -368,7 +324,8 @@ class MatrixUpdater:
                 self.exchange.broadcast(basis[key], local[i].owner)
         return bases
 
-    def _run(self, matrix: Matrix, grad: Tensor, updates: int) -> Tensor:
+    def _run(self, name: str, grad: Tensor, updates: int) -> Tensor:
+        matrix = self._by_name[name]
         basis = self._begin(matrix, grad, None, updates)
         return matrix.rule.update(grad, self._state(matrix), basis)
 
@@ -411,7 +368,3 @@ def _resting(rule_of: Mapping[str, Rule], updates: int, seed: int) -> frozenset[
 def _parameter(matrix: str) -> str:
     """The name of the parameter that a matrix is, or is one of the stack of."""
     return matrix.partition("[")[0]
-
-
-def _form(value: Tensor | int) -> tuple[int, ...] | str:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

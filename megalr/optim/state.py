@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from megalr.errors import UserError
 from megalr.layout.rectangles import Entry, entry_of
 from megalr.optim.clock import Clock
-from megalr.optim.optimizer import MegalrOptimizer, words
+from megalr.optim.events.base import LayerEvents
+from megalr.optim.forms import in_words, layer_form, logical_form, rule_form
+
+if TYPE_CHECKING:
+    from megalr.optim.optimizer import MegalrOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SHOWN = 3  # names in a message
@@ -28,11 +32,11 @@ def numbers_of(optimizer: MegalrOptimizer) -> dict[str, Any]:
     return {
         **optimizer.counts(),
         "lr": {group["name"]: float(group["lr"]) for group in optimizer.all_groups},
-        "rule": optimizer.rule_form(),
-        "logical_rule": optimizer.logical_form(),
+        "rule": rule_form(optimizer.config),
+        "logical_rule": logical_form(optimizer.config),
         "by_rule": _by_rule(optimizer),
-        "layers": optimizer.layer_form(),
-        "events": {events.key: events.numbers() for events in optimizer.all_events},
+        "layers": layer_form(optimizer.config),
+        "events": event_numbers(optimizer),
         "matrices": {} if optimizer.matrices is None else optimizer.matrices.numbers(),
     }
 
@@ -52,11 +56,26 @@ def entries_of(optimizer: MegalrOptimizer, *, once: bool) -> dict[str, Entry]:
             if field[shard.layout.of(name)[0].buffer].numel():
                 entry = entry_of(name, shard.layout, shard.rank, field, once=once)
                 found |= {} if entry is None else {f"{kind}/{name}": entry}
-    if optimizer.matrices is not None:
-        found |= optimizer.matrices.entries()
-    for events in optimizer.all_events:
-        found |= events.entries()
+    return found | kept_entries(optimizer)
+
+
+def kept_entries(optimizer: MegalrOptimizer) -> dict[str, Entry]:
+    """Those of rules and events alone."""
+    found = {} if optimizer.matrices is None else optimizer.matrices.entries()
+    for event in optimizer.events:
+        found |= event.entries()
     return found
+
+
+def event_numbers(optimizer: MegalrOptimizer) -> dict[str, Any]:
+    """The counts of the events that layers have."""
+    return {events.key: events.numbers() for events in _of_layers(optimizer)}
+
+
+def load_event_numbers(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> None:
+    """Take over what :func:`event_numbers` gave."""
+    for events in _of_layers(optimizer):
+        events.load_numbers(numbers[events.key])
 
 
 def check(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> str:
@@ -74,16 +93,16 @@ def check(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> str:
             layers keep more than weights.
     """
     _refuse_parts(optimizer)
-    layers, rule = optimizer.layer_form(), optimizer.rule_form()
-    begins_anew = numbers["logical_rule"] != optimizer.logical_form()
-    if numbers["layers"] != layers or (begins_anew and optimizer.all_events):
+    layers, rule = layer_form(optimizer.config), rule_form(optimizer.config)
+    begins_anew = numbers["logical_rule"] != logical_form(optimizer.config)
+    if numbers["layers"] != layers or (begins_anew and _of_layers(optimizer)):
         before, now = numbers["rule"] | numbers["layers"], rule | layers
         raise UserError(
-            f"the checkpoint was written with {words(before)}, the configuration has {words(now)}: resume with the "
-            "settings that it was written with"
+            f"the checkpoint was written with {in_words(before)}, the configuration has {in_words(now)}: resume with "
+            "the settings that it was written with"
         )
     if begins_anew:
-        return f"moments and states of {words(numbers['rule'])}"
+        return f"moments and states of {in_words(numbers['rule'])}"
     others = sorted({*numbers["by_rule"]} ^ {*_by_rule(optimizer)})
     if others:
         some = ", ".join(others[:SHOWN]) + ", ..." * (len(others) > SHOWN)
@@ -104,7 +123,7 @@ def make_room(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Map
         numbers: of :func:`numbers_of`, with the matrices of all ranks.
         saved: tensors on the meta device, by the keys of :func:`entries_of`, of all ranks.
     """
-    begins_anew = numbers["logical_rule"] != optimizer.logical_form()
+    begins_anew = numbers["logical_rule"] != logical_form(optimizer.config)
     optimizer.updates = numbers["updates"]
     optimizer.forget_update()
     optimizer.clocks = {name: Clock() if begins_anew else Clock(**clock) for name, clock in numbers["clocks"].items()}
@@ -113,13 +132,13 @@ def make_room(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Map
         names = {f.name for f in shard.layout.fragments if f.buffer == buffer}
         optimizer.state.pop(parameter, None)
         if not begins_anew and any(f"{MOMENTS[0]}/{name}" in saved for name in names):
-            optimizer.moments_of(parameter)
+            optimizer.ensure_moments([parameter])
     if optimizer.matrices is not None:
-        converts = numbers["rule"] != optimizer.rule_form()
+        converts = numbers["rule"] != rule_form(optimizer.config)
         optimizer.matrices.make_room({} if begins_anew else numbers["matrices"], saved if converts else {})
-    for events in optimizer.all_events:
-        events.load_numbers(numbers["events"][events.key])
-        events.make_room(saved)
+    load_event_numbers(optimizer, numbers["events"])
+    for event in optimizer.events:
+        event.make_room(saved)
 
 
 def set_rates(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -134,11 +153,16 @@ def set_rates(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> dict[st
 
 
 def settle(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> None:
-    """Have what was read as the optimizer keeps it; ``numbers`` as they were given to :func:`make_room`."""
-    if optimizer.matrices is not None and numbers["rule"] != optimizer.rule_form():
+    """Convert loaded tensors to the optimizer's own format; ``numbers`` as they were given to :func:`make_room`."""
+    if optimizer.matrices is not None and numbers["rule"] != rule_form(optimizer.config):
         optimizer.matrices.convert()
-    for events in optimizer.all_events:
-        events.settle()
+    for event in optimizer.events:
+        event.settle()
+
+
+def _of_layers(optimizer: MegalrOptimizer) -> list[LayerEvents]:
+    """The events that keep something of the model's layers."""
+    return [event for event in optimizer.events if isinstance(event, LayerEvents)]
 
 
 def _by_rule(optimizer: MegalrOptimizer) -> list[str]:

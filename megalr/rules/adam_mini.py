@@ -26,6 +26,7 @@ class AdamMini(Rule):
         betas, eps: Adam's.
     """
 
+    type_name: ClassVar[str] = "AdamMini"
     name: ClassVar[str] = "adam_mini"
     reset_keys: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
     takes_vectors: ClassVar[bool] = True

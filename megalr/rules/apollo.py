@@ -1,4 +1,4 @@
-"""APOLLO and APOLLO-Mini: the gradient itself, scaled as Adam would in a random subspace, arXiv 2412.05270."""
+"""APOLLO: the gradient itself, scaled as Adam would scale it in a random subspace, arXiv 2412.05270."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class Apollo(ProjectedRule):
     left projection, its rows for a right one. Source: arXiv 2412.05270, algorithm 1.
 
     Attributes:
-        scale: α.
+        scale: α, whose root is a factor on the update.
         scale_type: "channel" for one factor a row or column, "tensor" for one a matrix.
     """
 
+    type_name: ClassVar[str] = "APOLLO"
     name: ClassVar[str] = "apollo"
     default_lr: ClassVar[float] = 1e-2
     default_eps: ClassVar[float] = 1e-6
@@ -75,14 +76,3 @@ class Apollo(ProjectedRule):
             axis = 0 if "left" in state else 1
             factor = direction.norm(dim=axis, keepdim=True) / (low.norm(dim=axis, keepdim=True) + 1e-8)
         return limit_growth(grad * (factor * math.sqrt(self.scale)), state, GROWTH_LIMIT)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ApolloMini(Apollo):
-    """APOLLO with rank 1 and one factor a matrix: about as much state as SGD with momentum on one row."""
-
-    name: ClassVar[str] = "apollo_mini"
-
-    rank: int = 1
-    scale: float = 128.0
-    scale_type: Literal["channel", "tensor"] = "tensor"

@@ -26,6 +26,9 @@ class Rule(ABC):
     not reproducible across machines, so where several ranks hold the same state one computes and the others receive.
     """
 
+    # The JSON's "type", for rules of this package; a user's rule has the name that it is registered under.
+    type_name: ClassVar[str]
+    # In checkpoints, tables and messages.
     name: ClassVar[str]
     # Where the original's defaults are not AdamW's.
     default_lr: ClassVar[float] = 1e-3

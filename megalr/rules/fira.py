@@ -27,6 +27,7 @@ class Fira(GaLore):
     differs in the first updates.
     """
 
+    type_name: ClassVar[str] = "FiraAdamW"
     name: ClassVar[str] = "fira"
 
     def __post_init__(self) -> None:

@@ -35,6 +35,7 @@ class FRUGAL(ProjectedRule):
         moments: what they become at a new P; "transport" is for bases.
     """
 
+    type_name: ClassVar[str] = "FRUGAL"
     name: ClassVar[str] = "frugal"
     default_eps: ClassVar[float] = 1e-8
     unused: ClassVar[frozenset[str]] = frozenset({"rank"})

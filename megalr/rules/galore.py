@@ -11,7 +11,7 @@ from megalr.rules.adam import adam_direction
 from megalr.rules.base import Basis, Shape, State
 from megalr.rules.checks import require_positive
 from megalr.rules.projected import ProjectedRule, factors_back, project, project_back
-from megalr.rules.q_galore import plain_state
+from megalr.rules.quantized_state import plain_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,10 @@ class GaLore(ProjectedRule):
     before its bias correction; weight decay acts on W as it was before the update.
 
     Attributes:
-        scale: α.
+        scale: α, the factor on the update.
     """
 
+    type_name: ClassVar[str] = "GaLoreAdamW"
     name: ClassVar[str] = "galore"
     default_lr: ClassVar[float] = 1e-2
     default_eps: ClassVar[float] = 1e-6

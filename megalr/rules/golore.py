@@ -23,6 +23,7 @@ class GoLore(GaLore):
             last part of the run.
     """
 
+    type_name: ClassVar[str] = "GoLoreAdamW"
     name: ClassVar[str] = "golore"
 
     random_from: int

@@ -33,6 +33,7 @@ class OnlineSubspaceDescent(GaLore):
         update_proj_gap: 1 / learning rate of the basis.
     """
 
+    type_name: ClassVar[str] = "OnlineSubspaceDescent"
     name: ClassVar[str] = "online_subspace_descent"
     unused: ClassVar[frozenset[str]] = frozenset({"moments", "stagger"})
 

@@ -11,19 +11,10 @@ from torch import Tensor
 from megalr.errors import UserError
 from megalr.rules.adam import adam_direction
 from megalr.rules.base import Basis, Shape, State, count, tensor
-from megalr.rules.bases import Side
 from megalr.rules.checks import require_at_least, require_positive
 from megalr.rules.projected import ProjectedRule, factors_back, project
-from megalr.rules.quantization import (
-    blocks_of,
-    dequantize_blocks,
-    dequantize_groups,
-    groups_of,
-    quantize_blocks,
-    quantize_groups,
-)
-
-MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether they have a sign
+from megalr.rules.quantization import blocks_of, groups_of, quantize_blocks
+from megalr.rules.quantized_state import MOMENTS, packed_basis, plain_basis, plain_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +34,14 @@ class QGaLore(ProjectedRule):
     by which the two agree, where the code takes the accident of a decomposition's sign.
 
     Attributes:
-        scale: α.
-        cos_threshold, queue_size, gamma_proj: as above.
+        scale: α, the factor on the update.
+        cos_threshold: mean cosine from which on the gap grows.
+        queue_size: how many cosines that is the mean of.
+        gamma_proj: the factor by which the gap grows.
         min_8bit_size: elements from which on a moment is quantized.
     """
 
+    type_name: ClassVar[str] = "QGaLoreAdamW"
     name: ClassVar[str] = "q_galore"
     default_lr: ClassVar[float] = 1e-2
     default_eps: ClassVar[float] = 1e-6
@@ -79,7 +73,7 @@ class QGaLore(ProjectedRule):
         own, plain = self.init_state(shape, tensor(state, side).device), plain_state(self, state, shape)
         own |= {key: value for key, value in state.items() if isinstance(value, int)}
         self._keep_moments(own, plain)
-        packed = state if f"{side}_step" in state else _packed(side, tensor(plain, side))
+        packed = state if f"{side}_step" in state else packed_basis(side, tensor(plain, side))
         own |= {key: packed[key] for key in (side, f"{side}_step", f"{side}_zero")}
         if "cosines" in state:
             known = tensor(state, "cosines")[-self.queue_size :]
@@ -126,13 +120,13 @@ class QGaLore(ProjectedRule):
         shape = grad.shape[0], grad.shape[1]
         (side,) = self.sides(shape)
         refreshes = count(state, "refreshes")
-        old = _plain_basis(self, state, shape, side)
+        old = plain_basis(self, state, shape, side)
         (new,) = super().new_basis(grad, {**state, side: old}, updates=updates, seed=seed, name=name).values()
         cosines = tensor(state, "cosines").clone()
         if refreshes:
             cosine = torch.nn.functional.cosine_similarity(old[:, 0], new[:, 0], dim=0)
             cosines = torch.cat([cosines[1:], cosine.view(1)])
-        return {**_packed(side, new), "cosines": cosines}
+        return {**packed_basis(side, new), "cosines": cosines}
 
     def adopt(self, state: State, basis: Basis | None) -> None:
         super().adopt(state, basis)
@@ -172,33 +166,3 @@ class QGaLore(ProjectedRule):
 
     def _quantizes(self, low: Shape) -> bool:
         return low[0] * low[1] >= self.min_8bit_size
-
-
-def plain_state(rule: ProjectedRule, state: State, shape: Shape) -> State:
-    """GaLore's state of an m x n matrix, in fp32, of GaLore's or Q-GaLore's; what is fp32 already is the same tensor.
-
-    Args:
-        rule: either, whose rank and sides the state has.
-        state: left as it is.
-        shape: (m, n).
-    """
-    plain: State = {"refreshes": count(state, "refreshes"), "step": count(state, "step")}
-    for key, signed in MOMENTS.items():
-        stored, largest = tensor(state, key), state.get(f"{key}_max")
-        plain[key] = dequantize_blocks(stored, largest, signed=signed) if isinstance(largest, Tensor) else stored
-    return plain | {side: _plain_basis(rule, state, shape, side) for side in rule.sides(shape)}
-
-
-def _plain_basis(rule: ProjectedRule, state: State, shape: Shape, side: Side) -> Tensor:
-    """P, (m, r), or Q, (n, r)."""
-    if f"{side}_step" not in state:
-        return tensor(state, side)
-    levels = tensor(state, side), tensor(state, f"{side}_step"), tensor(state, f"{side}_zero")
-    size = shape[0] if side == "left" else shape[1]
-    return dequantize_groups(*levels, (rule.rank_of(shape), size)).T
-
-
-def _packed(side: Side, basis: Tensor) -> Basis:
-    """What is kept of P or Q."""
-    packed, step, zero = quantize_groups(basis.T)  # a group is of one vector, or of few
-    return {side: packed, f"{side}_step": step, f"{side}_zero": zero}

@@ -27,9 +27,10 @@ class SCALE(Rule):
     with its momentum of m x n, and the embeddings; otherwise both are AdamW's.
 
     Attributes:
-        momentum: μ, of the head.
+        momentum: μ, of the output head's momentum.
     """
 
+    type_name: ClassVar[str] = "SCALE"
     name: ClassVar[str] = "scale"
     reset_keys: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     axis: ClassVar[int] = 1  # along which an output's gradients lie

@@ -36,13 +36,14 @@ class SPAM(Rule):
 
     Attributes:
         betas, eps: Adam's.
-        threshold: θ; 0 clips nothing.
+        threshold: θ: entries with g² > θ v are clipped; 0 clips nothing.
         reset_interval: updates between two momentum resets (ΔT); 0 for none.
-        warmup_steps: length of the ramp after one.
-        density: d.
+        warmup_steps: updates of the ramp after a reset.
+        density: d, the share of the entries that has moments.
         published: do as the published code does.
     """
 
+    type_name: ClassVar[str] = "SPAM"
     name: ClassVar[str] = "spam"
     default_eps: ClassVar[float] = 1e-6
     reset_keys: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")

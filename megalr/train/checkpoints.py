@@ -12,6 +12,7 @@ from megalr.checkpoint.folders import newest_whole
 from megalr.checkpoint.loading import load_whole
 from megalr.checkpoint.manifest import Manifest
 from megalr.errors import UserError
+from megalr.hosts import host_of
 from megalr.train.run_folder import RunFolder
 
 
@@ -98,9 +99,7 @@ def load_checkpoint(engine: Any, manifest: Manifest) -> dict[str, Any]:
         The data stream's state.
     """
     loaded = load_whole(engine, manifest)
-    scheduler = engine.lr_scheduler
-    if hasattr(scheduler, "last_batch_iteration"):
-        scheduler.step(scheduler.last_batch_iteration)  # the rates of this configuration, not those that were saved
+    host_of(engine).refresh_rates()  # those of this configuration, not those that were saved
     data: dict[str, Any] = loaded.client_state["data"]
     return data
 

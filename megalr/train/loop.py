@@ -14,7 +14,7 @@ from torch import Tensor
 import megalr
 from megalr.data import Batches, Examples
 from megalr.errors import GuardError, UserError
-from megalr.optim.groups import logical_shape
+from megalr.hosts import host_of, logical_shape
 from megalr.train.arguments import Interval
 from megalr.train.checkpoints import Notes, Resumable, load_checkpoint, save_checkpoint
 from megalr.train.console import Screen
@@ -82,6 +82,7 @@ class Loop:
             required, noted: see :class:`~megalr.train.checkpoints.Notes`.
         """
         self.engine = engine
+        self._host = host_of(engine)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -98,7 +99,7 @@ class Loop:
         self._written_step: int | None = None
         self._evaluated_step: int | None = None
         self._tokens_here = 0  # of this process's run, without what was resumed
-        self._bytes_moved = engine.basic_optimizer.bytes_moved
+        self._bytes_moved = self._host.optimizer.bytes_moved
 
     def resume(self, checkpoint: Resumable) -> None:
         """Go on from a checkpoint."""
@@ -199,7 +200,7 @@ class Loop:
     @property
     def trained_parameters(self) -> int:
         """How many of them are not frozen."""
-        layout = self.engine.basic_optimizer.prepare().layout
+        layout = self._host.optimizer.prepare().layout
         return sum(map(layout.numel, layout.shapes))
 
     @property
@@ -231,7 +232,7 @@ class Loop:
     def _train_step(self) -> None:
         """One update."""
         engine, ranks, batch = self.engine, self._ranks, self._settings.batch
-        lr = float(engine.get_lr()[0])
+        lr = self._host.learning_rate()
         with self._timed():
             micro_batches = [next(self._batches) for _ in range(batch.accumulation)]
             read = sum(int((b["labels"] != IGNORED).sum()) for b in micro_batches)
@@ -263,17 +264,16 @@ class Loop:
     def _note_step(self, loss: float, lr: float) -> None:
         speed = self.tokens_per_second
         self._screen.advance(loss=loss, tokens_per_second=speed, lr=lr)
-        events = list(self.engine.basic_optimizer.last_events)
-        before, self._bytes_moved = self._bytes_moved, self.engine.basic_optimizer.bytes_moved
+        events = list(self._host.optimizer.last_events)
+        before, self._bytes_moved = self._bytes_moved, self._host.optimizer.bytes_moved
         if self.step % self._settings.log_every == 0 or events:
-            norm = self.engine.get_global_grad_norm()
             row: dict[str, Any] = {
                 "step": self.step,
                 "tokens": self.tokens,
                 "loss": loss,
                 "lr": lr,
                 "tokens_per_second": round(speed, 1),
-                "grad_norm": None if norm is None else float(norm),
+                "grad_norm": self._host.gradient_norm(),
                 "exchange_bytes": self._bytes_moved - before,  # of this update, sent by all ranks together
             }
             if events:
@@ -292,9 +292,7 @@ class Loop:
 
     def _report(self, numbers: dict[str, float | None]) -> None:
         """Give numbers to DeepSpeed's monitors, against the sequences read, as DeepSpeed gives its own."""
-        samples = self.engine.global_samples
-        events = [(name, number, samples) for name, number in numbers.items() if number is not None]
-        self.engine.monitor.write_events(events)
+        self._host.report({name: number for name, number in numbers.items() if number is not None})
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -11,8 +11,8 @@ import torch
 from megalr.config.settings import MegalrConfig, read_json
 from megalr.data import Data, DataConfig, load_data, load_tokenizer
 from megalr.errors import UserError
+from megalr.hosts import check_config
 from megalr.hosts.autotp import check_tensor_parallel, tensor_parallel_size
-from megalr.hosts.deepspeed_config import check_deepspeed_config
 from megalr.layers import parametrize
 from megalr.layers.velora import compress_activations
 from megalr.optim.groups import parameter_groups
@@ -123,7 +123,7 @@ def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, s
     with ranks.together():
         resolved = resolve(content, _request(arguments, model, ranks, output=str(folder.path)))
         megalr = MegalrConfig.from_json(resolved.config)
-        check_deepspeed_config(resolved.config, ranks.data_size)
+        check_config(resolved.config, ranks.data_size)
         if arguments.export is not None and megalr.parametrization.not_dense:
             raise UserError(
                 f'--export writes dense weights, and "{megalr.parametrization.type}" layers have none, because '

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from megalr.data import Batches, unigram_perplexity
+from megalr.hosts import host_of
 from megalr.train.arguments import PretrainArguments, parse_arguments
 from megalr.train.console import Screen
 from megalr.train.evaluation import Evaluation, evaluate
@@ -95,10 +96,11 @@ def build_loop(plan: Plan, ranks: Ranks, screen: Screen) -> Loop:
     model = build_model(plan.model, seed=resolved.seed, activation_checkpointing=arguments.activation_checkpointing)
     with ranks.together():
         engine, *_ = megalr.initialize(model=model, config=resolved.config)
-    table = engine.basic_optimizer.routing_table()
+    optimizer = host_of(engine).optimizer
+    table = optimizer.routing_table()
     if ranks.is_first:
         plan.folder.routing.write_text(f"{table}\n", encoding="utf-8")
-    screen.say(table if arguments.verbose else engine.basic_optimizer.summary())
+    screen.say(table if arguments.verbose else optimizer.summary())
     batches = Batches(
         plan.data.train,
         micro_batch_size=resolved.batch.micro,
@@ -174,7 +176,7 @@ def _introduce(plan: Plan, loop: Loop, ranks: Ranks, screen: Screen) -> None:
         cut = f"{ranks.data_size} x {ranks.tensor_parallel} tensor-parallel processes"
     cut += f" x {batch.accumulation} accumulation steps" if batch.accumulation > 1 else ""
     screen.say(
-        f"model: {loop.parameters:,} parameters, ZeRO stage {loop.engine.zero_optimization_stage()}\n"
+        f"model: {loop.parameters:,} parameters, ZeRO stage {host_of(loop.engine).stage}\n"
         f"training: {plan.resolved.steps:,} steps of {batch.total} sequences ({cut} x {batch.micro})\n"
         f"writing to {plan.folder.path}"
     )
@@ -200,6 +202,6 @@ def _export(engine: Any, plan: Plan, folder: Path, ranks: Ranks) -> float:
         plan.megalr.parametrization,
         torch.stack([torch.from_numpy(row).long() for row in rows]),
         folder,
-        dtype=engine.get_data_types()[0],
+        dtype=host_of(engine).dtypes[0],
         ranks=ranks,
     )

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megalr.errors import UserError
+from megalr.hosts.deepspeed_start import join_processes
 from megalr.processes import free_port
 
 T = TypeVar("T")
@@ -127,25 +128,18 @@ def start_ranks() -> Ranks:
     Raises:
         UserError: they cannot reach each other.
     """
-    import deepspeed.comm  # noqa: PLC0415  (slow, and --help should not wait for it)
-    import deepspeed.ops  # noqa: PLC0415
-
     if "RANK" not in os.environ and world_size_from_environment() == 1:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
-    # At its first start on a CPU DeepSpeed would compile an op for tensor-parallel inference, which takes over
-    # a minute and serves nothing here.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Compiling ops takes ninja, which lies beside this Python, also where the environment is not activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)
-    patience = {} if "DEEPSPEED_TIMEOUT" in os.environ else {"timeout": _PATIENCE}
     try:
-        deepspeed.comm.init_distributed(verbose=False, **patience)
+        join_processes(None if "DEEPSPEED_TIMEOUT" in os.environ else _PATIENCE)
     except dist.DistNetworkError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(

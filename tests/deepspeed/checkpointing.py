@@ -13,7 +13,7 @@ from torch import Tensor, is_tensor
 import megalr
 from megalr.checkpoint.manifest import read_manifest
 from megalr.checkpoint.reading import read_tensor
-from megalr.rules.q_galore import plain_state
+from megalr.rules.quantized_state import plain_state
 from tests.deepspeed import rule_training
 from tests.deepspeed.rule_training import everything
 from tests.deepspeed.tensor_training import (

@@ -45,7 +45,7 @@ RULES_HEAD = """
 ## Rules on dense matrices
 
 Twelve updates, in which every basis is refreshed at least twice. The model has wide, tall and square matrices, one with
-a single row, two that are smaller than the rank, and a stack of three (`tests/deepspeed/odd_model.py`).
+a single row, two that are smaller than the rank, and a stack of three (`tests/odd_model.py`).
 """
 PROJECTED_HEAD = """
 ## Projected layers

@@ -8,8 +8,9 @@ import random
 import torch
 import torch.distributed as dist
 
-from megalr.layout.exchange import Exchange, Item
+from megalr.layout.exchange import Exchange
 from megalr.layout.layout import Fragment, Layout
+from megalr.layout.placement import Unit
 
 
 def random_layout(seed: int, world_size: int, *, replicated: bool = False, idle_ranks: int = 0) -> Layout:
@@ -37,12 +38,12 @@ def round_trip(seed: int, replicated: bool = False, idle_ranks: int = 0) -> dict
     rank, world = dist.get_rank(), dist.get_world_size()
     layout = random_layout(seed, world, replicated=replicated, idle_ranks=idle_ranks)
     rng = random.Random(seed + 1)
-    items = [Item(name, rng.randrange(world)) for name in layout.shapes]
+    items = [Unit((name,), rng.randrange(world)) for name in layout.shapes]
     truth = {n: torch.arange(math.prod(s)).float().view(s) + 100 * i for i, (n, s) in enumerate(layout.shapes.items())}
     first, second = _buffers(layout, rank, truth), _buffers(layout, rank, {n: -t for n, t in truth.items()})
     exchange = Exchange(layout, rank, dist.group.WORLD)
     whole = exchange.gather(items, [first, second])
-    gathered = set(whole) == {i.name for i in items if i.owner == rank} and all(
+    gathered = set(whole) == {i.names[0] for i in items if i.owner == rank} and all(
         torch.equal(pair[0], truth[name]) and torch.equal(pair[1], -truth[name]) for name, pair in whole.items()
     )
     sent_to_gather = exchange.bytes_sent
@@ -55,7 +56,7 @@ def round_trip(seed: int, replicated: bool = False, idle_ranks: int = 0) -> dict
         "scattered": scattered,
         "sent_to_gather": sent_to_gather,
         "due_to_gather": 8
-        * sum(f.length for i in items for f in layout.cover(i.name, i.owner) if f.rank == rank != i.owner),
+        * sum(f.length for i in items for f in layout.cover(i.names[0], i.owner) if f.rank == rank != i.owner),
     }
 
 
@@ -66,7 +67,7 @@ def of_replicas() -> tuple[float, float, float]:
     replicas = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     exchange = Exchange(random_layout(0, 2), rank % 2, groups[rank // 2], replicas=replicas[rank % 2])
     mine = torch.tensor([float(rank)])
-    found = [operation(mine.clone()) for operation in (exchange.agree, exchange.sum, exchange.sum_all)]
+    found = [operation(mine.clone()) for operation in (exchange.broadcast_replicas, exchange.sum, exchange.sum_all)]
     return found[0].item(), found[1].item(), found[2].item()
 
 

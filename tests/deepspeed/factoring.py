@@ -12,8 +12,8 @@ import megalr
 from megalr.config.settings import MegalrConfig
 from megalr.layers import densify
 from tests.deepspeed import rule_training
-from tests.deepspeed.odd_model import odd_model
 from tests.deepspeed.training import configuration, lost_by_resuming, run_steps
+from tests.odd_model import odd_model
 
 STEPS = 12
 ADAMW = {"lr": 5e-3, "weight_decay": 0.1, "embedding": {"lr": 1e-2}}
@@ -100,8 +100,13 @@ def everything(engine: Any) -> dict[str, Any]:
     """All that training depends on, of this rank."""
     seen = rule_training.everything(engine)
     seen.update({f"buffer {name}": buffer.clone() for name, buffer in engine.module.named_buffers()})
-    events = engine.basic_optimizer._events
-    return seen if events is None else seen | _flat(events.state_dict(), "events")
+    events = engine.basic_optimizer.layer_events
+    if events is None:
+        return seen
+    tensors = {
+        f"{key} {piece.offsets}": piece.data for key, entry in events.entries().items() for piece in entry.pieces
+    }
+    return seen | _flat(events.numbers() | tensors, "events")
 
 
 def _flat(value: Any, path: str) -> dict[str, Any]:

@@ -14,16 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 import megalr
-from megalr.api import deepspeed_section
 from megalr.guards.guard import Guard
-from megalr.hosts.reading import frozen_parts
+from megalr.hosts import held
+from megalr.hosts.deepspeed_config import deepspeed_section
 from megalr.train.arguments import parse_arguments
 from megalr.train.pretrain import pretrain
 from megalr.train.ranks import AgreedError, start_ranks
 from tests.deepspeed import projecting, rule_training, tensor_training, training
-from tests.deepspeed.odd_model import odd_model
 from tests.deepspeed.pretraining import MODELS
 from tests.deepspeed.training import run_steps, same
+from tests.odd_model import odd_model
 
 NAN = float("nan")
 GUARDS = {"spike_deviations": 5.0, "window": 3}  # three losses are enough to judge by
@@ -75,7 +75,7 @@ def everything(engine: Any, method: str) -> dict[str, Any]:
     seen = (projecting if method == "projected" else rule_training).everything(engine)
     for name, parameter in engine.module.named_parameters():
         if hasattr(parameter, "ds_tensor"):  # of a frozen one the padding is memory that nobody has written
-            seen[f"weight {name}"] = frozen_parts(parameter)[0][1].detach().clone()
+            seen[f"weight {name}"] = held(parameter)[0][1].detach().clone()
     return seen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
@@ -10,12 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 import megalr
-from megalr.api import deepspeed_section
 from megalr.config.settings import MegalrConfig
+from megalr.hosts.deepspeed_config import deepspeed_section
 from megalr.layers import densify
+from megalr.layout.exchange import Exchange
+from megalr.optim.events.refresh import Refresh, refresh
 from tests.deepspeed import rule_training
-from tests.deepspeed.odd_model import odd_model
 from tests.deepspeed.training import configuration, dense_model, lost_by_resuming, run_steps, same
+from tests.odd_model import odd_model
 
 STEPS = 12
 ADAMW = {"lr": 5e-3, "weight_decay": 0.1, "embedding": {"lr": 1e-2}}
@@ -68,10 +71,10 @@ def train(
 def everything(engine: Any) -> dict[str, Any]:
     """All that training depends on, of this rank."""
     seen = rule_training.everything(engine)
-    state = engine.basic_optimizer._events.state_dict()
-    for name, counts in state["bases"].items():
+    optimizer = engine.basic_optimizer
+    for name, counts in optimizer.layer_events.numbers()["bases"].items():
         seen[f"basis {name}"] = dict(counts)
-    for name, remainder in state["remainders"].items():
+    for name, remainder in optimizer.remainders.items():
         seen[f"remainder {name}"] = remainder.clone()
     return seen
 
@@ -160,17 +163,16 @@ def overflowing(stage: int) -> tuple[bool, int]:
     config = projected_configuration(stage, section={"projector": "power", "stagger": False})
     engine = engine_of(config)
     optimizer = engine.basic_optimizer
-    original = optimizer._events._new_basis
     data = rule_training.batches(6)
     run_steps(engine, data[:5])
 
-    def enlarged(basis: Any, old: Tensor, parts: list[tuple[Tensor, Tensor]], updates: int) -> Tensor:
-        for grad, _ in parts:
-            grad.fill_(3e38)
-        return original(basis, old, parts, updates)
+    def enlarged(due: list[Refresh], exchange: Exchange) -> list[tuple[Tensor, Tensor]]:
+        for gradient in (gradient for each in due for gradient in each.gradients):
+            gradient.whole.fill_(3e38)
+        return refresh(due, exchange)
 
-    optimizer._events._new_basis = enlarged
-    run_steps(engine, data[5:])
+    with mock.patch("megalr.optim.events.projected.refresh", enlarged):
+        run_steps(engine, data[5:])
     refreshes = optimizer.refreshes
     state = megalr.consolidated_state_dict(engine)
     engine.destroy()

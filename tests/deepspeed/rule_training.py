@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import megalr
-from megalr.hosts.reading import frozen_parts
+from megalr.hosts import held
 from tests.deepspeed import training
-from tests.deepspeed.odd_model import odd_model
 from tests.deepspeed.training import configuration, lost_by_resuming, run_steps, same
+from tests.odd_model import odd_model
 
 STEPS = 12
 SEQUENCES, LENGTH = 48, 16  # 48 sequences an update can be shared by 1 to 4 ranks x 1 or 4 micro-batches
@@ -163,7 +163,7 @@ def everything(engine: Any) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for name, parameter in engine.module.named_parameters():
         # Not the padding of stage 3, which nobody reads and nobody writes.
-        seen[f"weight {name}"] = frozen_parts(parameter)[0][1].detach().clone()
+        seen[f"weight {name}"] = held(parameter)[0][1].detach().clone()
     seen.update({f"master {i}": buffer.clone() for i, buffer in enumerate(shard.buffers)})
     for i, parameter in enumerate(shard.parameters):
         seen.update({f"moment {i} {k}": v.clone() for k, v in optimizer.state.get(parameter, {}).items()})

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ import megalr
 from megalr.checkpoint.__main__ import main
 from megalr.config.settings import MegalrConfig
 from megalr.layers import densify
+from tests import processes
 from tests.deepspeed import rule_training
 from tests.deepspeed.harness import ROOT
 from tests.deepspeed.tool_training import CASES, UPDATES, model_of
@@ -359,9 +358,9 @@ def test_as_a_program(made, tmp_path):
         "sys.exit(code or sorted({'deepspeed', 'torch.distributed.checkpoint'} & set(sys.modules)) or 0)"
     )
 
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    done = processes.run(processes.python(program), check=False)
 
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.code, done.stderr) == (0, "")
     listed, verified, exported = done.stdout.splitlines()
     assert listed.startswith(f"{TAG}  latest")
     assert "is whole" in verified

@@ -6,7 +6,6 @@ import itertools
 import random
 import re
 import shutil
-import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 
 from megalr.checkpoint.folders import newest_valid
 from megalr.checkpoint.manifest import LATEST, MANIFEST
-from tests import known_state
+from tests import known_state, processes
 from tests.deepspeed.crashing import BALLAST
 from tests.deepspeed.forking import Ended, Forker, Killing
 from tests.deepspeed.harness import RankError, run_ranks
@@ -167,13 +166,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(folder)]
     try:
-        mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+        mounted = processes.run(mount, check=False)
     except FileNotFoundError:
         pytest.skip("there is no mount command")
-    if mounted.returncode:
+    if mounted.code:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    processes.run(["umount", folder])
 
 
 # Which of a checkpoint's files there is room for.

@@ -7,8 +7,8 @@ import functools
 import pytest
 
 from tests.deepspeed import factoring, rule_training, training
-from tests.deepspeed.odd_model import odd_model
 from tests.deepspeed.test_training import assert_same_weights
+from tests.odd_model import odd_model
 from tests.plain_factors import plain_factors
 
 pytestmark = pytest.mark.distributed

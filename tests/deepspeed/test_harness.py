@@ -7,7 +7,6 @@ import random
 import select
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tests.deepspeed.harness import ROOT, RankError, RankPool, run_ranks
+from tests.processes import python, run
 
 pytestmark = pytest.mark.distributed
 HERE = "tests.deepspeed.test_harness"
@@ -39,7 +39,7 @@ def fifo(tmp_path: Path) -> Path:
 # --- what the ranks run
 
 
-def sum(values: torch.Tensor, *, times: int) -> tuple[int, torch.Tensor]:
+def add_up(values: torch.Tensor, *, times: int) -> tuple[int, torch.Tensor]:
     total = values * times * (dist.get_rank() + 1)
     dist.all_reduce(total)
     return dist.get_rank(), total
@@ -153,7 +153,7 @@ def test_ranks_end_with_the_process_that_started_them(fifo):
         f"pool = RankPool(1); pool.run('{HERE}:hold_open', {str(fifo)!r})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    assert run(python(program), check=False).code == -signal.SIGKILL
     assert read_to_end(reader) == b"alive\n"
 
 

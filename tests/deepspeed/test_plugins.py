@@ -7,11 +7,11 @@ import functools
 import pytest
 import torch
 
-from tests.deepspeed.odd_model import odd_model
 from tests.deepspeed.plugging import LAYERS, PARAMS, TYPE
 from tests.deepspeed.rule_training import STEPS, batches
 from tests.deepspeed.test_rules import MATRICES, assert_same_weights
 from tests.deepspeed.training import CLIPPING
+from tests.odd_model import odd_model
 from tests.plain_training import plain_training
 from tests.references import REFERENCES
 from tests.references.common import Reference

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.deepspeed import projecting, rule_training, training
-from tests.deepspeed.odd_model import odd_model
 from tests.deepspeed.test_training import assert_same_weights, relative_errors
+from tests.odd_model import odd_model
 from tests.plain_projected import plain_projected
 
 pytestmark = pytest.mark.distributed

@@ -11,9 +11,9 @@ import torch
 
 from megalr.rules.badam import BAdam
 from tests.deepspeed import rule_training
-from tests.deepspeed.odd_model import EXPERTS, odd_model
 from tests.deepspeed.rule_training import batches
 from tests.deepspeed.training import CLIPPING
+from tests.odd_model import EXPERTS, odd_model
 from tests.plain_training import plain_training
 
 pytestmark = pytest.mark.distributed

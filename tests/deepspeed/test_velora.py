@@ -7,8 +7,8 @@ import functools
 import pytest
 
 from tests.deepspeed import rule_training, training
-from tests.deepspeed.odd_model import odd_model
 from tests.deepspeed.test_training import assert_same_weights
+from tests.odd_model import odd_model
 from tests.plain_training import plain_training
 from tests.plain_velora import with_velora
 

@@ -23,7 +23,7 @@ from megalr.layout.exchange import Exchange
 from megalr.layout.planned import planned_layout
 from megalr.layout.shard import Shard
 from megalr.memory.formulas import RankBytes, expected_bytes, measured_bytes
-from megalr.optim.events.refactorization import OwnedPairs, refactorize_pairs
+from megalr.optim.events.refactorization import pair_units, refactorize_pairs
 from megalr.optim.matrices import MatrixUpdater
 from megalr.rules.base import Basis, Rule, Shape, State
 from megalr.rules.registry import RULES
@@ -100,7 +100,9 @@ def memory(shapes: dict[str, tuple[int, ...]], stage: int, bucket_bytes: int) ->
     shard, gradients = shard_of(shapes, stage)
     updater = MatrixUpdater(dict.fromkeys(shapes, Recorded()), shard, device=None, bucket_bytes=bucket_bytes, seed=0)
     update = partial(updater.update, [0], gradients, lr=0.1, weight_decay=0.0, updates=0)
-    return *_measured(update), len(updater._plan((0,), frozenset())[0])
+    with mock.patch.object(updater.exchange, "start_gather", wraps=updater.exchange.start_gather) as gathers:
+        peak, left = _measured(update)
+    return peak, left, gathers.call_count
 
 
 def _measured(function: Callable[[], Any]) -> tuple[int, int]:
@@ -132,16 +134,16 @@ def refactorization_memory(bucket_bytes: int, *, transport: bool) -> tuple[int, 
     pairs = [(f"l{i}.B", f"l{i}.A") for i in range(12)]
     shapes = {name: shape for pair in pairs for name, shape in zip(pair, PAIR, strict=True)}
     shard, moments = shard_of(shapes, 3)
-    owned = OwnedPairs.of(pairs, shard.layout)
-    exchange = Exchange(shard.layout, shard.rank, shard.group)
-    fields = (moments, moments) if transport else None
+    units = pair_units(pairs, shard.layout)
+    exchange = Exchange(shard.layout, shard.rank, shard.group, bucket_bytes=bucket_bytes)
+    fields = [shard.buffers, moments, moments] if transport else [shard.buffers]
 
     def all_done(left: list[Tensor], *_: Any) -> SimpleNamespace:
         statuses = [0] * len(left)  # the result must not hold the factors
         return SimpleNamespace(tolist=lambda: statuses)
 
     with mock.patch("megalr.optim.events.refactorization.refactorize_", all_done):
-        return _measured(partial(refactorize_pairs, owned, exchange, shard.buffers, fields, bucket_bytes))
+        return _measured(partial(refactorize_pairs, units, exchange, fields))
 
 
 def events(stage: int, bucket_bytes: int) -> tuple[list[Any], list[Any], int]:

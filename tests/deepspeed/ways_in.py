@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import megalr
+from megalr.optim.state import kept_entries
 from tests.deepspeed.training import CLIPPING, SEQUENCES, batches, configuration, run_steps
 
 ACCUMULATION = 2
@@ -219,8 +220,9 @@ def _state(engine: Any) -> dict[str, Any]:
     found: dict[str, Any] = {
         "masters": shard.buffers,
         "moments": [moments.get(id(p), {}) for p in shard.parameters],
-        "matrices": {} if optimizer.matrices is None else optimizer.matrices.state_dict(),
-        "layers": {} if optimizer._events is None else optimizer._events.state_dict(),
+        "matrices": optimizer.matrix_states,
+        "layers": {} if optimizer.layer_events is None else optimizer.layer_events.numbers(),
+        "kept": {k: [p.data for p in entry.pieces] for k, entry in kept_entries(optimizer).items()},
         "clocks": {name: vars(clock) for name, clock in optimizer.clocks.items()},
         "updates": optimizer.updates,
         "settings": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],

@@ -6,13 +6,14 @@ No torch in the library: tensors go in as addresses.
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from tests.processes import LIMIT, run
 
 CSRC = Path(__file__).parents[2] / "csrc"
 # Less than on a GPU, so that small tensors have several chunks and fill several tables. A table has room for fewer
@@ -70,18 +71,17 @@ def compile_all(
 ):
     """g++ on each source, two at a time, and the link; returns the path of ``output``."""
 
-    def run(*command: object) -> None:
-        done = subprocess.run(["g++", *map(str, command)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[:4000]
+    def gcc(*words: object) -> None:
+        run(["g++", *map(str, words)], limit=5 * LIMIT)
 
     def compile_one(source: Path) -> Path:
         result = folder / f"{source.stem}.o"
-        run("-x", "c++", *FLAGS, *flags, "-c", source, "-o", result)
+        gcc("-x", "c++", *FLAGS, *flags, "-c", source, "-o", result)
         return result
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
-    run(*flags, *objects, *link, "-o", folder / output)
+    gcc(*flags, *objects, *link, "-o", folder / output)
     return folder / output
 
 

@@ -4,7 +4,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from megalr.ops import build, library, toolchain
+from tests.processes import python, run
 
 ROOT = Path(__file__).parents[2]
 FORK = multiprocessing.get_context("fork")  # torch is imported already
@@ -306,9 +306,8 @@ def test_cuda_needs_a_cuda_build_of_torch(monkeypatch):
 
 def test_importing_compiles_and_loads_nothing(tmp_path):
     code = "import megalr, megalr.ops, megalr.ops.adam; print('megalr_' in open('/proc/self/maps').read())"
-    environment = os.environ | {"MEGALR_OPS_CACHE": str(tmp_path / "cache"), "MEGALR_OPS": "compiled"}
-    run = [sys.executable, "-c", code]
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
+    environment = {"MEGALR_OPS_CACHE": str(tmp_path / "cache"), "MEGALR_OPS": "compiled"}
+    done = run(python(code), env=environment)
     assert done.stdout == "False\n" and not (tmp_path / "cache").exists()
 
 
@@ -323,7 +322,7 @@ library.load("cpu")
 after = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rsplit("/", 1)[-1]}
 assert before == after, (before, after)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    run(python(code))
 
 
 def test_the_report(capsys):
@@ -339,10 +338,9 @@ def test_the_report(capsys):
 def test_the_sources_are_shipped(tmp_path):
     """An installed package holds what it is compiled from."""
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "base"), "--build-lib"]
-    environment = os.environ | {"MEGALR_BUILD_OPS": "0"}
     egg_info = ["egg_info", "--egg-base", str(tmp_path)]
-    run = [*command[:3], *egg_info, *command[3:], str(tmp_path / "lib")]
-    subprocess.run(run, check=True, cwd=ROOT, capture_output=True, env=environment)
+    words = [*command[:3], *egg_info, *command[3:], str(tmp_path / "lib")]
+    run(words, env={"MEGALR_BUILD_OPS": "0"})
     shipped = tmp_path / "lib/megalr/csrc"
     for names in build.LIBRARIES.values():
         for name in names:

@@ -4,9 +4,7 @@ csrc/README.md says what it cannot. Compiling takes some twenty seconds, once.
 """
 
 import ctypes
-import os
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -24,6 +22,7 @@ from tests.kernels.emulated import (
     compile_all,
     sources,
 )
+from tests.processes import run
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
@@ -425,9 +424,8 @@ def test_memory_beside_a_tensor_is_not_touched(tmp_path):
     """Under the address sanitizer, which is shown to notice a kernel of one thread too many."""
     kernels = [source for source in sources() if source.suffix == ".cu"]
     program = compile_all(tmp_path, [*kernels, CSRC / "emulation/bounds.cpp"], "bounds", ["-fsanitize=address"])
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    right = subprocess.run([program], capture_output=True, text=True, env=environment, check=False)
-    assert right.returncode == 0, right.stderr[:4000]
-    wrong = subprocess.run([program, "overrun"], capture_output=True, text=True, env=environment, check=False)
-    assert wrong.returncode != 0
+    environment = {"ASAN_OPTIONS": "detect_leaks=0"}
+    run([program], env=environment)
+    wrong = run([program, "overrun"], env=environment, check=False)
+    assert wrong.code != 0
     assert "heap-buffer-overflow" in wrong.stderr

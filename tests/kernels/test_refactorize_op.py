@@ -1,11 +1,7 @@
 """refactorize on lists, compiled and as torch calls, against the SVD of the product in fp64."""
 
 import itertools
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megalr.ops import library, toolchain
 from megalr.ops.refactorization import refactorize_
+from tests import processes
 
 # (m, n, r): an odd one, m = r, n = r, both, rank 1, one row, tall, wide, more than one block of a Gram matrix.
 SHAPES = [(24, 16, 4), (16, 24, 16), (7, 5, 5), (6, 6, 6), (33, 20, 1), (1, 9, 1), (700, 40, 24), (40, 700, 24)]
@@ -234,17 +231,14 @@ def test_a_decomposition_that_does_not_converge_is_the_status_of_its_pair(tmp_pa
     source.write_text(FAILING, encoding="utf-8")
     commands = [toolchain.compile_command(source, target, tmp_path), toolchain.link_command("cpu", [target], failing)]
     for command in commands:
-        subprocess.run(command, check=True)
+        processes.run(command)
     # The reference knows no eigh, the compiled op no SVD where the Gram matrices will do.
     for fail, expected in (
         ("eigh", ["[0, 0, 1] True"] * 2),
         ("svd", ["[4, 4, 1] True", "[0, 4, 1] True"]),
         ("eigh svd", ["[4, 4, 1] True"] * 2),
     ):
-        run = [sys.executable, "-c", NOT_CONVERGING, str(failing)]
-        environment = os.environ | {"FAIL": fail, "MEGALR_OPS": "compiled"}
-        root = Path(__file__).parents[2]
-        done = subprocess.run(run, capture_output=True, text=True, cwd=root, env=environment, check=False)
+        done = processes.run(processes.python(NOT_CONVERGING, failing), env={"FAIL": fail, "MEGALR_OPS": "compiled"})
         assert done.stdout.splitlines() == expected, done.stderr
 
 

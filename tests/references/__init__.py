@@ -6,7 +6,9 @@ place, in fp32 or fp64. Random matrices are handed in, so that they can be those
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,46 +16,18 @@ import torch
 from torch import Tensor
 
 from megalr.seeding import generator
-from tests.references.adam_mini import AdamMini
-from tests.references.adamw import AdamW
-from tests.references.adarankgrad import AdaRankGrad
-from tests.references.apollo import Apollo, ApolloMini
-from tests.references.badam import BAdam
-from tests.references.came import CAME
 from tests.references.common import Draw, Reference
-from tests.references.fira import Fira
-from tests.references.frugal import FRUGAL
-from tests.references.galore import GaLore
-from tests.references.golore import GoLore
-from tests.references.ldadam import LDAdam
-from tests.references.muon import Muon
-from tests.references.online_subspace_descent import OnlineSubspaceDescent
-from tests.references.q_galore import QGaLore
-from tests.references.scale import SCALE
-from tests.references.spam import SPAM
-from tests.references.stable_spam import StableSPAM
 
-# By the name that the JSON's "optimizer": {"type": ...} gives them.
-REFERENCES: dict[str, type[Reference]] = {
-    "AdamW": AdamW,
-    "GaLoreAdamW": GaLore,
-    "GoLoreAdamW": GoLore,
-    "FiraAdamW": Fira,
-    "APOLLO": Apollo,
-    "APOLLOMini": ApolloMini,
-    "LDAdamW": LDAdam,
-    "OnlineSubspaceDescent": OnlineSubspaceDescent,
-    "Muon": Muon,
-    "StableSPAM": StableSPAM,
-    "SPAM": SPAM,
-    "SCALE": SCALE,
-    "AdamMini": AdamMini,
-    "CAME": CAME,
-    "FRUGAL": FRUGAL,
-    "BAdam": BAdam,
-    "QGaLoreAdamW": QGaLore,
-    "AdaRankGrad": AdaRankGrad,
-}
+
+def _found() -> dict[str, type[Reference]]:
+    """The references of this package's modules, by the name that the JSON's "optimizer": {"type": ...} gives them."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    classes = [cls for module in modules for cls in vars(module).values() if isinstance(cls, type)]
+    return {cls.type_name: cls for cls in classes if issubclass(cls, Reference) and vars(cls).get("type_name")}
+
+
+REFERENCES = _found()
 
 
 def reference_for(
@@ -83,8 +57,7 @@ def reference_for(
     if "draw" in known:
         given |= {"phase": phase, "draw": drawing(seed, name)}
     if "permutation" in known:
-        # An order of blocks is the run's, not a matrix's.
-        given["permutation"] = permuting(seed, "badam" if cls is BAdam else name)
+        given["permutation"] = permuting(seed, cls.permutation_key or name)
     if "names" in known:
         given |= {"name": name, "names": names or (name,)}
     return cls(shape, **given)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tests.references.common import Reference
+from tests.references.common import MATRICES, Reference
 
 
 class AdamMini(Reference):
     """Adam whose second moment is one number for each row, the mean over it."""
+
+    type_name = "AdamMini"
+    trained_with = {**MATRICES, "lr": 3e-3}
+    on_factors = {}
 
     def __init__(self, shape: tuple[int, int], *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         self.beta1, self.beta2 = betas

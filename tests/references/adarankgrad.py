@@ -11,6 +11,10 @@ from tests.references.galore import GaLore
 class AdaRankGrad(GaLore):
     """P has as many singular vectors as explain a share η of ‖G‖²; moments move into the new, smaller space."""
 
+    type_name = "AdaRankGrad"
+    trained_with = {**GaLore.trained_with, "energy": 0.8}
+    short = {"rank": 6, "update_proj_gap": 6, "energy": 0.9}
+
     def __init__(
         self,
         shape: tuple[int, int],

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from tests.references.common import Adam, Draw, NormGrowthLimiter, Projected
+from tests.references.common import MATRICES, Adam, Draw, NormGrowthLimiter, Projected
 
 
 class Apollo(Projected):
@@ -14,6 +14,9 @@ class Apollo(Projected):
 
     s is taken over each column of R ("channel") or over the whole matrix ("tensor").
     """
+
+    type_name = "APOLLO"
+    options = {"right": {"proj_type": "right"}}
 
     def __init__(
         self,
@@ -48,6 +51,14 @@ class Apollo(Projected):
 
 class ApolloMini(Apollo):
     """Rank 1, one s a matrix, and α = 128."""
+
+    type_name = "APOLLOMini"
+    trained_with = {**MATRICES, "update_proj_gap": 5, "lr": 1e-3}
+    short = {"update_proj_gap": 6}
+
+    @staticmethod
+    def papers_floats(m: int, n: int, r: int) -> int | None:
+        return m + 2 * n
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tests.references.common import Adam, Reference
+from tests.references.common import MATRICES, Adam, Reference
 
 
 class BAdam(Reference):
@@ -15,6 +15,17 @@ class BAdam(Reference):
 
     ``names`` are those of all matrices, among them ``name``; without ``blocks`` a layer is one, by the number in names.
     """
+
+    type_name = "BAdam"
+    trained_with = {
+        **MATRICES,
+        "lr": 3e-3,
+        "switch_interval": 2,
+        "blocks": ("mlp_wide", "mlp_tall", "mlp_narrow"),
+    }
+    short = {"switch_interval": 4}
+    on_factors = {"switch_interval": 4}  # either layer's turn has two resets in it
+    permutation_key = "badam"  # an order of blocks is the run's, not a matrix's
 
     def __init__(
         self,

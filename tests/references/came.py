@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tests.references.common import Reference
+from tests.references.common import MATRICES, Reference
 
 
 class FactoredAverage:
@@ -23,6 +23,15 @@ class FactoredAverage:
 
 class CAME(Reference):
     """U = G / √V, clipped; M of U; update = M / √S with S the factored average of (U - M)²."""
+
+    type_name = "CAME"
+    trained_with = {**MATRICES, "lr": 3e-3}
+    # Nothing is corrected for bias: the updates after a reset are tenfold, and at AdamW's rate the run is chaotic.
+    on_factors = {"lr": 1e-4}
+
+    @staticmethod
+    def papers_floats(m: int, n: int, r: int) -> int | None:
+        return m * n + 2 * (m + n)
 
     def __init__(
         self,

@@ -1,19 +1,56 @@
-"""What the references share: the step, Adam's direction written out, and the side and schedule of a projection."""
+"""What the references share: facts for tests, the step, Adam written out, and the side and schedule of a projection."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+# "optimizer.params" of runs that train the matrices of the odd model.
+MATRICES = {
+    "target_modules": ["mlp"],
+    "lr": 1e-2,
+    "weight_decay": 0.1,
+    "adamw": {"lr": 3e-3},
+    "embedding": {"lr": 1e-2},
+}
 
 # (refreshes made so far, "left" or "right", rows, columns) -> a matrix of independent standard normal numbers.
 Draw = Callable[[int, str, int, int], Tensor]
 
 
 class Reference(ABC):
-    """The update of one matrix W; all state is in plain attributes of the gradient's dtype."""
+    """The update of one matrix W; all state is in plain attributes of the gradient's dtype.
+
+    Attributes:
+        type_name: what the JSON's "optimizer": {"type": ...} calls the rule; empty for what is no rule of its own.
+        trained_with: the JSON's "optimizer.params" in tests that train the odd model: each basis is refreshed, and
+            everything else that the rule does now and then is done, at least twice in twelve updates.
+        options: by title, parameters beside those that make another method; a derived rule has its own.
+        short: hyper-parameters with which the same happens in 25 updates of one matrix.
+        on_factors: settings for low-rank factors, of a rule that may train them. In twenty updates the rule does once
+            what it does now and then, apart from the optimizer's own resets after 7, 9, 14 and 18.
+        tensor_parallel_bound: of the relative error where tensor-parallel ranks share the forward pass.
+        dtypes: of the rule's state.
+        permutation_key: key of the rule's random permutations; empty: the matrix's name.
+    """
+
+    type_name: ClassVar[str] = ""
+    trained_with: ClassVar[Mapping[str, Any]] = MATRICES
+    options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    short: ClassVar[Mapping[str, Any]] = {}
+    on_factors: ClassVar[Mapping[str, Any] | None] = None
+    tensor_parallel_bound: ClassVar[float] = 1e-4
+    dtypes: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32})
+    permutation_key: ClassVar[str] = ""
+
+    @staticmethod
+    def papers_floats(m: int, n: int, r: int) -> int | None:
+        """Numbers that the state of an m x n matrix with m <= n has by the paper; None where it counts otherwise."""
+        return None
 
     @abstractmethod
     def update(self, G: Tensor) -> Tensor:
@@ -52,6 +89,13 @@ class Projected(Reference):
 
     On the right side it is the same rule for Wᵀ and Gᵀ.
     """
+
+    trained_with = {**MATRICES, "rank": 5, "update_proj_gap": 5}
+    short = {"rank": 4, "update_proj_gap": 6}
+
+    @staticmethod
+    def papers_floats(m: int, n: int, r: int) -> int | None:
+        return m * r + 2 * n * r
 
     def __init__(
         self, shape: tuple[int, int], *, rank: int, proj_type: str, update_proj_gap: int, phase: int, draw: Draw | None

@@ -7,12 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.references.common import Draw, Reference
+from tests.references.common import MATRICES, Draw, Reference
 from tests.references.galore import GaLore
 
 
 class FRUGAL(Reference):
     """Adam on some columns of G, or in a subspace as GaLore's; the signs of what is left."""
+
+    type_name = "FRUGAL"
+    trained_with = {**MATRICES, "update_proj_gap": 5, "lr": 3e-3}
+    options = {"a basis and the signs of the rest": {"projector": "svd", "density": 0.4}}
+    short = {"update_proj_gap": 6}
+    dtypes = frozenset({torch.float32, torch.int32})
 
     def __init__(
         self,

@@ -8,6 +8,10 @@ from tests.references.galore import GaLore
 class GoLore(GaLore):
     """P of the leading singular vectors before ``random_from`` updates, uniformly random orthonormal afterwards."""
 
+    type_name = "GoLoreAdamW"
+    trained_with = {**GaLore.trained_with, "random_from": 6}
+    short = {**GaLore.short, "random_from": 9}
+
     def __init__(self, shape: tuple[int, int], *, random_from: int, moments: str = "transport", **options) -> None:
         super().__init__(shape, moments=moments, **options)
         self.random_from = random_from

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tests.references.common import Adam, Projected, leading_singular_vectors, orthonormal
+from tests.references.common import MATRICES, Adam, Projected, leading_singular_vectors, orthonormal
 
 
 class LDAdam(Projected):
     """A basis that one step of block power iteration turns at every update, moments that follow it, and an error E."""
+
+    type_name = "LDAdamW"
+    trained_with = {**MATRICES, "rank": 5, "lr": 3e-3}
+    options = {"no error feedback": {"error_feedback": False}}
+    short = {"rank": 4}
+
+    @staticmethod
+    def papers_floats(m: int, n: int, r: int) -> int | None:
+        return m * r + 2 * n * r + m * n  # the error is kept, too
 
     def __init__(
         self,

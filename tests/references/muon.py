@@ -13,6 +13,14 @@ from tests.references.common import Reference
 class Muon(Reference):
     """M = μ M + (1-μ) G, update = c NewtonSchulz((1-μ) G + μ M), or c NewtonSchulz(M) without Nesterov."""
 
+    type_name = "Muon"
+    options = {"at AdamW's rate": {"adjust_lr_fn": "match_rms_adamw", "nesterov": False}}
+    on_factors = {}
+
+    @staticmethod
+    def papers_floats(m: int, n: int, r: int) -> int | None:
+        return m * n
+
     def __init__(
         self,
         shape: tuple[int, int],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.references.common import Adam
+from tests.references.common import MATRICES, Adam
 from tests.references.galore import GaLore
 
 
@@ -14,6 +14,13 @@ class OnlineSubspaceDescent(GaLore):
 
     Where P is square there is nothing to descend: the loss is zero, and its gradient rounding.
     """
+
+    type_name = "OnlineSubspaceDescent"
+    trained_with = {**MATRICES, "rank": 5, "update_proj_gap": 50}
+
+    @staticmethod
+    def papers_floats(m: int, n: int, r: int) -> int | None:
+        return m * r + 2 * n * r + 2 * m * r  # the basis has moments of its own
 
     def __init__(self, shape: tuple[int, int], **options) -> None:
         super().__init__(shape, **options)

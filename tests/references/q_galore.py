@@ -12,6 +12,17 @@ from tests.references.galore import GaLore
 class QGaLore(GaLore):
     """P is what 4 bits keep of the singular vectors, m and v what 8 bits keep; the gap grows while P stays."""
 
+    type_name = "QGaLoreAdamW"
+    trained_with = {**GaLore.trained_with, "min_8bit_size": 64, "queue_size": 1, "cos_threshold": 0.1}
+    short = {"rank": 4, "update_proj_gap": 3, "queue_size": 2, "min_8bit_size": 0}
+    # Eight bits of a moment turn over where a sum in another order lies on the other side of a half.
+    tensor_parallel_bound = 1e-2
+    dtypes = frozenset({torch.float32, torch.uint8})
+
+    @staticmethod
+    def papers_floats(m: int, n: int, r: int) -> int | None:
+        return None
+
     def __init__(
         self,
         shape: tuple[int, int],

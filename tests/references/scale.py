@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tests.references.common import Reference
+from tests.references.common import MATRICES, Reference
 
 
 class SCALE(Reference):
@@ -12,6 +12,10 @@ class SCALE(Reference):
 
     W is (out, in), an embedding (vocabulary, out).
     """
+
+    type_name = "SCALE"
+    trained_with = {**MATRICES, "lr": 1e-3, "embedding": {"lr": 3e-3}, "head": True, "embeddings": True}
+    on_factors = {}
 
     def __init__(self, shape: tuple[int, int], *, momentum: float = 0.9, part: str = "matrix") -> None:
         self.mu = momentum

@@ -8,11 +8,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.references.common import Reference
+from tests.references.common import MATRICES, Reference
 
 
 class SPAM(Reference):
     """Adam's moments m, v; of a tensor of any shape. ``published`` leaves Adam's count through a reset."""
+
+    type_name = "SPAM"
+    trained_with = {**MATRICES, "lr": 3e-3, "reset_interval": 5, "warmup_steps": 3, "threshold": 4.0}
+    options = {"sparse moments": {"density": 0.3}}
+    short = {"reset_interval": 7, "warmup_steps": 5}
+    on_factors = {"reset_interval": 12, "warmup_steps": 4, "eps": 1e-8}
+
+    @staticmethod
+    def papers_floats(m: int, n: int, r: int) -> int | None:
+        return 2 * m * n
 
     def __init__(
         self,

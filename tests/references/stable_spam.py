@@ -7,11 +7,21 @@ import math
 import torch
 from torch import Tensor
 
-from tests.references.common import Reference
+from tests.references.common import MATRICES, Reference
 
 
 class StableSPAM(Reference):
     """Statistics M of the largest entry and a, b of the norm, and Adam's moments m, v; of a tensor of any shape."""
+
+    type_name = "StableSPAM"
+    trained_with = {**MATRICES, "lr": 3e-3, "reset_interval": 5, "total_steps": 9}
+    options = {"published": {"published": True}}
+    short = {"reset_interval": 7, "total_steps": 15}
+    on_factors = {"reset_interval": 12, "total_steps": 15}
+
+    @staticmethod
+    def papers_floats(m: int, n: int, r: int) -> int | None:
+        return 2 * m * n + 3
 
     def __init__(
         self,

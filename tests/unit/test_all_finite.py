@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalr.optim.optimizer import _all_finite
+from megalr.optim.finiteness import all_finite
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,8 @@ from megalr.optim.optimizer import _all_finite
     ],
 )
 def test_one_bad_element_is_found(values, expected):
-    assert _all_finite([torch.ones(1000), torch.tensor(values)]) is expected
+    assert all_finite([torch.ones(1000), torch.tensor(values)]) is expected
 
 
 def test_nothing_is_finite():
-    assert _all_finite([])
+    assert all_finite([])

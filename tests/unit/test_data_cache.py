@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from megalr.data import Data, DataConfig, load_data, load_tokenizer
 from megalr.data.sources import LocalText
 from megalr.data.tokens import TokenCache, TokenStore
 from megalr.errors import UserError
+from tests.processes import python, run
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +151,7 @@ place.write()
 
 def test_a_killed_process_leaves_nothing_that_loads(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     place = cache(file, tokenizer)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(file), str(place.folder.parent)],
-        timeout=60,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-    )
-    assert done.returncode == 9
+    assert run(python(KILLED, file, place.folder.parent), check=False).code == 9
     assert [name.startswith(".partial-") for name in names(file)] == [True]
     assert place.load() is None
     place.write()

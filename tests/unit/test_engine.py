@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import megalr
-from megalr.api import deepspeed_section
 from megalr.errors import UserError
+from megalr.hosts.deepspeed_config import deepspeed_section
 
 LOW_RANK = {"megalr": {"parametrization": {"type": "low_rank", "rank": 2, "target_modules": ["0"]}}}
 

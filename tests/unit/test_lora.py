@@ -12,7 +12,8 @@ import megalr
 from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
 from megalr.layers import densify, factor_names, factor_pairs, parametrize
-from megalr.layers.lora import LoraConfig, LoraLinear, ReloraConfig
+from megalr.layers.lora import LoraConfig, LoraLinear
+from megalr.layers.relora import ReloraConfig
 from megalr.optim.events.relora import _largest
 
 TARGETS = {"target_modules": ("attn",)}
@@ -92,7 +93,7 @@ def test_a_merge_changes_no_output_and_restarts_the_factors():
     for update in range(1, 7):
         optimizer.zero_grad()
         layer(x).square().sum().backward()
-        rates.append(optimizer._ramp("factors"))
+        rates.append(optimizer.clocks["factors"].ramp(optimizer.layer_events.restart_warmup_steps))
         before = (layer.weight + layer.B @ layer.A).detach() if update == 3 else None
         optimizer.step()
         if update == 3:

@@ -1,8 +1,6 @@
 """The memory formulas, on examples small enough to work out by hand and on the shipped shapes; measuring."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megalr.config.settings import LowRankConfig
 from megalr.layers import parametrize
-from megalr.layers.lora import ReloraConfig
 from megalr.layers.projected import ProjectedConfig
+from megalr.layers.relora import ReloraConfig
 from megalr.layers.sltrain import SLTrainConfig
 from megalr.layers.switchlora import SwitchLoraConfig
 from megalr.memory.formulas import (
@@ -29,6 +27,7 @@ from megalr.memory.formulas import (
     records,
 )
 from megalr.memory.peak import peak_memory_bytes
+from tests.processes import python, run
 
 MODELS = Path(__file__).parents[2] / "launchers" / "models"
 
@@ -186,7 +185,7 @@ def test_records_skip_frozen_parameters_and_know_what_zero_3_has_cut():
     model = nn.ModuleDict({"attn": nn.Linear(6, 8, bias=False), "frozen": nn.Linear(2, 2), "cut": nn.Linear(3, 5)})
     parametrize(model, LowRankConfig(rank=2, target_modules=("attn",)))
     model["frozen"].requires_grad_(False)
-    model["cut"].weight.ds_shape = torch.Size([5, 3])
+    model["cut"].weight.ds_id, model["cut"].weight.ds_shape = 7, torch.Size([5, 3])
     model["cut"].weight.data = torch.empty(0)
     assert records(model) == [
         ParameterRecord("attn.B", (8, 2), "factor"),
@@ -225,4 +224,4 @@ def test_peak_memory_is_in_bytes():
 def test_import_is_cheap():
     heavy = ["deepspeed", "transformers", "datasets", "matplotlib"]
     code = f"import sys, megalr.memory.formulas; print([name for name in {heavy} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert run(python(code)).stdout == "[]\n"

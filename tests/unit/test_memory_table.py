@@ -1,7 +1,5 @@
 """The shipped model shapes have the published sizes, dense and factorised."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,8 +11,8 @@ from megalr.config.settings import LowRankConfig
 from megalr.layers import parametrize
 from megalr.memory.formulas import paper_bytes, records
 from megalr.memory.table import main
-from megalr.processes import python_path
 from megalr.rules.registry import RULES
+from tests.processes import run
 
 MODELS = Path(__file__).parents[2] / "launchers" / "models"
 
@@ -171,20 +169,18 @@ def test_plan_names_what_it_takes(tmp_path):
         "    type: str = 'own_lora'\n"
     )
 
-    environment = {**os.environ, "PYTHONPATH": python_path()}
-
     def plan(*flags):
         command = [sys.executable, str(MODELS.parent / "plan.py"), "--models", "9m", "--ranks", "32", *flags]
-        return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+        return run(command, check=False)
 
     words = " ".join(plan("--help").stdout.split())
-    assert "others to add to full, low_rank, projected, at the same r: lora, cola, mora" in words
+    assert "others to add to full, low_rank, projected, at the same r: cola, lora, loro, mora" in words
     lines = plan("--plugins", str(plugin), "--parametrizations", "own_lora", "lora", "--optimizers", "OwnMuon", "Muon")
     own_lora, lora, own_muon, muon = (line.split(" | ") for line in lines.stdout.splitlines()[7:])
     assert (own_lora[1], own_muon[1]) == ("own_lora 32", "OwnMuon")
     assert own_lora[2:] == lora[2:] and own_muon[2:] == muon[2:]
     refused = plan("--plugins", str(tmp_path / "none.py"))
-    assert refused.returncode == 2 and "there is no such file" in refused.stderr
+    assert refused.code == 2 and "there is no such file" in refused.stderr
 
 
 def megabytes(cell):

@@ -11,7 +11,7 @@ from megalr.errors import UserError
 from megalr.layout.exchange import Exchange
 from megalr.layout.layout import Fragment, Layout
 from megalr.layout.shard import Shard
-from megalr.optim.frozen_weights import Merging
+from megalr.optim.frozen_weights import FrozenWeights
 
 M, N = 64, 48
 NAME = "attn"
@@ -21,7 +21,7 @@ def merging(rounding, seed=0):
     """On one process that holds everything."""
     layout = Layout(1, {f"{NAME}.R": (M, 2)}, [Fragment(f"{NAME}.R", 0, 2 * M, 0, 0, 0)])
     shard = Shard(layout, [torch.zeros(2 * M)], [torch.zeros(2 * M)], 0, None, lambda buffer: None)
-    return Merging(rounding, shard, Exchange(layout, 0, None), seed, {}, "R")
+    return FrozenWeights(rounding, shard, Exchange(layout, 0, None), seed, {}, "R")
 
 
 def weight(dtype):

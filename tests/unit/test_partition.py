@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
-from megalr.layout.exchange import buckets
 from megalr.layout.layout import Fragment, Layout
 from megalr.layout.placement import Unit, assign_owners
 from megalr.layout.planned import planned_layout
+from megalr.layout.rounds import split_into_rounds
 
 # Two ranks; "b" is cut in mid-row, "c" lies on rank 1, "r" is on both ranks whole.
 CUT = Layout(
@@ -23,6 +23,10 @@ CUT = Layout(
     ],
 )
 REPLICATED = Layout(2, {"r": (2, 2)}, [Fragment("r", 0, 4, rank, 0, 0, copy=rank) for rank in (0, 1)])
+
+
+def owners(costs, layout):
+    return [unit.owner for unit in assign_owners(costs, layout)]
 
 
 def test_questions_to_a_layout():
@@ -52,12 +56,12 @@ def test_gaps_and_overlaps_are_refused(fragments):
 
 
 def test_whole_matrices_stay_and_the_rest_goes_to_the_least_loaded():
-    units = [Unit(("a",), 10.0), Unit(("b",), 1.0), Unit(("c",), 2.0)]
-    assert assign_owners(units, CUT) == [0, 1, 1]
+    costs = {("a",): 10.0, ("b",): 1.0, ("c",): 2.0}
+    assert assign_owners(costs, CUT) == [Unit(("a",), 0, 10.0), Unit(("b",), 1, 1.0), Unit(("c",), 1, 2.0)]
 
 
 def test_a_tie_goes_to_the_rank_that_holds_most():
-    assert assign_owners([Unit(("b",), 1.0)], CUT) == [0]
+    assert owners({("b",): 1.0}, CUT) == [0]
 
 
 def test_replicated_units_are_shared_evenly():
@@ -66,21 +70,20 @@ def test_replicated_units_are_shared_evenly():
         {f"p{i}": (2, 2) for i in range(9)},
         [Fragment(f"p{i}", 0, 4, r, i, 0, copy=r) for i in range(9) for r in range(3)],
     )
-    owners = assign_owners([Unit((f"p{i}",), 1.0) for i in range(9)], layout)
-    assert sorted(owners) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert sorted(owners({(f"p{i}",): 1.0 for i in range(9)}, layout)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
 def test_fewer_units_than_ranks():
-    assert assign_owners([Unit(("r",), 1.0)], REPLICATED) == [0]
-    assert assign_owners([], REPLICATED) == []
+    assert owners({("r",): 1.0}, REPLICATED) == [0]
+    assert assign_owners({}, REPLICATED) == []
 
 
-def test_buckets_bound_what_an_owner_holds():
-    units = [Unit((name,), 1.0) for name in ("a", "b", "c")]
-    assert list(buckets(units, [0, 1, 0], CUT, limit=100)) == [[0, 1, 2]]
-    assert list(buckets(units, [0, 1, 0], CUT, limit=12)) == [[0, 1], [2]]
-    assert list(buckets(units, [0, 1, 0], CUT, limit=1)) == [[0, 1], [2]]
-    assert list(buckets([], [], CUT, limit=1)) == []
+def test_rounds_bound_what_an_owner_holds():
+    a, b, c = (Unit((name,), owner) for name, owner in (("a", 0), ("b", 1), ("c", 0)))
+    assert split_into_rounds([a, b, c], CUT, limit=100) == [[a, b, c]]
+    assert split_into_rounds([a, b, c], CUT, limit=12) == [[a, b], [c]]
+    assert split_into_rounds([a, b, c], CUT, limit=1) == [[a, b], [c]]
+    assert split_into_rounds([], CUT, limit=1) == []
 
 
 def random_cut(rng, shapes, world_size):
@@ -152,9 +155,9 @@ def test_rounds_hold_every_unit_once_and_keep_all_owners_busy(seed):
         stage=3,
         world_size=world_size,
     )
-    units = [Unit((name,), 1.0) for name in layout.shapes]
-    owners = [rng.randrange(world_size) for _ in units]
-    rounds = list(buckets(units, owners, layout, limit))
+    units = [Unit((name,), rng.randrange(world_size)) for name in layout.shapes]
+    owners = [unit.owner for unit in units]
+    rounds = [[units.index(unit) for unit in units_of] for units_of in split_into_rounds(units, layout, limit)]
     assert sorted(i for indices in rounds for i in indices) == list(range(len(units)))
     last = {owner: max(k for k, r in enumerate(rounds) if i_of(r, owners, owner)) for owner in set(owners)}
     for k, indices in enumerate(rounds):
@@ -165,7 +168,7 @@ def test_rounds_hold_every_unit_once_and_keep_all_owners_busy(seed):
             assert mine or k > end  # an owner has something to do until it is through
     for owner, end in last.items():  # no more rounds than the owner would need alone
         alone = [units[i] for i in i_of(range(len(units)), owners, owner)]
-        assert end + 1 == len(list(buckets(alone, [owner] * len(alone), layout, limit)))
+        assert end + 1 == len(split_into_rounds(alone, layout, limit))
 
 
 def i_of(indices, owners, owner):

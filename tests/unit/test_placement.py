@@ -41,9 +41,10 @@ def rule_of(name, hidden):
 
 def balance_of(rule, layout):
     """State bytes: largest rank over the mean, what no placement could beat, and what lies fixed."""
-    units = [Unit((name,), rule.state_bytes(shape)) for name, shape in matrix_shapes(layout).items()]
     owners = choose_owners(rule, layout)
-    return imbalance(units, owners, layout), least_imbalance(units, layout), owners
+    shapes = matrix_shapes(layout).items()
+    units = [Unit((name,), owner, rule.state_bytes(s)) for (name, s), owner in zip(shapes, owners, strict=True)]
+    return imbalance(units, layout), least_imbalance(units, layout), owners
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -72,14 +73,14 @@ def test_what_lies_whole_stays(size, world):
 def test_imbalance_by_hand():
     """Two ranks; 6 lies whole on rank 0, 3 and 2 are cut."""
     layout = planned_layout([{"a": (2, 3), "b": (1, 6)}], stage=2, world_size=2)
-    assert imbalance([Unit(("a",), 6.0), Unit(("b",), 2.0)], [0, 1], layout) == 1.5
-    assert least_imbalance([Unit(("a",), 6.0), Unit(("b",), 2.0)], layout) == 1.5
+    units = [Unit(("a",), 0, 6.0), Unit(("b",), 1, 2.0)]
+    assert imbalance(units, layout) == least_imbalance(units, layout) == 1.5
     layout = planned_layout([{"a": (2, 3), "b": (3, 3), "c": (1, 3)}], stage=3, world_size=2)
-    units = [Unit((name,), float(layout.numel(name))) for name in "abc"]
-    assert imbalance(units, [0, 0, 1], layout) == 15 / 9
+    units = [Unit((n,), owner, float(layout.numel(n))) for n, owner in zip("abc", [0, 0, 1], strict=True)]
+    assert imbalance(units, layout) == 15 / 9
     assert least_imbalance(units, layout) == 1.0
     assert least_imbalance(units[:2], layout) == 9 / 7.5
-    assert imbalance([], [], layout) == least_imbalance([], layout) == 1.0
+    assert imbalance([], layout) == least_imbalance([], layout) == 1.0
 
 
 def test_no_placement_beats_the_bound():
@@ -88,7 +89,7 @@ def test_no_placement_beats_the_bound():
         world = rng.randrange(1, 5)
         shapes = {f"p{i}": (rng.randrange(1, 9), rng.randrange(1, 9)) for i in range(rng.randrange(1, 12))}
         layout = planned_layout([shapes], stage=rng.choice([2, 3]), world_size=world)
-        units = [Unit((name,), float(layout.numel(name))) for name in shapes]
         fixed = [next((r for r in range(world) if layout.is_whole_on(name, r)), None) for name in shapes]
         owners = [rng.randrange(world) if home is None or world == 1 else home for home in fixed]
-        assert imbalance(units, owners, layout) >= least_imbalance(units, layout) - 1e-12
+        units = [Unit((n,), owner, float(layout.numel(n))) for n, owner in zip(shapes, owners, strict=True)]
+        assert imbalance(units, layout) >= least_imbalance(units, layout) - 1e-12

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megalr.config.settings import MegalrConfig, ProjectedConfig
 from megalr.errors import UserError
 from megalr.layers import ProjectedLinear, densify, parametrize, projected_layers
+from megalr.layers.projected import FullGradientSum
 
 M, N, RANK = 12, 10, 3
 
@@ -36,7 +37,7 @@ def test_both_passes_are_the_dense_layers(side, compute, bias):
     layer, dense = layer_of(side, compute, bias=bias)
     x = torch.randn(2, 5, N, requires_grad=True)
     grad = torch.randn(2, 5, M)
-    layer.collecting = True
+    layer.full_gradient = FullGradientSum()
     y = layer(x)
     y.backward(grad)
     dx, x.grad = x.grad, None
@@ -45,7 +46,7 @@ def test_both_passes_are_the_dense_layers(side, compute, bias):
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(dx, x.grad)
     full = dense.weight.grad
-    torch.testing.assert_close(layer.full_gradient, full)
+    torch.testing.assert_close(layer.full_gradient.value, full)
     torch.testing.assert_close(layer.R.grad, full @ layer.basis if side == "input" else layer.basis.T @ full)
     if bias:
         torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
@@ -161,10 +162,10 @@ def test_activation_checkpointing_changes_nothing(kind, compute):
     for checkpointing in (False, kind):
         model = llama(True, checkpointing, compute=compute).train()
         for layer in projected_layers(model).values():
-            layer.collecting = True
+            layer.full_gradient = FullGradientSum()
         for _ in range(2):  # the second meets what the first may have left behind
             model(input_ids=ids, labels=ids).loss.backward()
-        results.append([(p.R.grad, p.full_gradient) for p in projected_layers(model).values()])
+        results.append([(p.R.grad, p.full_gradient.value) for p in projected_layers(model).values()])
     for (low, full), (low_again, full_again) in zip(*results, strict=True):
         torch.testing.assert_close(low, low_again)
         torch.testing.assert_close(full, full_again)
@@ -200,17 +201,16 @@ def test_autocast(side, compute):
     """Weights in fp32, arithmetic in bf16, gradients in fp32 again; near to what fp32 gives."""
     layer, _ = layer_of(side, compute)
     x = torch.randn(2, 5, N)
-    layer.collecting = True
     results = []
     for enabled in (False, True):
         layer.zero_grad()
-        layer.full_gradient = None
+        layer.full_gradient = FullGradientSum()
         ours = x.detach().clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             y = layer(ours)
         assert y.dtype == (torch.bfloat16 if enabled else torch.float32)
         y.float().square().sum().backward()
-        results.append([y.float(), ours.grad, layer.R.grad.clone(), layer.bias.grad.clone(), layer.full_gradient])
+        results.append([y.float(), ours.grad, layer.R.grad.clone(), layer.bias.grad.clone(), layer.full_gradient.value])
     for exact, rounded in zip(*results, strict=True):
         assert rounded.dtype == torch.float32
         assert (rounded - exact).norm() < 0.03 * exact.norm()
@@ -227,10 +227,10 @@ def test_inference_mode():
 
 def test_nothing_is_collected_in_evaluation():
     layer, _ = layer_of()
-    layer.collecting = True
+    layer.full_gradient = FullGradientSum()
     with torch.no_grad():
         layer(torch.randn(4, N))
-    assert layer.full_gradient is None
+    assert layer.full_gradient.value is None
 
 
 @pytest.mark.parametrize("side", ["input", "std", "output"])

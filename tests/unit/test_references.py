@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megalr.seeding import generator
-from tests.references import REFERENCES, AdamW, reference_for
+from tests.references import REFERENCES, reference_for
+from tests.references.adamw import AdamW
 from tests.unit.rule_runs import drifting_gradients
 
 

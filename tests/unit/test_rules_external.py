@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from megalr.rules.apollo import Apollo, ApolloMini
+from megalr.rules.apollo import Apollo
+from megalr.rules.apollo_mini import ApolloMini
 from megalr.rules.muon import Muon
 from tests.references.muon import Muon as MuonReference
 from tests.unit.rule_runs import drifting_gradients

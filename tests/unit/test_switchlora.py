@@ -57,7 +57,7 @@ def test_switches_change_no_output_and_rest_their_counterparts():
     }
     megalr.parametrize(model, config)
     optimizer = megalr.build_optimizer(model, config)
-    layer, events, x = model.attn, optimizer._events, torch.randn(4, 9)
+    layer, events, x = model.attn, optimizer.layer_events, torch.randn(4, 9)
     switch = events.end_update
     outputs = []
 

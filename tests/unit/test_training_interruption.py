@@ -2,13 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from megalr.train import interruption
 from megalr.train.interruption import StopRequest, agreed_reason, exit_code
+from tests.processes import python, run, started
 
 
 @pytest.fixture(autouse=True)
@@ -98,18 +97,14 @@ end_at_once_when_asked()
 """
 
 
-def started(script):
-    process = subprocess.Popen([sys.executable, "-c", START + script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_before_there_is_something_to_save_it_ends_at_once(number):
     """Also in a library that does not come back to Python, as others are waited for."""
-    with started("print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)") as process:
+    script = "print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)"
+    with started(python(START + script)) as process:
+        process.read_until("ready\n")
         process.send_signal(number)
-        assert process.wait(60) == 75
+        assert process.wait().code == 75
 
 
 def test_requests_and_processes_that_are_forked_off_do_not_end_it():
@@ -126,6 +121,4 @@ if __name__ == "__main__":
         os.kill(os.getpid(), signal.SIGUSR1)
     print("ready", child.exitcode, request.reason)
 """
-    words = [sys.executable, "-c", START + script]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout) == (0, "ready -15 SIGUSR1\n"), done.stderr
+    assert run(python(START + script)).stdout == "ready -15 SIGUSR1\n"

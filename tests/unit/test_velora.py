@@ -81,7 +81,7 @@ def test_the_first_update_is_exact_and_gives_the_direction():
     again = megalr.build_optimizer(model, config)
     layer.direction = None
     again.load_state_dict(state)
-    assert torch.equal(layer.direction, state["megalr"]["activations"]["mlp"])
+    assert torch.equal(layer.direction, state["megalr"]["tensors"]["directions/mlp"][0])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megalr.layers.low_rank import LowRankLinear
+from megalr.hosts import is_partitioned
 
 
 class SumGradient(torch.autograd.Function):
@@ -67,10 +67,10 @@ class SharedLatents:
     Under ZeRO-3 every layer works on its own, since a layer's parameters are there only while it is called itself.
     """
 
-    def __init__(self, layers: Sequence[LowRankLinear], group: dist.ProcessGroup) -> None:
+    def __init__(self, layers: Sequence[Any], group: dist.ProcessGroup) -> None:
         """
         Args:
-            layers: column-parallel ones.
+            layers: column-parallel ones, each with a factor A, (r, n).
             group: the tensor-parallel ranks.
         """
         self._factors = {id(layer): layer.A for layer in layers}
@@ -79,11 +79,11 @@ class SharedLatents:
         self._x: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
 
-    def of(self, layer: LowRankLinear, x: Tensor) -> Tensor:
+    def of(self, layer: Any, x: Tensor) -> Tensor:
         """The latent of one layer, (..., r)."""
         if self._waiting and (x is not self._x or id(layer) not in self._waiting):
             self._apart, self._x, self._waiting = True, None, {}
-        if self._apart or hasattr(layer.A, "ds_id"):
+        if self._apart or is_partitioned(layer.A):
             return self._latents(x, [layer.A])[0]
         if not self._waiting:
             self._x = x

@@ -15,23 +15,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from megalr.layers.base import Parametrization
 from megalr.layers.loro import LoroConfig
 from megalr.layers.low_rank import LowRankLinear
-from megalr.layout.exchange import COPIES, Exchange, Field, Item, buckets, run_of
+from megalr.layout.exchange import Exchange, Field, copy_into, run_of
 from megalr.layout.layout import Fragment
+from megalr.layout.placement import Unit
+from megalr.layout.rounds import Rounds
 from megalr.layout.shard import Shard
 from megalr.ops import low_rank_adam
 from megalr.optim.events.base import LayerEvents, Moments, Step
-from megalr.optim.events.refactorization import OwnedPairs
+from megalr.optim.events.refactorization import pair_units
 
 logger = logging.getLogger(__name__)
-
-BUCKET_BYTES = 2**28  # bound of what gathering pairs holds at a time
 
 
 class RiemannianSteps(LayerEvents):
     """The updates of a model's LORO layers; exact steps of all after the same updates."""
 
+    parametrization: ClassVar[type[Parametrization]] = LoroConfig
     group: ClassVar[str] = "factors"
 
     def __init__(self, layers: Mapping[str, Any], config: LoroConfig, seed: int) -> None:
@@ -55,7 +57,7 @@ class RiemannianSteps(LayerEvents):
     def attach(self, shard: Shard, exchange: Exchange, moments: Moments) -> None:
         super().attach(shard, exchange, moments)
         names = [name for name in self._layers if f"{name}.B" in shard.layout.shapes]
-        self._pairs = OwnedPairs.of([(f"{name}.B", f"{name}.A") for name in names], shard.layout)
+        self._units = pair_units([(f"{name}.B", f"{name}.A") for name in names], shard.layout)
         self._own: list[tuple[Fragment, float]] = [
             (fragment, self._config.lazy_scale(self._layers[name]))
             for name in names
@@ -65,7 +67,7 @@ class RiemannianSteps(LayerEvents):
 
     def update(self, which: Sequence[int], gradients: Field, step: Step) -> None:
         """A lazy update: AdamW; or, where an exact step is due, the moments' part of it."""
-        exact = self._due(step.updates + 1)
+        exact = self.due(step.updates + 1)
         self._last = step
         by_scale: dict[float, list[Fragment]] = {}
         for fragment, scale in self._own:
@@ -87,33 +89,21 @@ class RiemannianSteps(LayerEvents):
             )
 
     def resets_due(self, updates: int) -> set[str]:
-        return self._restarted() if self._due(updates) else set()
+        return self._restarted() if self.due(updates) else set()
 
     def restarts_due(self, updates: int) -> set[str]:
-        return self._restarted() if self._due(updates) else set()
+        return self._restarted() if self.due(updates) else set()
 
     def end_update(self, updates: int) -> list[int]:
-        if not self._due(updates):
+        if not self.due(updates):
             return []
         self._steps += 1
         masters, moments = self._shard.buffers, [self._moments(key) for key in ("exp_avg", "exp_avg_sq")]
-        limit = max(1, BUCKET_BYTES // (COPIES * masters[0].element_size() * 3))
-        for bucket in buckets(self._pairs.units, self._pairs.owners, self._shard.layout, limit):
-            items = [Item(name, self._pairs.owners[i]) for i in bucket for name in self._pairs.units[i].names]
-            whole = self._exchange.gather(items, [masters, *moments])
-            for i in bucket:
-                if self._pairs.owners[i] == self._shard.rank:
-                    b, a = self._pairs.units[i].names
-                    found = self._exact(whole[b], whole[a])
-                    if found is None:
-                        logger.warning("%s: no exact step: not finite, or of lower rank than r", b.removesuffix(".B"))
-                        continue
-                    whole[b], whole[a] = [found[0]], [found[1]]
-            self._exchange.scatter(items, whole, [masters])
+        Rounds(self._exchange, self._units, [masters, *moments]).run(self._exact, [copy_into(masters)])
         for fragment, _ in self._own:
             for field in moments:
                 run_of(field, fragment).zero_()
-        return sorted({f.buffer for unit in self._pairs.units for n in unit.names for f in self._shard.layout.of(n)})
+        return sorted({f.buffer for unit in self._units for n in unit.names for f in self._shard.layout.of(n)})
 
     def numbers(self) -> dict[str, Any]:
         return {"exact_steps": self._steps}
@@ -121,15 +111,23 @@ class RiemannianSteps(LayerEvents):
     def load_numbers(self, numbers: Mapping[str, Any]) -> None:
         self._steps = numbers["exact_steps"]
 
-    def _due(self, updates: int) -> bool:
+    def due(self, updates: int) -> bool:
         return updates % self._config.exact_every == 0
 
     def _restarted(self) -> set[str]:
         return {"factors", "dense"} if self._config.restart == "all" else {"factors"}
 
-    def _exact(self, b: Sequence[Tensor], a: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-        directions = (self._direction(*moments) for moments in (b[1:], a[1:]))
-        return exact_step(b[0], a[0], *directions, lr=self._last.lr)
+    def _exact(self, own: Sequence[Unit], whole: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        """The new pairs of those that come whole with their moments."""
+        results: dict[str, list[Tensor]] = {}
+        for b, a in (unit.names for unit in own):
+            (old_b, *moments_b), (old_a, *moments_a) = whole.pop(b), whole.pop(a)
+            directions = self._direction(*moments_b), self._direction(*moments_a)
+            found = exact_step(old_b, old_a, *directions, lr=self._last.lr)
+            if found is None:
+                logger.warning("%s: no exact step: not finite, or of lower rank than r", b.removesuffix(".B"))
+            results[b], results[a] = ([new] for new in found or (old_b, old_a))
+        return results
 
     def _direction(self, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
         """Adam's, from moments that this update's gradient is in."""

@@ -1,38 +1,31 @@
-"""The events of parametrizations that have some, by the parametrization's class; its subclasses have them, too."""
+"""The events of parametrizations that have some, by the parametrization's class; its subclasses have them, too.
+
+The package's own are found: every class in :mod:`megalr.optim.events` that names its ``parametrization``. Users
+register theirs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
+import megalr.optim.events
+from megalr.discovery import declared_classes
 from megalr.errors import UserError
-from megalr.layers.base import FullConfig, Parametrization, ParametrizationConfig
-from megalr.layers.lora import ReloraConfig
-from megalr.layers.loro import LoroConfig
-from megalr.layers.projected import ProjectedConfig
-from megalr.layers.switchlora import SwitchLoraConfig
+from megalr.layers.base import Parametrization, ParametrizationConfig
 from megalr.optim.events.base import LayerEvents
-from megalr.optim.events.loro import RiemannianSteps
-from megalr.optim.events.projected import Projections
-from megalr.optim.events.relora import Merges
-from megalr.optim.events.switchlora import Switches
 
-EVENTS: dict[type[FullConfig] | type[Parametrization], Any] = {
-    ProjectedConfig: Projections,
-    ReloraConfig: Merges,
-    LoroConfig: RiemannianSteps,
-    SwitchLoraConfig: Switches,
-}
+EVENTS: dict[type, type[LayerEvents]] = {}
 
 E = TypeVar("E", bound=type[LayerEvents])
 
 
 def register_events(parametrization: type[Parametrization]) -> Callable[[E], E]:
-    """A decorator that gives a parametrization events of its own; see :mod:`megalr.plugins`.
+    """Return a decorator that gives a parametrization events of its own; see :mod:`megalr.plugins`.
 
-    What is decorated is called as :func:`layer_events` is, with the layers first. It takes the place of the events
+    The decorated class is called with the layers, the configuration and the seed. It takes the place of the events
     that the parametrization would have from its parent class.
 
     Args:
@@ -48,7 +41,13 @@ def register_events(parametrization: type[Parametrization]) -> Callable[[E], E]:
         if not (isinstance(events, type) and issubclass(events, LayerEvents)):
             raise UserError(
                 f"register_events({parametrization.__name__}) is for classes that derive from "
-                f"megalr.optim.events.base.LayerEvents, not {events!r}"
+                f"megalr.optim.layer_events.LayerEvents, not {events!r}"
+            )
+        own = [name for name in ("state_dict", "load_state_dict") if hasattr(events, name)]
+        if own:
+            raise UserError(
+                f"{events.__name__} defines {own[0]}, which nothing calls: give counts by numbers() and "
+                "load_numbers(), and tensors by entries() and make_room(); see megalr.optim.layer_events.LayerEvents"
             )
         if parametrization in EVENTS:
             raise UserError(
@@ -72,5 +71,9 @@ def layer_events(config: ParametrizationConfig, layers: Mapping[str, nn.Module],
     chosen = next((EVENTS[cls] for cls in type(config).__mro__ if cls in EVENTS), None)
     if chosen is None or not layers:
         return None
-    events: LayerEvents = chosen(layers, config, seed)
-    return events
+    create: Callable[..., LayerEvents] = chosen  # each declares the class of its own configuration
+    return create(layers, config, seed)
+
+
+for _parametrization, _events in declared_classes(megalr.optim.events, LayerEvents, "parametrization"):
+    register_events(_parametrization)(_events)

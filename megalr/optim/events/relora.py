@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from megalr.layers.lora import LoraLinear, ReloraConfig, draw_a_
+from megalr.layers.base import Parametrization
+from megalr.layers.lora import LoraLinear, draw_a_
+from megalr.layers.relora import ReloraConfig
 from megalr.layout.exchange import Exchange, run_of, write
 from megalr.layout.layout import Fragment
 from megalr.layout.shard import Shard
 from megalr.optim.events.base import LayerEvents, Moments
-from megalr.optim.frozen_weights import Merging
+from megalr.optim.frozen_weights import FrozenWeights
 from megalr.seeding import generator
 
 
 class Merges(LayerEvents):
     """The merges of a model's ReLoRA layers, all after the same updates."""
+
+    parametrization: ClassVar[type[Parametrization]] = ReloraConfig
 
     def __init__(self, layers: Mapping[str, Any], config: ReloraConfig, seed: int) -> None:
         """
@@ -39,16 +43,18 @@ class Merges(LayerEvents):
 
     def attach(self, shard: Shard, exchange: Exchange, moments: Moments) -> None:
         super().attach(shard, exchange, moments)
-        self.merging = Merging(self._config.merge_rounding, shard, exchange, self._seed, self.remainders, "B")
+        self.frozen_weights = FrozenWeights(
+            self._config.merge_rounding, shard, exchange, self._seed, self.remainders, "B"
+        )
 
     def resets_due(self, updates: int) -> set[str]:
-        return {"factors"} if self._due(updates) and self._config.moments == "reset" else set()
+        return {"factors"} if self.due(updates) and self._config.moments == "reset" else set()
 
     def restarts_due(self, updates: int) -> set[str]:
-        return {"factors"} if self._due(updates) else set()
+        return {"factors"} if self.due(updates) else set()
 
     def end_update(self, updates: int) -> list[int]:
-        if not self._due(updates):
+        if not self.due(updates):
             return []
         self._merges += 1
         changed: set[int] = set()
@@ -69,14 +75,16 @@ class Merges(LayerEvents):
     def merged(self) -> dict[str, Tensor]:
         return {name: layer.weight for name, layer in self._layers.items()}
 
-    def _due(self, updates: int) -> bool:
+    def due(self, updates: int) -> bool:
         return updates % self._config.merge_every == 0
 
     def _merge(self, name: str, layer: LoraLinear) -> None:
         masters = self._shard.buffers
         b, a = (self._exchange.everywhere(f"{name}.{factor}", masters) for factor in ("B", "A"))
         # Of the masters: what the model's dtype has cut off the factors is not lost as well.
-        self.merging.take(name, layer.weight, (b.float() * layer.scale) @ a.float(), decay=1.0, count=self._merges)
+        self.frozen_weights.take(
+            name, layer.weight, (b.float() * layer.scale) @ a.float(), decay=1.0, count=self._merges
+        )
         for fragment in self._own(f"{name}.B"):
             run_of(masters, fragment).zero_()
         draw_a_(a, self._seed, name, self._merges)

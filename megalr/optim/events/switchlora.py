@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from megalr.layers.base import Parametrization
 from megalr.layers.low_rank import uniform_
 from megalr.layers.switchlora import SwitchLoraConfig, SwitchLoraLinear
 from megalr.layout.exchange import Exchange, Field
@@ -22,7 +23,7 @@ from megalr.layout.rectangles import Entry
 from megalr.layout.shard import Shard
 from megalr.ops import low_rank_adam
 from megalr.optim.events.base import LayerEvents, Moments, Step
-from megalr.optim.frozen_weights import Merging
+from megalr.optim.frozen_weights import FrozenWeights
 from megalr.seeding import generator
 
 OTHER = {"A": "B", "B": "A"}
@@ -48,6 +49,7 @@ class _Switch:
 class Switches(LayerEvents):
     """The switches of a model's SwitchLoRA layers."""
 
+    parametrization: ClassVar[type[Parametrization]] = SwitchLoraConfig
     group: ClassVar[str] = "factors"
 
     def __init__(self, layers: Mapping[str, Any], config: SwitchLoraConfig, seed: int) -> None:
@@ -72,7 +74,9 @@ class Switches(LayerEvents):
 
     def attach(self, shard: Shard, exchange: Exchange, moments: Moments) -> None:
         super().attach(shard, exchange, moments)
-        self.merging = Merging(self._config.merge_rounding, shard, exchange, self._seed, self.remainders, "B")
+        self.frozen_weights = FrozenWeights(
+            self._config.merge_rounding, shard, exchange, self._seed, self.remainders, "B"
+        )
 
     def update(self, which: Sequence[int], gradients: Field, step: Step) -> None:
         """AdamW on all rows but those that rest."""
@@ -134,17 +138,6 @@ class Switches(LayerEvents):
                 dtype = self._layers[name.rpartition(".")[0]].weight.dtype
                 self._waiting[name, int(number)] = torch.empty(self._width(name), dtype=dtype)
 
-    def state_dict(self) -> dict[str, Any]:
-        waiting = {f"{name} {number}": row for (name, number), row in self._waiting.items()}
-        return super().state_dict() | {"waiting": waiting}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._waiting = {}
-        for key, row in state["waiting"].items():
-            name, _, number = key.rpartition(" ")
-            self._waiting[name, int(number)] = row
-
     def _queue(self, factor: str) -> int:
         """How many candidates wait."""
         layer = self._layers[factor.rpartition(".")[0]]
@@ -190,7 +183,7 @@ class Switches(LayerEvents):
                     # In the model's dtype: when its turn comes W0 takes the difference to what is kept.
                     kept = rows[switch.factor, row, False].to(layer.weight.dtype)
                     self._waiting[switch.factor, number] = kept.cpu().clone()
-        self.merging.take(name, layer.weight, change, decay=1.0, count=updates)
+        self.frozen_weights.take(name, layer.weight, change, decay=1.0, count=updates)
 
     def _candidate(
         self, layer: SwitchLoraLinear, factor: str, number: int, rows: Mapping[tuple[str, int, bool], Tensor]

@@ -18,6 +18,7 @@ class Directions(LayerEvents):
     """Gives each layer its direction when the first update is over; after that there is nothing to do."""
 
     key: ClassVar[str] = "activations"
+    needs_layout: ClassVar[bool] = False  # a direction is needed by the next forward pass
 
     def __init__(self, layers: Mapping[str, VeloraLinear]) -> None:
         """
@@ -56,16 +57,6 @@ class Directions(LayerEvents):
             size = layer.in_features // layer.groups
             known = f"directions/{name}" in saved
             layer.direction = torch.empty(size, device=layer.weight.device) if known else None
-            layer.total = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: layer.direction for name, layer in self._layers.items() if layer.direction is not None}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, layer in self._layers.items():
-            direction = state.get(name)
-            # To where the weights are: the optimizer's state may have been loaded to another device.
-            layer.direction = None if direction is None else direction.to(layer.weight.device)
             layer.total = None
 
     def _device(self) -> torch.device:

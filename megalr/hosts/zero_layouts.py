@@ -1,11 +1,9 @@
-"""Reading DeepSpeed's layout: which part of which parameter lies where in the ranks' flat fp32 buffers.
-
-This is the one file of the optimizer that knows how DeepSpeed (0.19) cuts parameters:
+"""Reading ZeRO's layouts: which part of which parameter lies where in the ranks' flat fp32 buffers.
 
 - **Stages 1 and 2, and BF16_Optimizer**: the parameters of a group are views into one flat low-precision tensor, which
   is cut into equal parts; the fp32 master of part k is the group's only "parameter" on rank k. A parameter's place is
-  read from its view's storage offset. The `_hp_mapping` records are not used: with ``round_robin_gradients`` they name
-  the place that the parameter would have without reordering.
+  read from its view's storage offset. The places in ``_hp_mapping`` are not used: with ``round_robin_gradients`` they
+  are those that the parameter would have without reordering.
 - **Stage 3**: each parameter is cut into world-size equal chunks, padded at the end; chunks of a sub-group are
   concatenated into one flat fp32 tensor. ``param._z3_optimizer`` holds the sub-groups.
 - **Stage 0**: whole tensors on every rank, either the model's own (fp32) or one fp32 master each (bf16).
@@ -17,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,42 +24,115 @@ from torch import Tensor
 
 from megalr.errors import UserError
 from megalr.hosts.base import NamedGroup
+from megalr.hosts.plain import read_whole
 from megalr.layout.layout import Fragment, Layout
 from megalr.layout.planned import chunks, parts
 from megalr.layout.shard import Shard
 
+CUT = "a parameter at ZeRO stage 3"
+FLAT = "a parameter at ZeRO stages 1 and 2"
+RECORD = "a record in a parameter's _hp_mapping"
+STAGE_3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
+GROUPS = "deepspeed.utils.groups"
+
+# What this file reads of DeepSpeed, by whose it is; held by tests/deepspeed/test_contract.py.
+INTERNALS = {
+    CUT: (
+        "ds_id",
+        "ds_shape",
+        "ds_numel",
+        "ds_tensor",
+        "ds_process_group",
+        "ds_secondary_tensor",
+        "ds_zero_param_process_group",
+        "partition_numel",
+        "_z3_optimizer",
+    ),
+    FLAT: ("_hp_mapping", "_dp_group"),
+    RECORD: ("gradient_dict",),
+    STAGE_3: (
+        "dp_process_group",
+        "fp16_groups",
+        "fp16_partitioned_groups_flat",
+        "fp32_partitioned_groups_flat",
+        "swap_optimizer",
+    ),
+    GROUPS: ("mpu",),
+}
+
 
 def read_shard(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]]) -> Shard:
-    """Find out how DeepSpeed has cut the parameters.
+    """Find out how DeepSpeed has cut the parameters over this rank's data-parallel group.
 
     Args:
-        named_groups: the parameters of each group by qualified name, as they were when the optimizer was built.
-        param_groups: the optimizer's groups now, with DeepSpeed's flat tensors (or the parameters) in "params".
+        named_groups, param_groups: see :meth:`~megalr.hosts.base.Host.read`.
 
     Raises:
         RuntimeError: the buffers do not hold what this reading says; DeepSpeed's layout has changed.
+        UserError: parameters or states lie on NVMe.
     """
     first = next(p for group in named_groups for p in group.values())
-    if hasattr(first, "ds_id"):
+    if is_cut(first):
         return _read_stage_3(named_groups, first)
     if hasattr(first, "_hp_mapping"):
         return _read_flat_groups(named_groups, param_groups, first)
-    return _read_whole(named_groups, param_groups)
+    return _read_stage_0(named_groups, param_groups)
 
 
-def frozen_parts(parameter: Tensor) -> list[tuple[int, Tensor]]:
-    """What this rank holds of a parameter that is not trained: (first element, flat view), to be written alike.
+def is_cut(parameter: Tensor) -> bool:
+    """Whether stage 3, or ``zero.Init`` for it, has cut the parameter; also while it is gathered."""
+    return hasattr(parameter, "ds_id")
 
-    At stage 3 that is the rank's chunk, and the whole parameter where DeepSpeed keeps it gathered; elsewhere the whole.
-    """
-    if not hasattr(parameter, "ds_id"):
-        return [(0, parameter.data.view(-1))]
+
+def is_flat(parameter: Tensor) -> bool:
+    """Whether stage 1 or 2 has made the parameter a view into a flat tensor."""
+    return hasattr(parameter, "_hp_mapping")
+
+
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of the whole parameter; stage 3 leaves an empty tensor and keeps the shape beside it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def is_gathered(parameter: Tensor) -> bool:
+    """Whether all of the parameter's elements are in its ``.data`` now."""
+    return parameter.numel() == getattr(parameter, "ds_numel", parameter.numel())
+
+
+def held(parameter: Tensor) -> list[tuple[int, Tensor]]:
+    """See :meth:`~megalr.hosts.base.Host.held`: at stage 3 the rank's chunk, and the whole while it is gathered."""
+    whole = (0, parameter.data.view(-1))
+    if not is_cut(parameter):
+        return [whole]
     sharded: Any = parameter
     chunk = sharded.partition_numel()
     start = dist.get_rank(sharded.ds_process_group) * chunk
     own = sharded.ds_tensor.data.view(-1)[: max(0, min(chunk, sharded.ds_numel - start))]
-    gathered = parameter.numel() == sharded.ds_numel
-    return [(start, own), *([(0, parameter.data.view(-1))] if gathered else [])]
+    return [(start, own), *([whole] if is_gathered(parameter) else [])]
+
+
+def secondary(parameter: Tensor) -> list[tuple[int, Tensor]]:
+    """The part of a parameter that ``zero_hpz_partition_size`` has this rank keep for its node to gather from."""
+    sharded: Any = parameter
+    copy = getattr(sharded, "ds_secondary_tensor", None)
+    if copy is None:
+        return []
+    start = dist.get_rank(sharded.ds_zero_param_process_group) * copy.numel()
+    return [(start, copy.data.view(-1)[: max(0, min(copy.numel(), sharded.ds_numel - start))])]
+
+
+def data_parallel_group() -> dist.ProcessGroup | None:
+    """The ranks that have the same parameters: all of them, unless DeepSpeed was told of model parallelism."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    mpu = told_of_parallelism()
+    group: dist.ProcessGroup | None = dist.group.WORLD if mpu is None else mpu.get_data_parallel_group()
+    return group
+
+
+def told_of_parallelism() -> Any:
+    """The ``mpu`` that DeepSpeed was given; None without one, or without DeepSpeed, which is not imported here."""
+    return getattr(sys.modules.get(GROUPS), "mpu", None)
 
 
 def _read_stage_3(named_groups: Sequence[NamedGroup], first: Any) -> Shard:
@@ -144,49 +216,13 @@ def _read_flat_groups(named_groups: Sequence[NamedGroup], param_groups: Sequence
     return Shard(layout, [m.data for m in masters], masters, rank, group, publish, unseen)
 
 
-def _read_whole(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]]) -> Shard:
-    group = _data_parallel_group()
-    world_size = dist.get_world_size(group) if group is not None else 1
-    rank = dist.get_rank(group) if group is not None else 0
-    shapes: dict[str, tuple[int, ...]] = {}
-    fragments: list[Fragment] = []
-    buffers: list[Tensor] = []
-    weights: list[Tensor] = []
-    separate = False
-    for named, param_group in zip(named_groups, param_groups, strict=True):
-        trainable = {name: p for name, p in named.items() if p.requires_grad}
-        # DDP_BFLOAT16 keeps one master for each trainable parameter, in order; fp32 keeps the parameters themselves.
-        tensors = [t for t in param_group["params"] if t.requires_grad]
-        for (name, parameter), tensor in zip(trainable.items(), tensors, strict=True):
-            if parameter.shape != tensor.shape:
-                raise RuntimeError(
-                    f"expected the master of {name} {tuple(parameter.shape)}, found {tuple(tensor.shape)}"
-                )
-            separate = separate or tensor is not parameter
-            shapes[name] = tuple(parameter.shape)
-            fragments += [Fragment(name, 0, parameter.numel(), r, len(buffers), 0, copy=r) for r in range(world_size)]
-            buffers.append(tensor)
-            weights.append(parameter)
-    layout = Layout(world_size, shapes, fragments)
-    flat = [b.data.view(-1) for b in buffers]
-    # fp32 parameters are stepped without a look at their gradients; the wrapper of bf16 ones does look.
-    unseen = None if separate else list
-
-    def publish(buffer: int) -> None:
-        if weights[buffer] is not buffers[buffer]:
-            weights[buffer].data.copy_(buffers[buffer].data)
-
-    return Shard(layout, flat, buffers, rank, group, publish, unseen, dry_run=separate, replicated=True)
-
-
-def _data_parallel_group() -> dist.ProcessGroup | None:
-    """The ranks that have the same parameters: all of them, unless DeepSpeed was told of model parallelism."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    groups = sys.modules.get("deepspeed.utils.groups")  # not imported: there is no DeepSpeed to have been told
-    mpu = getattr(groups, "mpu", None)
-    group: dist.ProcessGroup | None = dist.group.WORLD if mpu is None else mpu.get_data_parallel_group()
-    return group
+def _read_stage_0(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]]) -> Shard:
+    shard = read_whole(named_groups, param_groups, data_parallel_group())
+    own = {id(p) for named in named_groups for p in named.values()}
+    if all(id(parameter) in own for parameter in shard.parameters):
+        return shard
+    # bf16: a wrapper keeps the masters, looks at the gradients itself, and makes a call to have states created.
+    return replace(shard, unseen_gradients=None, dry_run=True)
 
 
 def _master(masters: Sequence[Tensor], fragment: Fragment) -> Tensor:
@@ -198,5 +234,5 @@ def _verify(fragment: Fragment, weights: Tensor, master: Tensor) -> None:
     if not torch.equal(weights, master.to(weights)):
         raise RuntimeError(
             f"the flat fp32 buffer does not hold {fragment.name} where it was expected; this DeepSpeed release lays "
-            "parameters out in another way than megalr.hosts.reading reads them"
+            "parameters out in another way than megalr.hosts.zero_layouts reads them"
         )

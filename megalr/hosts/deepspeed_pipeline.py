@@ -1,4 +1,4 @@
-"""What cannot be had together with DeepSpeed's pipeline stages, said before anything is built."""
+"""DeepSpeed's pipeline engine, of which each stage has layers of its own, and what cannot be had together with it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from megalr.config.guards import GuardsConfig
-from megalr.config.settings import Json
 from megalr.errors import UserError
+from megalr.hosts.deepspeed import DeepSpeedEngine
+from megalr.schema import Json
 
 UNGUARDED = (
     "guards do not see the losses and steps of pipeline engines: leave megalr.guards out. Gradients that are not "
@@ -17,23 +17,42 @@ UNGUARDED = (
 )
 
 
-def check_pipeline(model: nn.Module, tensor: int, guards: GuardsConfig) -> None:
+MODULE = "deepspeed.runtime.pipe.module.PipelineModule"
+TOPOLOGY = "the topology of a PipelineModule"
+
+# What this file reads of DeepSpeed; held by tests/deepspeed/test_contract.py.
+INTERNALS = {MODULE: ("topology",), TOPOLOGY: ("get_dim",)}
+
+
+class DeepSpeedPipeline(DeepSpeedEngine):
+    """A pipeline engine: ``module`` has this stage's layers, and one call makes a whole update."""
+
+    has_stages = True
+
+    def ends_update(self) -> bool:
+        return True
+
+    def progress(self) -> tuple[int, int]:
+        return 0, super().progress()[1]
+
+
+def check_pipeline(model: nn.Module, tensor: int, *, guarded: bool) -> None:
     """Raise a UserError for a ``PipelineModule`` that is to be guarded, or whose layers ranks are to share, or do.
 
     Args:
         model: of any kind.
         tensor: tensor-parallel ranks that the configuration asks for.
-        guards: what it asks for.
+        guarded: whether it asks for guards.
     """
-    topology = getattr(model, "topology", None)
-    if not callable(topology):
+    if not _has_stages(model):
         return
-    if max(tensor, topology().get_dim("model")) > 1:
+    pipeline: Any = model
+    if max(tensor, pipeline.topology().get_dim("model")) > 1:
         raise UserError(
             "tensor parallelism together with pipeline stages is not supported: use one of them, with a "
             '"tensor_parallel.autotp_size" of 1 and a topology without a "model" axis for pipeline stages'
         )
-    if guards != GuardsConfig():
+    if guarded:
         raise UserError(UNGUARDED)
 
 
@@ -45,7 +64,7 @@ def check_stages(model: nn.Module, content: Json, groups: int) -> None:
         content: the DeepSpeed JSON.
         groups: how many groups of parameters the optimizer of this stage has.
     """
-    if not callable(getattr(model, "topology", None)) or not (content.get("zero_optimization") or {}).get("stage", 0):
+    if not _has_stages(model) or not (content.get("zero_optimization") or {}).get("stage", 0):
         return
     group = dist.new_group(backend="gloo")  # on the CPU: nobody may have said yet which GPU is whose
     counts: list[Any] = [None] * dist.get_world_size()
@@ -57,3 +76,7 @@ def check_stages(model: nn.Module, content: Json, groups: int) -> None:
             "norms and biases, ...), and DeepSpeed's ZeRO, which adds up norms group by group, would wait for ever: "
             "use ZeRO stage 0, or stages with the same kinds of parameters"
         )
+
+
+def _has_stages(model: nn.Module) -> bool:
+    return callable(getattr(model, "topology", None))

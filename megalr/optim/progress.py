@@ -1,0 +1,74 @@
+"""The update under way: which of its buffers have been stepped, and whether it is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from megalr.layout.exchange import Exchange
+from megalr.layout.shard import Shard
+from megalr.optim.finiteness import all_finite
+
+ParamGroups = Sequence[Mapping[str, Any]]
+
+
+class Progress:
+    """Counts the buffers that an engine steps one by one, or all at once.
+
+    Attributes:
+        skipping: whether the update under way, or the last one, is skipped.
+        skip_asked: whether the next one is to be.
+    """
+
+    def __init__(self) -> None:
+        self.skipping = self.skip_asked = False
+        self._stepped: set[int] = set()
+        self._began = False
+
+    def is_dry_run(self, groups: ParamGroups, shard: Shard) -> bool:
+        """Whether this is the call that DeepSpeed makes, with zero gradients, to have states created."""
+        dry = shard.dry_run and not self._began and not any(grad.any() for grad in gradients_in(groups))
+        self._began = self._began or not dry
+        return dry
+
+    def begin(self, groups: ParamGroups, shard: Shard, exchange: Exchange) -> None:
+        """Decide whether the update is skipped, if this is the first call of one. Collective.
+
+        Args:
+            groups: all of the optimizer's.
+            shard: the masters.
+            exchange: over their ranks.
+        """
+        if not self._stepped:
+            self.skipping = self.skip_asked or not _are_finite(groups, shard, exchange)
+
+    def add(self, buffers: Iterable[int]) -> None:
+        """Some buffers have had their turn."""
+        self._stepped.update(buffers)
+
+    def ends(self, shard: Shard) -> bool:
+        """Whether all buffers have had their turn; the next call is the next update's first."""
+        if len(self._stepped) < len(shard.parameters):
+            return False
+        self._stepped.clear()
+        return True
+
+    def forget(self) -> None:
+        """Forget an update that has begun."""
+        self._stepped.clear()
+        self.skipping, self._began = False, True
+
+
+def gradients_in(groups: ParamGroups) -> list[Tensor]:
+    """The gradients of parameter groups."""
+    return [p.grad for group in groups for p in group["params"] if p.grad is not None]
+
+
+def _are_finite(groups: ParamGroups, shard: Shard, exchange: Exchange) -> bool:
+    """Whether all gradients of this update are, on all ranks; answered by the engine where it looks at them."""
+    if shard.unseen_gradients is None:
+        return True
+    gradients = [grad for grad in gradients_in(groups) + shard.unseen_gradients() if grad.numel()]
+    return exchange.all_true(all_finite(gradients))

@@ -1,0 +1,90 @@
+"""What the optimizer works with once an engine has cut the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megalr import hosts
+from megalr.config.settings import MegalrConfig
+from megalr.hosts.base import Host
+from megalr.layout.exchange import Exchange
+from megalr.layout.shard import Shard
+from megalr.optim.groups import ParameterGroup
+from megalr.optim.matrices import MatrixUpdater
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """This rank's side of the parameters, and what works on whole ones.
+
+    Attributes:
+        shard: the masters, and what lies where.
+        exchange: over all masters' ranks.
+        matrices: what runs the rule; None without one.
+        updates_parts: whether tensor-parallel ranks run the rule each on what it has.
+    """
+
+    shard: Shard
+    exchange: Exchange
+    matrices: MatrixUpdater | None
+    updates_parts: bool
+
+    @classmethod
+    def read(
+        cls,
+        groups: Sequence[ParameterGroup],
+        param_groups: Sequence[dict[str, Any]],
+        config: MegalrConfig,
+        host: Host | None,
+    ) -> Sharded:
+        """Read what lies where, and choose owners; collective where tensor parallelism cuts parameters.
+
+        Args:
+            groups: as they were given to the optimizer.
+            param_groups: its groups now, with the engine's tensors in "params".
+            config: maximum temporary memory, random seed, and how tensor-parallel ranks update.
+            host: the engine; None: recognized by what it has made of the parameters.
+        """
+        read = hosts.read if host is None else host.read
+        local, shard = read([group.parameters for group in groups], param_groups)
+        device, bucket_bytes = shard.message_device(), config.exchange_bucket_bytes
+        exchange = Exchange(
+            shard.layout,
+            shard.rank,
+            shard.group,
+            device=device,
+            replicas=shard.replicas,
+            bucket_bytes=bucket_bytes,
+        )
+        exact = config.tp_update == "exact"
+        rules = {n: g.rule for g in groups if g.rule for n in g.parameters if n in shard.layout.shapes}
+        matrices = None
+        if rules:
+            own = shard if exact else local
+            matrices = MatrixUpdater(rules, own, device=device, bucket_bytes=bucket_bytes, seed=config.seed)
+        return cls(shard, exchange, matrices, updates_parts=not exact and local is not shard)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that all ranks together have sent each other for whole-matrix work."""
+        return self.exchange.bytes_moved + (0 if self.matrices is None else self.matrices.exchange.bytes_moved)
+
+    def flat_gradients(self, here: Mapping[int, Tensor]) -> list[Tensor]:
+        """The gradients of some buffers, flat, in the buffers' layout; nothing of the others.
+
+        Args:
+            here: what the engine hands to ``step()``, by buffer.
+        """
+        gradients = [buffer[:0] for buffer in self.shard.buffers]
+        for buffer, parameter in here.items():
+            gradients[buffer] = gradient_of(parameter).reshape(-1)
+        return gradients
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """The gradient; without one it counts as zero, as ZeRO has it."""
+    return parameter.new_zeros(parameter.shape) if parameter.grad is None else parameter.grad

@@ -1,0 +1,49 @@
+"""Selections of products: few rows in which every pair of values of any two axes still occurs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+Row = tuple[Any, ...]
+Pair = tuple[int, Any, int, Any]  # two axes, by position, and a value of each
+
+
+def covering(*axes: Sequence[Any]) -> list[Row]:
+    """Rows of the product of some axes in which every pair of values of any two axes occurs; always the same rows.
+
+    Greedy: of all rows the one with the most pairs that no earlier row has, the first of these in the product's order.
+
+    Args:
+        *axes: the values of each; hashable, no value twice in one axis.
+    """
+    rows = {row: pairs(row) for row in itertools.product(*axes)}
+    left = set().union(*rows.values())
+    chosen: list[Row] = [] if left else list(rows)
+    while left:
+        best = max(rows, key=lambda row: len(rows[row] & left))
+        chosen.append(best)
+        left -= rows.pop(best)
+    return sorted(chosen, key=lambda row: [axis.index(value) for axis, value in zip(axes, row, strict=True)])
+
+
+def pairs(row: Row) -> set[Pair]:
+    """Every two values of a row, with the axes that they are of."""
+    return {(i, row[i], j, row[j]) for i, j in itertools.combinations(range(len(row)), 2)}
+
+
+def daily_and_slow(*axes: Sequence[Any], turns: Sequence[Sequence[Any]] = ()) -> list[Any]:
+    """The product of some axes as pytest's parameters; what is not daily is marked slow.
+
+    Args:
+        *axes: whose whole product there is, and whose pairs are daily.
+        turns: more axes, whose values take turns: their pairs are daily, too, but they make the product no larger.
+    """
+    daily = covering(*axes, *turns)
+    known = {row[: len(axes)] for row in daily}
+    rest = [row for row in itertools.product(*axes) if row not in known]
+    slow = [(*row, *(axis[i % len(axis)] for axis in turns)) for i, row in enumerate(rest)]
+    return [*daily, *(pytest.param(*row, marks=pytest.mark.slow) for row in slow)]

@@ -1,0 +1,277 @@
+"""Faults in what happens between updates: refactorization, resets, refreshes, merges, switches, exact steps."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import mutants
+
+OPTIMIZER = "megalr/optim/optimizer.py"
+CLOCK = "megalr/optim/clock.py"
+REFACTORIZE = "megalr/ops/refactorization.py"
+PROJECTION = "megalr/optim/events/projected.py"
+MERGING = "megalr/optim/frozen_weights.py"
+MERGES = "megalr/optim/events/relora.py"
+SWITCHES = "megalr/optim/events/switchlora.py"
+LORO = "megalr/optim/events/loro.py"
+TRAINING = "tests/deepspeed/test_training.py -k 'test_equals_one_plain_process or test_reset_of_all'"
+PROJECTED = "tests/deepspeed/test_projected.py -k 'test_equals_one_plain_process or test_settings'"
+
+
+def factors(case: str) -> str:
+    """Runs of one parametrization against one plain process."""
+    return f"tests/deepspeed/test_factors.py -k 'test_equals_one_plain_process and {case}'"
+
+
+EVENTS = [
+    *mutants(
+        "refactorization",
+        (
+            "moments of refactorized factors stay",
+            OPTIMIZER,
+            'due |= {"factors"} if updates % refactorization.interval == 0 else set()',
+            "due |= set()",
+            TRAINING,
+        ),
+        (
+            "it comes one update late",
+            OPTIMIZER,
+            "if refactorization and self._pairs and self.updates % refactorization.interval == 0:",
+            "if refactorization and self._pairs and self.updates % refactorization.interval == 1:",
+            TRAINING,
+        ),
+        (
+            "singular values are split unevenly",
+            REFACTORIZE,
+            "    root = s.sqrt()\n",
+            "    root = s**0.4\n",
+            "tests/unit/test_refactorize.py",
+        ),
+        (
+            "a product of lower rank is balanced all the same",
+            REFACTORIZE,
+            "if not (s[-1] > _SMALLEST_RATIO * s[0] and s[-1] > _SMALLEST_OF_FACTORS * factors):",
+            "if not s[-1] > 0:",
+            "tests/unit/test_refactorize.py",
+        ),
+        (
+            "second moments are carried with the map, not its square",
+            REFACTORIZE,
+            'old["exp_avg_sq_B"] @ new.map_B.square()',
+            'old["exp_avg_sq_B"] @ new.map_B.abs()',
+            "tests/unit/test_refactorize.py",
+        ),
+        (
+            "moments of a pair are handed over in the wrong order",
+            "megalr/optim/events/refactorization.py",
+            "for names in own for name in names for moment in whole[name][1:]",
+            "for names in own for name in names for moment in whole[name][:0:-1]",
+            "tests/deepspeed/test_training.py -k test_moments_of_refactorized",
+        ),
+        (
+            "the new factors are not published",
+            OPTIMIZER,
+            "        for buffer in self._factor_buffers:\n            shard.publish(buffer)\n",
+            "",
+            "tests/deepspeed/test_training.py -k 'test_refactorization_changes or test_refactorization_of_bf16'",
+        ),
+    ),
+    *mutants(
+        "momentum reset",
+        (
+            "the moments' count goes on",
+            OPTIMIZER,
+            "        for name in zeroed:\n            self.clocks[name].count = 0\n",
+            "",
+            TRAINING,
+        ),
+        (
+            "the ramp begins one step up",
+            CLOCK,
+            "(1 - RAMP_START) * self.since_reset / warmup_steps",
+            "(1 - RAMP_START) * (self.since_reset + 1) / warmup_steps",
+            TRAINING,
+        ),
+        (
+            "a reset of the factors resets all",
+            OPTIMIZER,
+            'due |= {"factors", "dense"} if reset.scope == "all" else {"factors"}',
+            'due |= {"factors", "dense"}',
+            TRAINING,
+        ),
+        (
+            "a reset of all has the factors' learning rate alone warm up",
+            OPTIMIZER,
+            'for name in ("factors", "dense") if reset.scope == "all" else ("factors",):',
+            'for name in ("factors",):',
+            TRAINING,
+        ),
+        (
+            "a rule's moments are not reset",
+            OPTIMIZER,
+            "        if self.matrices is not None:\n            self.matrices.reset(",
+            "        if False:\n            self.matrices.reset(",
+            "tests/deepspeed/test_factor_rules.py",
+        ),
+        (
+            "the moments' zeros come one update late",
+            OPTIMIZER,
+            "reset=clock in self._resets_due(self.updates + 1)",
+            "reset=clock in self._resets_due(self.updates)",
+            TRAINING,
+        ),
+    ),
+    *mutants(
+        "projected refresh",
+        (
+            "W0 takes R with the new basis",
+            PROJECTION,
+            "learnt = r @ old.T if right else old @ r",
+            "learnt = r @ new.T if right else new @ r",
+            PROJECTED,
+        ),
+        (
+            "W0 does not decay",
+            PROJECTION,
+            "            basis.decay *= self._kept\n",
+            "",
+            PROJECTED,
+        ),
+        (
+            "the gradient in the new basis is not scaled",
+            PROJECTION,
+            "self._low(grad, new, basis.side).mul_(scale)",
+            "self._low(grad, new, basis.side)",
+            PROJECTED,
+        ),
+        (
+            "bases are refreshed one update late",
+            PROJECTION,
+            "basis.due |= updates % self._config.update_proj_gap == basis.phase",
+            "basis.due |= (updates - 1) % self._config.update_proj_gap == basis.phase",
+            PROJECTED,
+        ),
+        (
+            "moments turn the other way",
+            PROJECTION,
+            "self._carry_moments(name, own, new.T @ old, left=not right)",
+            "self._carry_moments(name, own, old.T @ new, left=not right)",
+            PROJECTED,
+        ),
+        (
+            "moments that are reset keep their count",
+            PROJECTION,
+            '        if self._config.moments == "reset":\n            basis.count = 0\n',
+            "",
+            PROJECTED,
+        ),
+        (
+            "the gradient of a skipped update stays",
+            PROJECTION,
+            "layer.collecting, layer.full_gradient = collecting, None",
+            "layer.collecting = collecting",
+            "tests/deepspeed/test_projected.py -k test_a_skipped_update",
+        ),
+        (
+            "a gradient that is delivered in the old basis is turned back",
+            PROJECTION,
+            "self._turned[name] = new.T @ old",
+            "self._turned[name] = old.T @ new",
+            "tests/unit/test_projection.py",
+        ),
+        (
+            "a shared basis comes from the first layer's gradient alone",
+            PROJECTION,
+            "        stack = _stack([grad for grad, _ in parts])\n        return leading_basis(",
+            "        stack = parts[0][0]\n        return leading_basis(",
+            "tests/deepspeed/test_projected.py -k test_llama",
+        ),
+    ),
+    *mutants(
+        "merges and switches",
+        (
+            "ReLoRA: W0 takes the product without its scale",
+            MERGES,
+            "(b.float() * layer.scale) @ a.float()",
+            "b.float() @ a.float()",
+            factors("relora"),
+        ),
+        (
+            "ReLoRA: every merge draws the same A",
+            MERGES,
+            "draw_a_(a, self._seed, name, self._merges)",
+            "draw_a_(a, self._seed, name, 1)",
+            factors("relora"),
+        ),
+        (
+            "ReLoRA: the second moment is pruned by itself",
+            MERGES,
+            '            kept["exp_avg"] &= kept["exp_avg_sq"]\n',
+            "",
+            factors("magnitude"),
+        ),
+        (
+            "SwitchLoRA: the switched row's own moments are zeroed",
+            SWITCHES,
+            """                for fragment, run in self._runs(switch.other, range(row, row + 1)):
+                    for field in moments:""",
+            """                for fragment, run in self._runs(switch.factor, range(row, row + 1)):
+                    for field in moments:""",
+            factors("switchlora"),
+        ),
+        (
+            "SwitchLoRA: rows rest one update longer",
+            SWITCHES,
+            "                if start > step.updates:\n",
+            "                if start and start >= step.updates:\n",
+            factors("switchlora"),
+        ),
+        (
+            "SwitchLoRA: W0 takes the new rows",
+            SWITCHES,
+            "lost = (old - new) * layer.scale",
+            "lost = (new - old) * layer.scale",
+            "tests/unit/test_switchlora.py",
+        ),
+        (
+            "LORO: lazy updates have the whole learning rate",
+            LORO,
+            "lr=step.lr * scale,",
+            "lr=step.lr if scale else 0.0,",
+            factors("loro"),
+        ),
+        (
+            "LORO: moments stay after an exact step",
+            LORO,
+            "                run_of(field, fragment).zero_()\n",
+            "                pass\n",
+            factors("loro"),
+        ),
+        (
+            "LORO: the second moment's bias is not corrected",
+            LORO,
+            "exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**count))",
+            "exp_avg_sq.sqrt()",
+            factors("loro"),
+        ),
+        (
+            "LORO: the core's blocks are exchanged",
+            LORO,
+            "core[:rank, rank:] = -lr * k1.T",
+            "core[:rank, rank:] = -lr * k1",
+            "tests/unit/test_loro.py",
+        ),
+        (
+            "a remainder does not take part in the next merge",
+            MERGING,
+            "            total.add_(self.remainders[name].to(total.device), alpha=decay)\n",
+            "            pass\n",
+            "tests/unit/test_merging.py",
+        ),
+        (
+            "stochastic rounding draws the same noise at every merge",
+            MERGING,
+            'generator(self._seed, name, "merge", count)',
+            'generator(self._seed, name, "merge", 0)',
+            "tests/unit/test_merging.py",
+        ),
+    ),
+]

@@ -1,0 +1,298 @@
+"""Faults in going on from a checkpoint, in guards and skipped updates, and in tensor parallelism."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import mutants
+
+OPTIMIZER = "megalr/optim/optimizer.py"
+PORTABLE = "megalr/optim/state.py"
+CONTENTS = "megalr/checkpoint/contents.py"
+MATRICES = "megalr/optim/matrices.py"
+PROJECTION = "megalr/optim/events/projected.py"
+SWITCHES = "megalr/optim/events/switchlora.py"
+GUARD = "megalr/guards/guard.py"
+LOSSES = "megalr/guards/losses.py"
+EXCHANGE = "megalr/layout/exchange.py"
+READING = "megalr/hosts/reading.py"
+TENSOR_PARALLEL = "megalr/hosts/tensor_parallel.py"
+LAYERS = "megalr/layers/tensor_parallel/layers.py"
+MESSAGES = "megalr/layers/tensor_parallel/messages.py"
+SAME = "tests/deepspeed/test_checkpoints.py -k test_at_the_same_layout"
+OWN = "tests/deepspeed/test_training.py -k test_resume_is_bitwise"
+NORM = "tests/deepspeed/test_tensor_parallel.py -k test_the_norm_for_clipping"
+LOGITS = "tests/deepspeed/test_tensor_parallel.py -k 'test_logits_loss_and_gradients'"
+NEVER_WAS = "tests/deepspeed/test_guards.py -k test_a_bad_update_never_was"
+POISON = "tests/deepspeed/test_skipping.py"
+
+RUNS = [
+    *mutants(
+        "resume",
+        (
+            "updates are not counted on from a checkpoint",
+            PORTABLE,
+            '    optimizer.updates = numbers["updates"]\n',
+            "",
+            SAME,
+        ),
+        (
+            "a ramp that has begun is forgotten",
+            PORTABLE,
+            "Clock() if begins_anew else Clock(**clock)",
+            'Clock() if begins_anew else Clock(count=clock["count"])',
+            SAME,
+        ),
+        (
+            "learning rates stay as they were configured",
+            PORTABLE,
+            '        group["lr"] = rate\n',
+            "",
+            "tests/deepspeed/test_checkpoint_jobs.py -k 'learning_rates or schedules'",
+        ),
+        (
+            "DeepSpeed's checkpoints: updates are not counted on",
+            OPTIMIZER,
+            '        self.updates = state_dict["megalr"]["updates"]\n',
+            "",
+            OWN,
+        ),
+        (
+            "DeepSpeed's checkpoints: clocks begin again",
+            OPTIMIZER,
+            '{name: Clock(**values) for name, values in state_dict["megalr"]["clocks"].items()}',
+            '{name: Clock() for name in state_dict["megalr"]["clocks"]}',
+            OWN,
+        ),
+        (
+            "DeepSpeed's checkpoints: a rule's counts are lost",
+            MATRICES,
+            "                else:\n                    state[key] = value\n            self.states[name] = state",
+            "            self.states[name] = state",
+            "tests/deepspeed/test_rules.py -k 'test_resume_is_bitwise and (GaLore or Muon or AdamMini)'",
+        ),
+        (
+            "DeepSpeed's checkpoints: what layers keep is lost",
+            OPTIMIZER,
+            '            events.load_state_dict(state_dict["megalr"][events.key])\n',
+            "            pass\n",
+            "tests/deepspeed/test_projected.py -k test_resume_is_bitwise",
+        ),
+        (
+            "W0's decay since the last refresh is lost",
+            PROJECTION,
+            'COUNTS = ("refreshes", "count", "decay", "due")',
+            'COUNTS = ("refreshes", "count", "due")',
+            SAME,
+        ),
+        (
+            "a refresh that is due is forgotten",
+            PROJECTION,
+            'COUNTS = ("refreshes", "count", "decay", "due")',
+            'COUNTS = ("refreshes", "count", "decay")',
+            SAME,
+        ),
+        (
+            "waiting rows are read by ranks that do not keep them",
+            SWITCHES,
+            'if kind == "waiting" and self._keeps(name, int(number)):',
+            'if kind == "waiting" and not self._keeps(name, int(number)):',
+            SAME,
+        ),
+        (
+            "random numbers go on from where the process was",
+            CONTENTS,
+            "            set_random_states(self._targets[self._random_key].pieces[0].data)\n",
+            "            pass\n",
+            SAME,
+        ),
+        (
+            "micro-batches are not counted on",
+            CONTENTS,
+            "engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()",
+            "engine.micro_steps = engine.global_steps",
+            "tests/deepspeed/test_checkpoints.py -k test_moves_to_another_gradient_accumulation",
+        ),
+    ),
+    *mutants(
+        "guards",
+        (
+            "ranks decide by their own losses",
+            GUARD,
+            "        if dist.get_world_size() > 1:\n            dist.all_reduce(sums)",
+            "        if False:\n            dist.all_reduce(sums)",
+            NEVER_WAS,
+        ),
+        (
+            "losses of skipped updates are taken into the window",
+            GUARD,
+            "        self.skipped += 1\n        self.skipped_in_a_row += 1\n",
+            "        self._window.accept(self.loss or 0.0)\n"
+            "        self.skipped += 1\n        self.skipped_in_a_row += 1\n",
+            "tests/deepspeed/test_guards.py -k 'resumed_guard or too_many'",
+        ),
+        (
+            "a skipped update leaves its gradients in the layers",
+            GUARD,
+            "        optimizer.begin_update()\n        if optimizer.updates > before:",
+            "        if optimizer.updates > before:",
+            NEVER_WAS,
+        ),
+        (
+            "losses of the update before are judged again",
+            GUARD,
+            "        self._losses.clear()\n",
+            "",
+            NEVER_WAS,
+        ),
+        (
+            "skipped updates in a row are counted over good ones",
+            GUARD,
+            "    def _accept(self) -> None:\n        self.skipped_in_a_row = 0\n",
+            "    def _accept(self) -> None:\n",
+            "tests/deepspeed/test_guards.py -k 'too_many or never_was'",
+        ),
+        (
+            "a spike is judged by the deviation of the population",
+            LOSSES,
+            "for each in self._losses) / (known - 1))",
+            "for each in self._losses) / known)",
+            "tests/unit/test_guards.py",
+        ),
+        (
+            "fewer losses judge than are needed",
+            LOSSES,
+            "known < min(LEAST, self._losses.maxlen or LEAST)",
+            "known < 2",
+            "tests/unit/test_guards.py",
+        ),
+        (
+            "a resumed guard begins with an empty window",
+            GUARD,
+            '        self._window.load(state["losses"])\n',
+            "",
+            "tests/deepspeed/test_guards.py -k resumed_guard",
+        ),
+    ),
+    *mutants(
+        "clipping",
+        (
+            "what is cut is not marked: its norm is counted on one rank",
+            TENSOR_PARALLEL,
+            "parameter.tensor_model_parallel, parameter.partition_dim = True, dim",
+            "parameter.partition_dim = dim",
+            NORM,
+        ),
+        (
+            "gradients of copies are marked as cut: their norm is counted on every rank",
+            TENSOR_PARALLEL,
+            'if parameter.grad is not None and getattr(parameter, "tensor_model_parallel", False):',
+            "if parameter.grad is not None:",
+            NORM,
+        ),
+        (
+            "no gradient is marked",
+            TENSOR_PARALLEL,
+            "        parameter.grad.tensor_model_parallel = True\n",
+            "        pass\n",
+            NORM,
+        ),
+    ),
+    *mutants(
+        "tensor-parallel layers",
+        (
+            "a gradient of what all ranks have is not summed",
+            MESSAGES,
+            "        return _summed(grad, ctx.group), None\n",
+            "        return grad, None\n",
+            LOGITS,
+        ),
+        (
+            "row-parallel low-rank layers forget their scale",
+            LAYERS,
+            "return functional.linear(latent * self.scale, self.B, self.bias)",
+            "return functional.linear(latent, self.B, self.bias)",
+            LOGITS,
+        ),
+        (
+            "every rank adds the bias of a row-parallel layer",
+            LAYERS,
+            "y: Tensor = Sum.apply(self._product(x, r, None), self.group)\n"
+            "        return y if self.bias is None else y + self.bias.to(y.dtype)",
+            "y: Tensor = Sum.apply(self._product(x, r, self.bias), self.group)\n        return y",
+            "tests/deepspeed/test_tensor_parallel.py -k 'test_biases or test_logits'",
+        ),
+        (
+            "R of a row-parallel layer is summed on the wrong side",
+            LAYERS,
+            'r: Tensor = self.R if self.side == "left" else SumGradient.apply(self.R, self.group)',
+            'r: Tensor = self.R if self.side == "right" else SumGradient.apply(self.R, self.group)',
+            LOGITS,
+        ),
+        (
+            "gathered outputs give every rank the first part's gradient",
+            MESSAGES,
+            "return grad.narrow(-1, ctx.first, ctx.width), None, None",
+            "return grad.narrow(-1, 0, ctx.width), None, None",
+            "tests/deepspeed/test_tensor_parallel.py -k 'test_biases or test_variants'",
+        ),
+        (
+            "copies are counted as one in a joined layout",
+            "megalr/layout/tensor_parallel.py",
+            "copies += 1 + max(f.copy for f in layout.of(name))",
+            "copies += 0",
+            "tests/unit/test_joining.py",
+        ),
+        (
+            "a layer that gets another input uses the first one's latent",
+            MESSAGES,
+            "        if self._waiting and (x is not self._x or id(layer) not in self._waiting):",
+            "        if self._waiting and id(layer) not in self._waiting:",
+            "tests/deepspeed/test_tensor_parallel.py -k test_siblings",
+        ),
+    ),
+    *mutants(
+        "skipping",
+        (
+            "ranks skip on their own",
+            EXCHANGE,
+            "        dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self._group)\n",
+            "",
+            POISON,
+        ),
+        (
+            "a rule runs in a skipped update",
+            OPTIMIZER,
+            "            if self._skipping or not here:\n                continue\n            if group",
+            '            if (self._skipping and not group["by_rule"]) or not here:\n'
+            "                continue\n            if group",
+            POISON,
+        ),
+        (
+            "a skipped update counts",
+            OPTIMIZER,
+            "            self.skipped += 1\n            self.begin_update()\n",
+            "            self.skipped += 1\n            self.updates += 1\n            self.begin_update()\n",
+            POISON,
+        ),
+        (
+            "gradients of other groups are not looked at",
+            OPTIMIZER,
+            "for grad in own + shard.unseen_gradients() if grad.numel()]",
+            "for grad in own if grad.numel()]",
+            POISON,
+        ),
+        (
+            "fp32 parameters at stage 0 are not looked at",
+            READING,
+            "unseen = None if separate else list",
+            "unseen = None",
+            POISON,
+        ),
+        (
+            "the update after a skipped one is skipped as well",
+            OPTIMIZER,
+            "        self._skip_asked = False\n        for events in self.all_events:",
+            "        for events in self.all_events:",
+            "tests/deepspeed/test_guards.py -k test_a_bad_update_never_was",
+        ),
+    ),
+]
