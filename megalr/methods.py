@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from megalr.formatting import markdown_table
 from megalr.layers.base import Parametrization
 from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.layers.tensor_parallel.cutting import types_that_are_cut
-from megalr.markdown import table
 from megalr.rules.base import Rule
 from megalr.rules.registry import RULES, hyperparameters
 
@@ -74,12 +74,12 @@ def page() -> str:
         [
             HEAD,
             RULES_HEAD,
-            table(RULES_COLUMNS, _rule_lines(rules), numbers=False),
+            markdown_table(RULES_COLUMNS, _rule_lines(rules), numbers=False),
             "",
             _keys({name: (rule, hyperparameters(rule)) for name, rule in rules.items()}),
             "",
             PARAMETRIZATIONS_HEAD,
-            table(PARAMETRIZATIONS_COLUMNS, _parametrization_lines(layers), numbers=False),
+            markdown_table(PARAMETRIZATIONS_COLUMNS, _parametrization_lines(layers), numbers=False),
             "",
             _keys({name: (kind, _fields(kind)) for name, kind in layers.items()}),
         ]
@@ -159,7 +159,7 @@ def _keys(methods: Mapping[str, tuple[type, Sequence[str]]]) -> str:
         others = [f"`{name}`: {default}" for name, default in of.items() if default != usual]
         whose = "all" if len(of) == len(methods) else ", ".join(f"`{name}`" for name in of)
         lines.append([f"`{key}`", _plain(text), "; ".join([usual, *others]), whose])
-    return table(("key", "meaning", "default (others)", "of"), lines, numbers=False)
+    return markdown_table(("key", "meaning", "default (others)", "of"), lines, numbers=False)
 
 
 def _fields(kind: type[Parametrization]) -> list[str]:
