@@ -204,11 +204,11 @@ LAYOUTS = [
             "tests/unit/test_partition.py",
         ),
         (
-            "a frozen parameter that is kept gathered is written in its chunks alone",
+            "a frozen parameter's padding is taken for its elements",
             READING,
-            "*([(0, parameter.data.view(-1))] if gathered else [])]",
-            "]",
-            "tests/deepspeed/test_projected.py -k 'test_layout_variants and persistent'",
+            "[: max(0, min(chunk, sharded.ds_numel - start))]",
+            "[:chunk]",
+            "tests/deepspeed/test_projected.py -k 'test_equals_one_plain_process and 3-3-4'",
         ),
         (
             "a frozen parameter's chunk begins one chunk later",
