@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.ranks import from_ranks
 from benchmarks.timing import Summary
 from megalr.errors import UserError
-from megalr.markdown import table
+from megalr.formatting import markdown_table
 from megalr.train.models import read_model_config
 
 DEEPSPEED, AT_ONCE, BESIDE = "DeepSpeed", "megalr", "megalr, asynchronous"
@@ -89,4 +89,4 @@ def report(found: Mapping[str, Mapping[str, Any]], model: str, processes: int, s
             share = f"{size / numbers['bytes'][DEEPSPEED]:.2f}" + (" (aim 1)" if kind != DEEPSPEED else "")
             lines.append([method, kind, f"{median:.3f}", ratio, f"{size:,}", share])
     head = f"A save of {model}, ZeRO stage {stage}, {processes} processes, fp32\n\n"
-    return head + table(columns, lines) + "\n"
+    return head + markdown_table(columns, lines) + "\n"

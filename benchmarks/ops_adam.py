@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from benchmarks.timing import take_turns
-from megalr.markdown import table
+from megalr.formatting import markdown_table
 from megalr.ops import low_rank_adam, projected_adam, stable_spam_adam
 from megalr.ops.reference import projected_adam_reference, stable_spam_adam_reference
 from megalr.train.models import read_model_config
@@ -46,7 +46,7 @@ def report(seconds: Mapping[str, Sequence[float]]) -> str:
         other, aim = HELD_TO.get(name, ("", 0.0))
         against = [f"{medians[other] / median:.2f}", f"{aim:g}", other] if other else ["", "", ""]
         rows.append([name, f"{median * 1e3:.2f}", f"{np.percentile(seconds[name], 99) * 1e3:.2f}", *against])
-    return table(("way", "median ms", "99th percentile", "times as fast", "aim, at least", "as"), rows)
+    return markdown_table(("way", "median ms", "99th percentile", "times as fast", "aim, at least", "as"), rows)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import take_turns
-from megalr.markdown import table
+from megalr.formatting import markdown_table
 from megalr.ops import refactorize_
 from megalr.train.models import read_model_config
 
@@ -46,7 +46,7 @@ def report(seconds: Mapping[str, Sequence[float]]) -> str:
         [name, str(len(seconds[name])), f"{median:.2f}", f"{median / medians[OP]:.2f}", aims.get(name, "")]
         for name, median in medians.items()
     ]
-    return table(("way", "layers timed", "median s a layer", "/ op", "aim, at least"), rows)
+    return markdown_table(("way", "layers timed", "median s a layer", "/ op", "aim, at least"), rows)
 
 
 class Layer:

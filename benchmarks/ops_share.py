@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.projected_counts import random_tokens
 from megalr.api import build_optimizer, parametrize
-from megalr.markdown import table
+from megalr.formatting import markdown_table
 from megalr.train.models import build_model, read_model_config
 
 TITLE = "Refactorization in training steps of the 60M shape, rank 128, 4 x 256 tokens"
@@ -53,4 +53,4 @@ def report(seconds: Mapping[str, Sequence[float]]) -> str:
     share = (medians[WITH] - medians[WITHOUT]) / INTERVAL / medians[WITHOUT]
     rows = [[name, f"{median:.3f}", ""] for name, median in medians.items()]
     rows.append([f"one in {INTERVAL} steps, of all their time", "", f"{share:.2%} (aim: below {AIM:.0%})"])
-    return table(("", "median s", "share"), rows)
+    return markdown_table(("", "median s", "share"), rows)

@@ -20,10 +20,9 @@ from benchmarks import traffic
 from benchmarks.contenders import BLOCKS, CONTENDERS, NotAvailableError
 from benchmarks.gradients import Workload
 from benchmarks.timing import Steps, Summary, take_turns
-from megalr.markdown import table
+from megalr.formatting import human_bytes, markdown_table
+from megalr.memory.peak import peak_memory_bytes
 from megalr.train.models import build_model, read_model_config
-from megalr.train.report import peak_memory_bytes
-from megalr.units import human_bytes
 
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}  # of the GaLore papers
 STEPS = 200
@@ -107,7 +106,7 @@ def time_model(
         summaries = {member: Summary.of(taken) for member, taken in seconds.items()}
         threads = torch.get_num_threads()
         print(f"\n{Path(name).stem}, {title}: rank {rank}, gap {gap}, {steps} steps, fp32, {threads} threads\n")
-        print(table(COLUMNS, rows(summaries, missing)), flush=True)
+        print(markdown_table(COLUMNS, rows(summaries, missing)), flush=True)
         if "products" in summaries:
             print(f"\n{share_of_products(summaries)}")
         raw[title] = seconds

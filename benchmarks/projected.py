@@ -31,10 +31,9 @@ from benchmarks.projected_training import (
 )
 from benchmarks.timing import Summary
 from benchmarks.traffic import WORLD_SIZE
-from megalr.markdown import table
+from megalr.formatting import human_bytes, markdown_table
 from megalr.memory.formulas import RankBytes
 from megalr.train.models import read_model_config
-from megalr.units import human_bytes
 
 SENT_AIM = 0.27  # of full rank's, for the matrices alone
 STEPS, WARM_UP = 40, 1
@@ -132,12 +131,12 @@ def _counts(arguments: argparse.Namespace, models: Path) -> dict[str, Any]:
                 sent[method, alone] = mean_sent(groups, WORLD_SIZE, arguments.gap)
         setting = f"ZeRO stage 2, {WORLD_SIZE} ranks, fp32, r = {config.hidden_size // 4}"
         print(f"\n{Path(name).stem}: bytes that the fullest rank holds between two micro-batches, {setting}\n")
-        print(table(HELD_COLUMNS, held_rows(held)))
+        print(markdown_table(HELD_COLUMNS, held_rows(held)))
         print(
             f"\n{Path(name).stem}: bytes that a rank sends per step, by the formula, mean over ranks, {setting}, "
             f'projector "{PROJECTOR}", refreshes spread over a gap of {arguments.gap}\n'
         )
-        print(table(SENT_COLUMNS, sent_rows(sent)))
+        print(markdown_table(SENT_COLUMNS, sent_rows(sent)))
         ratios = {m: sent[m, True].total / sent["adamw", True].total for m in PROJECTED if m in COUNTED}
         print(f"\n{verdict('Traffic of the matrices / full rank', ratios, SENT_AIM)}", flush=True)
         raw["held"][name] = {_title(*key): vars(value) for key, value in held.items()}
@@ -159,7 +158,7 @@ def _activations(arguments: argparse.Namespace, models: Path) -> dict[str, dict[
     print(f"\nbytes that one forward pass saves for the backward pass, {tokens}, fp32, without parameters\n")
     columns = ["method", *(column for name in raw for column in (Path(name).stem, "/ full rank"))]
     rows = [[TITLES[method], *(cell for saved in raw.values() for cell in _cells(saved, method))] for method in TITLES]
-    print(table(columns, rows), flush=True)
+    print(markdown_table(columns, rows), flush=True)
     return raw
 
 
@@ -173,7 +172,7 @@ def _peak(name: str, arguments: argparse.Namespace, models: Path) -> dict[str, d
     tokens = f"{arguments.sequences} x {arguments.length} tokens"
     print(f"\n{Path(name).stem}: peak memory of a fresh process that trains two steps, {tokens}, fp32, no DeepSpeed\n")
     columns = ("method", "before the model", "peak", "/ full rank")
-    print(table(columns, [[TITLES[m], starts[m], *_cells(peaks, m)] for m in peaks]), flush=True)
+    print(markdown_table(columns, [[TITLES[m], starts[m], *_cells(peaks, m)] for m in peaks]), flush=True)
     return raw
 
 
@@ -200,7 +199,7 @@ def _times(arguments: argparse.Namespace, models: Path) -> dict[str, Any]:
     )
     for title, seconds in (("seconds", wall), ("processor seconds, which other work on a machine disturbs less", cpu)):
         print(f"\nwhole training steps, {title}: {setting}\n")
-        print(table(TIME_COLUMNS, time_rows(seconds)), flush=True)
+        print(markdown_table(TIME_COLUMNS, time_rows(seconds)), flush=True)
     _print_verdicts(wall)
     return {"wall": wall, "cpu": cpu}
 

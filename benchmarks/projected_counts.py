@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 STAGE = 2
 FP32 = 4  # bytes
-# DeepSpeed's and megalr's votes and norms, all-reduced in every step, whatever the model and the method.
-VOTES = 16  # bytes
+# Bytes of scalars that every step all-reduces, whatever the model and the method: DeepSpeed's and megalr's votes and
+# norms, and the three numbers by which the guard compares losses.
+VOTES = 16 + 24
 # Of each basis in a refresh: one vote on its gradients, three scalar products.
 REFRESH_SCALARS = 4
 # R's size is all-reduced so often in a refresh: G Q_old, which is compared with what was delivered and begins the power

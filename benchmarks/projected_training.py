@@ -21,9 +21,9 @@ from benchmarks.ranks import ROOT
 from benchmarks.timing import Summary, take_turns
 from megalr.api import build_optimizer, parametrize
 from megalr.errors import UserError
+from megalr.memory.peak import peak_memory_bytes
 from megalr.processes import python_path
 from megalr.train.models import build_model, empty_model, read_model_config
-from megalr.train.report import peak_memory_bytes
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

@@ -16,7 +16,7 @@ from benchmarks.accounting import sent_bytes
 from benchmarks.ranks import from_ranks
 from benchmarks.timing import Summary
 from megalr.errors import UserError
-from megalr.markdown import table
+from megalr.formatting import markdown_table
 from megalr.train.models import read_model_config
 
 FULL, NAIVE, LOW_RANK = "full rank, AutoTP", "low-rank, both factors cut", "low-rank, as here"
@@ -94,7 +94,7 @@ def count_report(counted: Mapping[str, Mapping[str, float]], processes: int) -> 
         ratios = [f"{sent[LOW_RANK] / sent[name]:.2f}" + f" (aim {aim})" * bool(aim) for name, aim in AIMS.items()]
         lines.append([model, *(f"{value:,.0f}" for value in sent.values()), *ratios])
     head = f"Bytes that a rank sends for a layer and token, forward and backward, {processes} ranks, r = d/4, fp32\n\n"
-    return head + table(columns, lines) + "\n"
+    return head + markdown_table(columns, lines) + "\n"
 
 
 def time_report(seconds: Mapping[str, Sequence[float]], model: str, processes: int, tokens: int) -> str:
@@ -104,7 +104,7 @@ def time_report(seconds: Mapping[str, Sequence[float]], model: str, processes: i
     lines = [[name, f"{each.median:.3f}", f"{each.median / base:.2f}"] for name, each in found.items()]
     cut = f"{processes} CPU process{'es' if processes > 1 else ''}"
     head = f"A training step of {model}, {tokens} tokens, {cut} of one thread, r = d/4\n\n"
-    return head + table(("", "median, s", "/ full rank"), lines) + "\n"
+    return head + markdown_table(("", "median, s", "/ full rank"), lines) + "\n"
 
 
 def _from_ranks(what: str, request: Mapping[str, Any], processes: int) -> list[Any]:

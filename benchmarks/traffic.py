@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.ranks import from_ranks
-from megalr.markdown import table
+from megalr.formatting import markdown_table
 
 WORLD_SIZE = 4
 TIMEOUT = 300.0  # seconds for everything
@@ -55,7 +55,7 @@ def report(counted: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         lines.append(cells)
     head = f"ZeRO stage 3, {world_size} processes, a LLaMA of 4 layers of hidden 64, fp32: bytes that a rank sends\n\n"
     note = "\n\nDeepSpeed refuses its Muon together with reduce-scatter."
-    return head + table(COLUMNS, lines) + note
+    return head + markdown_table(COLUMNS, lines) + note
 
 
 def own_bytes(counted: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> list[float]:

@@ -38,7 +38,7 @@ from megalr.hosts.tensor_parallel import (
 )
 from megalr.layers import parametrize as _parametrize
 from megalr.layers.replacement import factor_pairs, replaced_layers
-from megalr.layers.tensor_parallel.layers import cut_layers
+from megalr.layers.tensor_parallel.cutting import cut_layers
 from megalr.layers.velora import compress_activations, compressed_layers
 from megalr.optim.events.registry import layer_events
 from megalr.optim.events.velora import Directions
@@ -206,7 +206,7 @@ def _cut(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> None:
         if size == 1:
             check_heads(getattr(model, "config", None), ranks, "the number of mpu='s tensor-parallel ranks")
             check_neighbours(model, cuts, factorized)
-        cut_layers(model, cuts, tensor_parallel_group(mpu))
+        cut_layers(model, MegalrConfig.from_json(content).parametrization, cuts, tensor_parallel_group(mpu))
 
 
 def _complete(training_args: Any, content: Json) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -35,7 +35,23 @@ def pairs(row: Row) -> set[Pair]:
     return {(i, row[i], j, row[j]) for i, j in itertools.combinations(range(len(row)), 2)}
 
 
-def daily_and_slow(*axes: Sequence[Any]) -> list[Any]:
-    """The whole product as pytest's parameters; what :func:`covering` leaves out is marked slow."""
-    daily = set(covering(*axes))
-    return [pytest.param(*row, marks=() if row in daily else pytest.mark.slow) for row in itertools.product(*axes)]
+def daily_and_slow(*axes: Sequence[Any], turns: Sequence[Sequence[Any]] = ()) -> list[Any]:
+    """The product of some axes as pytest's parameters; what is not daily is marked slow.
+
+    Args:
+        *axes: whose whole product there is, and whose pairs are daily.
+        turns: more axes, whose values take turns: their pairs are daily, too, but they make the product no larger.
+    """
+    daily = covering(*axes, *turns)
+    known = {row[: len(axes)] for row in daily}
+    rest = [row for row in itertools.product(*axes) if row not in known]
+    slow = [(*row, *(axis[i % len(axis)] for axis in turns)) for i, row in enumerate(rest)]
+    return [*daily, *(pytest.param(*row, marks=pytest.mark.slow) for row in slow)]
+
+
+def slow_but(rows: Iterable[Any], daily: Collection[Any]) -> list[Any]:
+    """Rows, or values of one axis, as pytest's parameters; all that are not among the daily ones are marked slow."""
+    rows = list(rows)
+    assert set(daily) <= set(rows), f"no rows: {set(daily) - set(rows)}"
+    slow = {row: pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=pytest.mark.slow) for row in rows}
+    return [row if row in daily else slow[row] for row in rows]

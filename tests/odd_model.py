@@ -1,4 +1,4 @@
-"""A small language model whose matrices have every awkward shape: one row, below the rank, odd, stacked."""
+"""Small language models: one whose matrices have every awkward shape, and one of numbered layers for factors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HIDDEN, VOCABULARY, EXPERTS = 20, 61, 3
 
 
 class OddModel(nn.Module):
-    """Tokens in, next-token loss out; the trunk's names contain "mlp".
+    """One row, below the rank, odd, stacked. Tokens in, next-token loss out; the trunk's names contain "mlp".
 
     Args:
         frozen: one of the trunk's matrices is not trained.
@@ -45,9 +45,7 @@ class OddModel(nn.Module):
         x = x + self.mlp_wide(torch.tanh(self.mlp_tall(x)))
         x = x + self.mlp_narrow_back(torch.tanh(self.mlp_narrow(x)))
         x = x + self.mlp_experts_back(self.mlp_experts(x))
-        logits = self.lm_head(self.norm(x))
-        loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1))
-        return CausalLMOutput(loss=loss, logits=logits)
+        return next_token_loss(self.lm_head(self.norm(x)), labels)
 
 
 class Experts(nn.Module):
@@ -62,7 +60,52 @@ class Experts(nn.Module):
         return torch.tanh(torch.einsum("slh,ekh->slek", x, self.weight)).mean(2)
 
 
+class LayeredModel(nn.Module):
+    """Two numbered layers with a wide, a tall and a square matrix each: none too small for factors of rank 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(VOCABULARY, HIDDEN)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.lm_head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> CausalLMOutput:
+        x = self.embed_tokens(input_ids)  # (sequences, length, HIDDEN)
+        for layer in self.layers:
+            x = layer(x)
+        return next_token_loss(self.lm_head(self.norm(x)), labels)
+
+
+class Layer(nn.Module):
+    """A mixer of hidden units, and what makes each token see the one before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.attn_before = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.mlp_tall = nn.Linear(HIDDEN, 33)
+        self.mlp_wide = nn.Linear(33, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        y = y + torch.tanh(self.attn_before(y.roll(1, dims=1)))
+        return x + self.mlp_wide(torch.tanh(self.mlp_tall(y)))
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> CausalLMOutput:
+    """The cross entropy of each token from what comes before it."""
+    loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1))
+    return CausalLMOutput(loss=loss, logits=logits)
+
+
 def odd_model(**variant: bool) -> OddModel:
     """The same weights in every process."""
     torch.manual_seed(0)
     return OddModel(**variant)
+
+
+def layered_model() -> LayeredModel:
+    """The same weights in every process."""
+    torch.manual_seed(0)
+    return LayeredModel()

@@ -9,12 +9,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from megalr.checkpoint.exporting import DTYPE_NAMES, export
+from megalr.checkpoint.export.command import DTYPE_NAMES, export
 from megalr.checkpoint.inspecting import inspect
 from megalr.checkpoint.verifying import verify
 from megalr.errors import UserError
 from megalr.train.arguments import PlainParser
+from megalr.train.quiet import quieten
 
 DAMAGED_CODE, USER_ERROR_CODE = 1, 2
 DIR_HELP = "one checkpoint's folder, or the directory that megalr.save_checkpoint was given"
@@ -39,13 +41,14 @@ def main(argv: Sequence[str]) -> int:
             return 0 if verify(place) else DAMAGED_CODE
         else:
             _check_flags(arguments)
+            quieten(first=True)
             export(
                 place,
                 Path(arguments.out).expanduser().absolute(),
                 arguments.to,
                 dtype=arguments.dtype,
                 dense=arguments.dense,
-                tokenizer=arguments.tokenizer,
+                tokenizer=_tokenizer(arguments.tokenizer),
                 overwrite=arguments.overwrite,
             )
         return 0
@@ -61,6 +64,14 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         raise UserError("--dense is for `--to safetensors`: a Hugging Face model is dense, adapters are not")
     if arguments.tokenizer is not None and arguments.to == "safetensors":
         raise UserError("--tokenizer is for `--to hf` and `--to peft`, whose folders are read as models")
+
+
+def _tokenizer(name: str | None) -> Any:
+    if name is None:
+        return None
+    from megalr.data.tokenizer import load_tokenizer  # noqa: PLC0415  (transformers is slow to import)
+
+    return load_tokenizer(name)
 
 
 def _parser() -> argparse.ArgumentParser:

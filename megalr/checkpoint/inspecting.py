@@ -14,7 +14,7 @@ from megalr.checkpoint.folders import Listed, is_one, latest, listed
 from megalr.checkpoint.format import itemsize
 from megalr.checkpoint.manifest import MANIFEST, Manifest, missing_or_cut, read_manifest
 from megalr.errors import UserError
-from megalr.units import human_bytes
+from megalr.formatting import human_bytes
 
 LABEL = 22  # characters
 # What is kept under the first part of a key, in the order in which it is shown; others follow.

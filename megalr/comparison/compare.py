@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megalr.comparison.methods_report import write_report
+from megalr.comparison.figures import draw_figures
 from megalr.comparison.results import Results
 from megalr.comparison.runs import Recipe
+from megalr.comparison.table import markdown, rows_of
 from megalr.comparison.trainer import Trainer
 from megalr.errors import UserError
 from megalr.train.arguments import positive
@@ -100,7 +101,11 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
                 raise SystemExit(130) from None
     elif not output.is_dir():
         raise UserError(f"there is no folder {output} to report on")
-    print(f"\n{write_report(recipe, results.rows(), output)}", flush=True)
+    rows = rows_of(recipe, results.rows())
+    table = markdown(recipe, rows)
+    (output / "table.md").write_text(table + "\n", encoding="utf-8")
+    draw_figures(rows, output)
+    print(f"\n{table}", flush=True)
     if failed:
         raise SystemExit("\n".join(["\nerror: these runs failed, and the same command tries them again:", *failed]))
 

@@ -12,7 +12,7 @@ from typing import Any
 from megalr.comparison.runs import Run
 from megalr.errors import UserError
 from megalr.processes import Ended
-from megalr.train.report import read_history
+from megalr.train.loss_curve import read_history
 from megalr.train.run_folder import RunFolder
 from megalr.train.runner import USER_ERROR_CODE
 

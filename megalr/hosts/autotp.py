@@ -167,7 +167,7 @@ def check_neighbours(model: nn.Module, cuts: Mapping[str, Cut], factorized: Coll
     AutoTP cuts dense layers; who brings groups of their own cuts them, or has all of a block factorized.
 
     Args:
-        model: parametrized, not yet cut by :func:`~megalr.layers.tensor_parallel.layers.cut_layers`.
+        model: parametrized, not yet cut by :func:`~megalr.layers.tensor_parallel.cutting.cut_layers`.
         cuts, factorized: see :func:`planned_cuts`.
     """
     ours = [name for name in factorized if cuts.get(name) in ("rows", "columns")]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalr.errors import UserError
+from megalr.layers.tensor_parallel.split import Split
 from megalr.schema import check_targets, require
 
 # How a frozen weight of 16 bits takes what is added to it; see "merge_rounding" of the parametrizations that do.
@@ -90,6 +92,30 @@ class Parametrization(ABC):
 
     def connect(self, layers: Mapping[str, nn.Module]) -> None:  # noqa: B027  (most have nothing to share)
         """Let replaced layers, given by qualified name, know each other."""
+
+    def cut(self, layer: nn.Module, split: Split) -> None:
+        """Leave this tensor-parallel rank its part of a replaced layer, in place; without it there is no such part.
+
+        Called on all ranks with the same whole layer, before anything is partitioned. Parameters stay the same objects
+        (:meth:`Split.keep <megalr.layers.tensor_parallel.split.Split.keep>`), and what every rank still has whole gets
+        the same gradient on all of them. From then on the layer maps x to its part of y, or its part of x to y.
+
+        Args:
+            layer: of those that :meth:`replace` makes.
+            split: rows or columns of the weight, and between which ranks.
+
+        Raises:
+            NotImplementedError: such a layer cannot be cut.
+        """
+        raise NotImplementedError
+
+    def share_inputs(self, layers: Sequence[nn.Module], group: dist.ProcessGroup) -> None:  # noqa: B027
+        """Let layers that probably read the same x, such as q, k and v, send its gradient in one message.
+
+        Args:
+            layers: all of one parent that :meth:`cut` has split by rows.
+            group: the tensor-parallel ranks.
+        """
 
     @abstractmethod
     def weight(self, parts: Mapping[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The auto-encoder layer of CoLA, y = B σ(A x) with σ = SiLU (arXiv 2502.10940)."""
+"""CoLA: an auto-encoder in place of a weight, y = B σ(A x) with σ = SiLU, arXiv 2502.10940."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LORO's low-rank layer, W = B A as a point of the manifold of rank-r matrices (ICLR 2025, openreview i0zzO7Hslk)."""
+"""LORO: W = B A, moved along the manifold of matrices of rank r, ICLR 2025, openreview i0zzO7Hslk."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class LoroConfig(Parametrization):
     Floats of an m x n layer: (m + n) r trained, 2 (m + n) r of AdamW's moments.
 
     Attributes:
-        exact_every: K; 500 in the published runs, 200 at 1B.
-        lazy_lr_scale: None stands for r / min(m, n), as published for square matrices and LLaMA's.
+        exact_every: K, updates from one exact step to the next; 500 in the published runs, 200 at 1B.
+        lazy_lr_scale: factor on the learning rate of lazy updates; None stands for r / min(m, n), as published for
+            square matrices and LLaMA's.
         restart: of which parameters the moments become zero, and the learning rate warms up again: "all" as published,
             or the "factors".
         restart_warmup_steps: length of that warm-up, from 0.001 of the schedule's learning rate to all of it; below

@@ -1,18 +1,21 @@
-"""The low-rank linear layer, W = s * B @ A, and how its factors start."""
+"""Low-rank layers: W = s B A, trained from the start, arXiv 2505.22922."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 from megalr.errors import UserError
 from megalr.layers.base import FactorizedLinear, Parametrization
+from megalr.layers.tensor_parallel.messages import SharedLatents
+from megalr.layers.tensor_parallel.split import Split, become
 from megalr.schema import require
 from megalr.seeding import generator
 
@@ -75,6 +78,15 @@ class LowRankConfig(ScaledParametrization):
             kaiming_uniform_(new, seed, name)
         return new
 
+    def cut(self, layer: nn.Module, split: Split) -> None:
+        keep_factors(become(layer, split, LowRankLinear, ColumnParallelLowRank, RowParallelLowRank), split)
+
+    def share_inputs(self, layers: Sequence[nn.Module], group: dist.ProcessGroup) -> None:
+        alike = [layer for layer in layers if isinstance(layer, ColumnParallelLowRank)]
+        latents = SharedLatents(alike, group)
+        for layer in alike:
+            layer.latents = latents
+
     def weight(self, parts: Mapping[str, Tensor]) -> Tensor:
         return self.product(parts)
 
@@ -124,6 +136,47 @@ class LowRankLinear(FactorizedLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"scale={self.scale:g}, bias={self.bias is not None}"
         )
+
+
+class ColumnParallelLowRank(LowRankLinear):
+    """Rows of B and of the bias, all of A: x whole, y in parts. Backward, the latent's gradient is summed, r wide.
+
+    Attributes:
+        split: between which ranks.
+        width: of the whole output.
+        latents: of this layer and those that get the same x.
+    """
+
+    split: Split
+    width: int
+    latents: SharedLatents
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to x (..., in_features); this rank's part of the output, or all of it."""
+        latent = self.latents.of(self, x) * self.scale
+        return self.split.output(functional.linear(latent, self.B, self.bias), self.width)
+
+
+class RowParallelLowRank(LowRankLinear):
+    """Columns of A, all of B and of the bias: x in parts, y whole. Forward, the latent is summed, r wide.
+
+    Attributes:
+        split: between which ranks.
+    """
+
+    split: Split
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to this rank's part of x; (..., out_features)."""
+        latent = self.split.sum(functional.linear(x, self.A))
+        return functional.linear(latent * self.scale, self.B, self.bias)
+
+
+def keep_factors(layer: Any, split: Split) -> None:
+    """Leave this rank its part of a layer's B and bias, or of its A."""
+    layer.split, layer.width = split, layer.out_features
+    split.keep(layer, *(("B", "bias") if split.rows else ("A",)))
+    layer.out_features, layer.in_features = len(layer.B), layer.A.shape[1]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The projected linear layer, W = W0 + R Qᵀ: GaLore's training with everything that is trained r wide.
+"""Projected layers: GaLore as W = W0 + R Qᵀ, where all that is trained has rank r, arXiv 2403.03507.
 
 Between two refreshes GaLore (arXiv 2403.03507) is plain Adam on R in W = W0 + R Qᵀ, with Q fixed. As a layer, R is an
 ordinary parameter: its gradient, the reduction of it, its moments and its master are m x r, and any ZeRO stage cuts it
@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megalr.hosts.tensor_parallel import mark_replaced
 from megalr.layers.base import MergeRounding, Parametrization
+from megalr.layers.tensor_parallel.messages import SharedInput
+from megalr.layers.tensor_parallel.split import Split, become
 from megalr.rules.bases import Projector, Side, random_basis
 from megalr.schema import require
 from megalr.seeding import generator
@@ -127,6 +131,15 @@ class ProjectedConfig(Parametrization):
                 for layer in group:
                     layer.basis, layer.latents = first.basis, latents
 
+    def cut(self, layer: nn.Module, split: Split) -> None:
+        become(layer, split, ProjectedLinear, ColumnParallelProjected, RowParallelProjected).keep(split)
+
+    def share_inputs(self, layers: Sequence[nn.Module], group: dist.ProcessGroup) -> None:
+        alike = [layer for layer in layers if isinstance(layer, ColumnParallelProjected)]
+        inputs = SharedInput(len(alike), group)
+        for layer in alike:
+            layer.inputs = inputs
+
     def weight(self, parts: Mapping[str, Tensor]) -> Tensor:
         w, r, basis = (parts[key].to(torch.float32) for key in ("weight", "R", "basis"))
         right = self.side_of(w.shape) == "right"
@@ -229,6 +242,53 @@ class ProjectedLinear(nn.Module):
         if self.latents is None:
             return _latent(x, self.basis)
         return self.latents.of(x, self)
+
+
+class CutProjected(ProjectedLinear):
+    """A part of a layer.
+
+    Attributes:
+        split: between which ranks.
+        width: of the whole output.
+    """
+
+    split: Split
+    width: int
+
+    def keep(self, split: Split) -> None:
+        """Drop what other ranks have."""
+        self.split, self.width = split, self.out_features
+        mark_replaced(self)
+        split.keep(self, *(("weight", "bias") if split.rows else ("weight",)))
+        # Of R and the basis, the one on the side that is cut.
+        if split.rows == (self.side == "right"):
+            split.keep(self, "R")
+        else:
+            split.keep(self, "basis", dim=0)
+        self.out_features, self.in_features = self.weight.shape
+
+
+class ColumnParallelProjected(CutProjected):
+    """Rows of W0, of the bias, and of R, or with a basis of the output of that: x whole, y in parts.
+
+    Attributes:
+        inputs: of this layer and those that get the same x.
+    """
+
+    inputs: SharedInput
+
+    def _output(self, x: Tensor) -> Tensor:
+        r = self.R if self.side == "right" else self.split.sum_gradient(self.R)
+        return self.split.output(self._product(self.inputs.of(self, x), r, self.bias), self.width)
+
+
+class RowParallelProjected(CutProjected):
+    """Columns of W0 and of R, or with a basis of the input rows of that; all of the bias: x in parts, y whole."""
+
+    def _output(self, x: Tensor) -> Tensor:
+        r = self.R if self.side == "left" else self.split.sum_gradient(self.R)
+        y = self.split.sum(self._product(x, r, None))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class SharedLatent:

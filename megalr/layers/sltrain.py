@@ -1,4 +1,4 @@
-"""The sparse plus low-rank linear layer of SLTrain, W = s B A + S (arXiv 2406.02214).
+"""SLTrain: W = s B A + S with a sparse S, arXiv 2406.02214.
 
 S has trained values at a fixed random set of places, a share of 3 % of them, which lets W have full rank. Both passes
 form W, use it and let go of it: a product with a matrix of 3 % non-zeros is slower than one with the whole matrix on
@@ -10,23 +10,28 @@ exists at once. Saved for the backward pass is x alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megalr.errors import UserError
+from megalr.hosts.tensor_parallel import mark_cut, mark_indices
 from megalr.layers.low_rank import (
     LowRankLinear,
     ScaledParametrization,
+    keep_factors,
     normal_,
     root_mean_square,
     uniform_,
     variance_matched_,
 )
+from megalr.layers.tensor_parallel.messages import SharedInput
+from megalr.layers.tensor_parallel.split import Split, become
 from megalr.schema import require
 from megalr.seeding import seed_for
 
@@ -94,6 +99,15 @@ class SLTrainConfig(ScaledParametrization):
             uniform_(new.A, bound, seed, f"{name}.A")
             uniform_(new.values, bound, seed, f"{name}.values")
         return new
+
+    def cut(self, layer: nn.Module, split: Split) -> None:
+        become(layer, split, SLTrainLinear, ColumnParallelSLTrain, RowParallelSLTrain).keep(split)
+
+    def share_inputs(self, layers: Sequence[nn.Module], group: dist.ProcessGroup) -> None:
+        alike = [layer for layer in layers if isinstance(layer, ColumnParallelSLTrain)]
+        inputs = SharedInput(len(alike), group)
+        for layer in alike:
+            layer.inputs = inputs
 
     def weight(self, parts: Mapping[str, Tensor]) -> Tensor:
         product = self.product(parts)
@@ -209,6 +223,67 @@ class SLTrainLinear(LowRankLinear):
     def support_seed(self) -> int:
         """What the places are drawn with."""
         return _seed_in(self.support_key)
+
+
+class CutSLTrain(SLTrainLinear):
+    """A part of a layer, whose places are those of the whole layer that lie in it.
+
+    Attributes:
+        split: between which ranks.
+        width: of the whole output.
+        whole_shape, whole_count: of the weight, and of all values.
+        part: the dimension that is cut, the first row or column, and how many there are.
+    """
+
+    split: Split
+    width: int
+    whole_shape: tuple[int, int]
+    whole_count: int
+    part: tuple[int, int, int]
+
+    def keep(self, split: Split) -> None:
+        """Drop what other ranks have."""
+        self.whole_shape, self.whole_count = (self.out_features, self.in_features), self.values.numel()
+        dim = 0 if split.rows else 1
+        self.part = (dim, *split.part(self.whole_shape[dim]))
+        places, chosen = self.choose()
+        self.values.data = self.values.data[chosen.to(self.values.device)]
+        mark_cut(self.values, 0)
+        mark_indices(self.values, chosen)
+        self.support = places.to(self.support.device)
+        keep_factors(self, split)
+        self.draw_support()
+
+    def _places(self) -> Tensor:
+        return self.choose()[0]
+
+    def choose(self) -> tuple[Tensor, Tensor]:
+        """See :func:`part_of_support`."""
+        places = random_support(self.whole_shape, self.whole_count, self.support_seed)
+        return part_of_support(places, self.whole_shape[1], *self.part)
+
+
+class ColumnParallelSLTrain(CutSLTrain):
+    """Rows of B, of S and of the bias, all of A: x whole, y in parts.
+
+    Attributes:
+        inputs: of this layer and those that get the same x.
+    """
+
+    inputs: SharedInput
+
+    def _output(self, x: Tensor) -> Tensor:
+        a = self.split.sum_gradient(self.A)
+        return self.split.output(self._product(self.inputs.of(self, x), self.B, a, self.bias), self.width)
+
+
+class RowParallelSLTrain(CutSLTrain):
+    """Columns of A and of S, all of B and of the bias: x in parts, y whole."""
+
+    def _output(self, x: Tensor) -> Tensor:
+        b = self.split.sum_gradient(self.B)
+        y = self.split.sum(self._product(x, b, self.A, None))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class _SparsePlusLowRank(torch.autograd.Function):

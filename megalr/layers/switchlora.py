@@ -1,4 +1,4 @@
-"""SwitchLoRA's layer, W = W0 + s Σ b_i a_iᵀ, of which single vectors are switched for candidates (arXiv 2406.06564)."""
+"""SwitchLoRA: W = W0 + s Σ b_i a_iᵀ with single vectors switched for candidates, arXiv 2406.06564."""
 
 from __future__ import annotations
 

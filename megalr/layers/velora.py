@@ -1,4 +1,4 @@
-"""VeLoRA's compression of saved activations (arXiv 2405.17991): the input of a linear layer is saved as rank-1 parts.
+"""VeLoRA: compressed activations, the input of a linear layer saved as rank-1 parts, arXiv 2405.17991.
 
 x of n elements is cut into ``groups`` sub-tokens, and of each its length along one fixed unit vector v is saved, so
 ``groups`` numbers instead of n. The backward pass takes x̂, these lengths times v, for x in the weight's gradient dyᵀ x̂;

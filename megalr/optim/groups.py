@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
-from megalr.config.settings import GroupConfig, OptimizerConfig
+from megalr.config.sections import GroupConfig, OptimizerConfig
 from megalr.errors import UserError
 from megalr.hosts import logical_shape
-from megalr.layers import factor_names, matching, projected_layers
+from megalr.layers.replacement import factor_names, matching
+from megalr.roles import MATRICES, Role, roles
 from megalr.rules.base import Rule
 
 GroupName = Literal["factors", "projected", "matrices", "trunk", "embedding", "head", "norm"]
-MATRIX_DIMENSIONS = (2, 3)  # a parameter of three is a stack
+GROUPS: tuple[GroupName, ...] = get_args(GroupName)  # in the order in which the optimizer has them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,48 +60,20 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
         UserError: the rule would get nothing, or no head or embeddings where it is to have them, or a pattern of
             ``target_modules`` matches nothing.
     """
-    factors = set(factor_names(model))
-    projected = {id(layer.R) for layer in projected_layers(model).values()}
-    embedding, head = _embedding_parameters(model), _head_parameter(model)
-    members: dict[GroupName, dict[str, nn.Parameter]] = {
-        "factors": {},
-        "projected": {},
-        "matrices": {},
-        "trunk": {},
-        "embedding": {},
-        "head": {},
-        "norm": {},
-    }
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        group: GroupName = "trunk"
-        if name in factors:
-            group = "factors"
-        elif id(parameter) in projected:
-            group = "projected"
-        elif id(parameter) == head:
-            group = "head" if config.head or config.embeddings else "embedding"
-        elif id(parameter) in embedding:
-            group = "embedding"
-        elif len(logical_shape(parameter)) < MATRIX_DIMENSIONS[0]:
-            group = "norm"
-        members[group][name] = parameter
+    found, parameters = roles(model), dict(model.named_parameters())
+    members: dict[GroupName, dict[str, nn.Parameter]] = {name: {} for name in GROUPS}
+    for name, role in found.items():
+        members[_group_of(role, config)][name] = parameters[name]
     main = Settings(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
     rest = main
     if config.rule is not None:
-        chosen = _matrices(model, members["trunk"], config.target_modules, needed=not factors)
-        chosen = {name for name in chosen if 0 not in logical_shape(members["trunk"][name])}  # nothing to update
+        chosen = _matrices(found, config.target_modules, needed=next(factor_names(model), None) is None)
+        chosen = {name for name in chosen if 0 not in logical_shape(parameters[name])}  # nothing to update
         members["matrices"] = {n: p for n, p in members["trunk"].items() if n in chosen}
         members["trunk"] = {n: p for n, p in members["trunk"].items() if n not in chosen}
         rest = _override(main, config.adamw)
         _check_rank(config.rule, members["matrices"])
-        vectors = [n for n, p in members["factors"].items() if len(logical_shape(p)) < MATRIX_DIMENSIONS[0]]
-        if vectors and not config.rule.takes_vectors:
-            raise UserError(
-                f"{config.rule.name} updates matrices, and {vectors[0]} is a vector: write AdamW, or in a rule of your "
-                "own that can update a matrix with one row `takes_vectors = True`"
-            )
+        _check_vectors(config.rule, members["factors"])
     settings: dict[GroupName, Settings] = {
         "factors": main,
         "projected": main,
@@ -110,17 +83,31 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
         "head": _override(main if config.head else rest, config.embedding),
         "norm": _override(replace(rest, weight_decay=0.0), config.norm),
     }
-    trained = {id(p) for group in members.values() for p in group.values()}
-    rules = _rules(config, head=head in trained, embeddings=not trained.isdisjoint(embedding))
+    rules = _rules(config, set(found.values()))
     return [ParameterGroup(name, chosen, settings[name], rules.get(name)) for name, chosen in members.items() if chosen]
 
 
-def _rules(config: OptimizerConfig, *, head: bool, embeddings: bool) -> dict[GroupName, Rule]:
-    """The rule of each group that AdamW does not update; what the model trains of the two ends is said."""
+def _group_of(role: Role, config: OptimizerConfig) -> GroupName:
+    """The group of a parameter, as long as no rule has taken it out of the trunk."""
+    match role:
+        case "factor":
+            return "factors"
+        case "head" | "tied":
+            return "head" if config.head or config.embeddings else "embedding"
+        case "projected" | "embedding":
+            return role
+        case "vector":
+            return "norm"
+        case _:
+            return "trunk"
+
+
+def _rules(config: OptimizerConfig, trained: set[Role]) -> dict[GroupName, Rule]:
+    """The rule of each group that AdamW does not update; refuse a head or embeddings that the model does not train."""
     if config.rule is None:
         return {}
-    for key, found in (("head", head), ("embeddings", embeddings)):
-        if getattr(config, key) and not found:
+    for key, found in (("head", {"head", "tied"}), ("embeddings", {"embedding", "tied"})):
+        if getattr(config, key) and trained.isdisjoint(found):
             raise UserError(f'the model trains no {key}: remove "{key}" from optimizer.params')
     rules: dict[GroupName, Rule] = {"matrices": config.rule, "factors": config.rule}
     if config.head:
@@ -130,16 +117,12 @@ def _rules(config: OptimizerConfig, *, head: bool, embeddings: bool) -> dict[Gro
     return rules
 
 
-def _matrices(
-    model: nn.Module, trunk: dict[str, nn.Parameter], target_modules: tuple[str, ...] | str | None, *, needed: bool
-) -> set[str]:
+def _matrices(found: dict[str, Role], target_modules: tuple[str, ...] | str | None, *, needed: bool) -> set[str]:
     """Names of the dense parameters that the rule gets; none is an error if any is needed."""
     where = "optimizer.params.target_modules"
     if target_modules is not None:
-        candidates = [n for n, p in trunk.items() if len(logical_shape(p)) in MATRIX_DIMENSIONS]
-        return matching(candidates, target_modules, where, "matrix")
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    chosen = {name for name, parameter in trunk.items() if id(parameter) in linear}
+        return matching([name for name, role in found.items() if role in MATRICES], target_modules, where, "matrix")
+    chosen = {name for name, role in found.items() if role == "linear"}
     if needed and not chosen:
         raise UserError(f'the model has no linear layer for the rule to train; name its matrices in "{where}"')
     return chosen
@@ -156,18 +139,14 @@ def _check_rank(rule: Rule, matrices: dict[str, nn.Parameter]) -> None:
         )
 
 
-def _embedding_parameters(model: nn.Module) -> set[int]:
-    return {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-
-
-def _head_parameter(model: nn.Module) -> int | None:
-    # Hugging Face models name their head; elsewhere the customary name is the only sign.
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    if head is None:
-        head = next((m for n, m in model.named_modules() if n.rpartition(".")[2] == "lm_head"), None)
-    weight = getattr(head, "weight", None)
-    return id(weight) if isinstance(weight, nn.Parameter) else None
+def _check_vectors(rule: Rule, factors: dict[str, nn.Parameter]) -> None:
+    """Refuse a vector among the factors that a rule for matrices is to train."""
+    vector = next((name for name, p in factors.items() if len(logical_shape(p)) < 2), None)
+    if vector is not None and not rule.takes_vectors:
+        raise UserError(
+            f"{rule.name} updates matrices, and {vector} is a vector: write AdamW, or in a rule of your own that can "
+            "update a matrix with one row `takes_vectors = True`"
+        )
 
 
 def _override(settings: Settings, group: GroupConfig) -> Settings:

@@ -27,8 +27,8 @@ class AdaRankGrad(GaLore):
     hold that at its start, so releasing it later would lower no peak; what falls is the rank of the updates.
 
     Attributes:
-        rank: the largest.
-        energy: η.
+        rank: the largest that a basis may have.
+        energy: η, the share of ‖G‖² that a basis keeps.
     """
 
     type_name: ClassVar[str] = "AdaRankGrad"

@@ -26,7 +26,7 @@ class Apollo(ProjectedRule):
     left projection, its rows for a right one. Source: arXiv 2412.05270, algorithm 1.
 
     Attributes:
-        scale: α.
+        scale: α, whose root is a factor on the update.
         scale_type: "channel" for one factor a row or column, "tensor" for one a matrix.
     """
 

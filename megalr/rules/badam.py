@@ -36,7 +36,7 @@ class BAdam(Rule):
 
     Attributes:
         betas, eps: Adam's.
-        switch_interval: K.
+        switch_interval: K, updates in which one block is active.
         block_order: "random" draws an order for each round of all blocks; "ascending" and "descending" are the model's.
         blocks: substrings of names, each of which stands for a block, the first that fits counting; what none of them
             fits is one more block.

@@ -24,10 +24,11 @@ class CAME(Rule):
     bias. State: M of m x n; of V and S the means of rows and columns only, which are averaged themselves: 2 (m + n).
 
     Attributes:
-        betas: β1, β2.
-        beta3: β3.
-        eps1, eps2: ε1, ε2.
-        clip_threshold: d.
+        betas: β1 of the momentum, β2 of the squared gradients.
+        beta3: β3, of the instability.
+        eps1: ε1, added to squared gradients.
+        eps2: ε2, added to squared residuals.
+        clip_threshold: d, the largest root mean square of U.
     """
 
     type_name: ClassVar[str] = "CAME"

@@ -22,7 +22,7 @@ class GaLore(ProjectedRule):
     before its bias correction; weight decay acts on W as it was before the update.
 
     Attributes:
-        scale: α.
+        scale: α, the factor on the update.
     """
 
     type_name: ClassVar[str] = "GaLoreAdamW"

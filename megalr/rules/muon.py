@@ -22,10 +22,10 @@ class Muon(Rule):
     Source: Keller Jordan's post; names and defaults as in ``torch.optim.Muon``.
 
     Attributes:
-        momentum: μ.
-        nesterov: False takes NS(M).
+        momentum: μ, of the momentum M.
+        nesterov: take NS((1-μ) G + μ M); false takes NS(M).
         ns_coefficients: a, b, c of X <- a X + (b X Xᵀ + c (X Xᵀ)²) X.
-        ns_steps: iterations.
+        ns_steps: Newton-Schulz iterations.
         ns_dtype: what the iteration computes in; bfloat16 is what the original does, and fast on a GPU.
         adjust_lr_fn: "original" takes c = √max(1, m/n); "match_rms_adamw" c = 0.2 √max(m, n), which gives updates of
             AdamW's size, so that AdamW's learning rate serves (arXiv 2502.16982).

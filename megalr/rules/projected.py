@@ -24,10 +24,10 @@ class ProjectedRule(Rule):
     A matrix that is smaller than the rank in some direction is projected to as much rank as it has.
 
     Attributes:
-        rank: r.
+        rank: r, the rank of the projection.
         update_proj_gap: updates between two refreshes of a matrix's basis.
-        proj_type: which side. "std" projects the shorter one (the right one of a square matrix), "reverse_std" the
-            longer; it is chosen from the matrix's shape alone.
+        proj_type: the side that is projected. "std" projects the shorter one (the right one of a square matrix),
+            "reverse_std" the longer; it is chosen from the matrix's shape alone.
         projector: how the basis is computed; see :func:`megalr.rules.bases.leading_basis`.
         moments: what the moments become when the basis changes. "keep" leaves them, as the original does; "reset"
             zeroes them and their count; "transport" rotates them into the new basis.

@@ -34,8 +34,10 @@ class QGaLore(ProjectedRule):
     by which the two agree, where the code takes the accident of a decomposition's sign.
 
     Attributes:
-        scale: α.
-        cos_threshold, queue_size, gamma_proj: as above.
+        scale: α, the factor on the update.
+        cos_threshold: mean cosine from which on the gap grows.
+        queue_size: how many cosines that is the mean of.
+        gamma_proj: the factor by which the gap grows.
         min_8bit_size: elements from which on a moment is quantized.
     """
 

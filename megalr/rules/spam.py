@@ -36,10 +36,10 @@ class SPAM(Rule):
 
     Attributes:
         betas, eps: Adam's.
-        threshold: θ; 0 clips nothing.
+        threshold: θ: entries with g² > θ v are clipped; 0 clips nothing.
         reset_interval: updates between two momentum resets (ΔT); 0 for none.
-        warmup_steps: length of the ramp after one.
-        density: d.
+        warmup_steps: updates of the ramp after a reset.
+        density: d, the share of the entries that has moments.
         published: do as the published code does.
     """
 

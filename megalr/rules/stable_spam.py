@@ -36,12 +36,14 @@ class StableSPAM(Rule):
     cosine stays at η once it is there. In the code γ1 is multiplied by s_t, too.
 
     Attributes:
-        betas, eps: Adam's; ε is AdaGN's as well.
-        gamma1, gamma2: γ1, γ2.
-        theta: θ.
+        betas: Adam's.
+        eps: Adam's, and AdaGN's.
+        gamma1: γ1, of the average norm of gradients.
+        gamma2: γ2, of the average of their squared norms.
+        theta: θ, of the average largest entry.
         reset_interval: updates between two momentum resets; 0 for none. (The code calls it ``update_proj_gap``.)
         total_steps: length of the cosine, which should be the run's; None leaves β1 as it is.
-        eta_min: η.
+        eta_min: η, the share of β1 at the end of the cosine.
         published: do as the published code does.
     """
 

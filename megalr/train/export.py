@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megalr.checkpoint.export.folder import check_output, output_folder
+from megalr.checkpoint.export.huggingface import write_model
 from megalr.config.settings import ParametrizationConfig
 from megalr.errors import UserError
 from megalr.hosts.tensor_parallel import joined
@@ -17,7 +19,7 @@ from megalr.train.models import empty_model
 from megalr.train.ranks import Ranks
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 # Largest logit difference, relative to the largest logit, that rounding of weights and activations explains.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -27,18 +29,13 @@ def check_export_folder(name: str, *, may_replace: bool) -> Path:
     """The folder to export to, before a run starts.
 
     Raises:
-        UserError: it is a file, or holds something that is not to be replaced.
+        UserError: it is a file, holds something that is not to be replaced, or cannot be written.
     """
     path = Path(name).expanduser()
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--export {path} is a file: name a folder")
+    check_output(path, may_replace=may_replace, flag="--export")
     existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     if not _is_writable(existing):
         raise UserError(f"--export {path}: nothing can be written in {existing}; name another folder")
-    if path.is_dir() and any(path.iterdir()) and not (may_replace and (path / "config.json").is_file()):
-        raise UserError(
-            f"--export {path} is not empty: name another folder, or add --overwrite to replace a model there"
-        )
     return path
 
 
@@ -79,7 +76,7 @@ def export_dense(
     Raises:
         UserError: the difference is larger than rounding explains.
     """
-    from megalr.api import consolidated_state_dict  # noqa: PLC0415  (training/ is imported without DeepSpeed)
+    from megalr.api import consolidated_state_dict  # noqa: PLC0415  (train/ is imported without DeepSpeed)
 
     training = engine.training
     engine.eval()
@@ -91,42 +88,14 @@ def export_dense(
 
     def write_and_compare() -> float:
         assert state is not None
-        write_dense(densify(state, parametrization), engine.module.config, tokenizer, folder, dtype)
+        config = engine.module.config
+        model = empty_model(type(config).from_dict({**config.to_dict(), "use_cache": True}))
+        with output_folder(folder) as part:
+            write_model(model, densify(state, parametrization), part, dtype)
+            tokenizer.save_pretrained(part)
         return _largest_difference(folder, input_ids, expected, dtype, ranks.device)
 
     return ranks.from_first(write_and_compare)
-
-
-def write_dense(
-    state: dict[str, Tensor],
-    config: LlamaConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    dtype: torch.dtype,
-) -> None:
-    """``save_pretrained`` of a dense state dict (fp32, cast once) and its tokenizer."""
-    config = type(config).from_dict({**config.to_dict(), "use_cache": True})
-    save_filled(empty_model(config), state, folder, dtype)
-    tokenizer.save_pretrained(folder)
-
-
-def save_filled(model: Any, state: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
-    """``save_pretrained`` of a model on the meta device, filled with weights that are cast.
-
-    Args:
-        model: of transformers; modified.
-        state: its weights; of tied ones at least one.
-        folder: where to write.
-        dtype: of the written weights.
-
-    Raises:
-        UserError: weights are missing or too many.
-    """
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    if unexpected or (missing and not getattr(model.config, "tie_word_embeddings", False)):
-        raise UserError(f"cannot export: weights missing {missing}, weights too many {unexpected}")
-    model.to(dtype).save_pretrained(folder)
 
 
 def _largest_difference(

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from megalr.checkpoint.export.weights import Weights
 from megalr.checkpoint.folders import newest_whole
 from megalr.checkpoint.manifest import Manifest, read_manifest
-from megalr.checkpoint.weights import Weights
 from megalr.data import DataConfig, load_data, load_tokenizer
 from megalr.errors import UserError
 from megalr.train.arguments import PlainParser, add_text, positive

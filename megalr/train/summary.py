@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megalr.formatting import human_bytes, summary_table
 from megalr.memory.formulas import expected_bytes, measured_bytes
+from megalr.memory.peak import peak_memory_bytes
 from megalr.train.console import Screen
 from megalr.train.evaluation import Evaluation
 from megalr.train.loop import Loop
+from megalr.train.loss_curve import plot_losses
 from megalr.train.preparation import Plan
 from megalr.train.ranks import Ranks
-from megalr.train.report import peak_memory_bytes, plot_losses, summary_table
 from megalr.train.run_folder import write_json
-from megalr.units import human_bytes
 
 
 @dataclass(frozen=True)

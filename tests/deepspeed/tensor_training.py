@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 import megalr
 from megalr.hosts.tensor_parallel import indices_in_whole, tensor_parallel_cuts
 from megalr.layers.tensor_parallel import messages as sending
-from megalr.layers.tensor_parallel.layers import cut_layers
+from megalr.layers.tensor_parallel.cutting import cut_layers
 from tests.deepspeed import rule_training
 from tests.deepspeed.rule_training import SEQUENCES
 from tests.deepspeed.training import MEGALR, VOCABULARY, configuration, finish, lost_by_resuming, run_steps
@@ -176,14 +176,14 @@ def siblings(kind: str) -> list[float]:
     """Relative errors of two passes' outputs and gradients, on each rank, where siblings get different inputs."""
     torch.manual_seed(0)
     whole = torch.nn.ModuleDict({"attn": Attention()})
-    megalr.parametrize(
-        whole, {"megalr": {"parametrization": {**SECTIONS[kind]["parametrization"], "target_modules": ["attn"]}}}
-    )
+    content = {"megalr": {"parametrization": {**SECTIONS[kind]["parametrization"], "target_modules": ["attn"]}}}
+    megalr.parametrize(whole, content)
     for name, parameter in whole.named_parameters():
         if name.endswith("R"):  # which starts at zero
             torch.nn.init.normal_(parameter)
     cut, group = copy.deepcopy(whole), dist.group.WORLD
-    cut_layers(cut, {f"attn.{name}_proj": "rows" for name in "qkv"}, group)
+    config = megalr.MegalrConfig.from_json(content).parametrization
+    cut_layers(cut, config, {f"attn.{name}_proj": "rows" for name in "qkv"}, group)
     x, y = (torch.randn(5, 8, requires_grad=True) for _ in range(2))
     rank, width = dist.get_rank(), 6 // dist.get_world_size()
     errors = []

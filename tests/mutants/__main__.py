@@ -46,7 +46,7 @@ IGNORED = ("*.pyc", "__pycache__", ".git", ".venv", ".venv-cuda", "runs", "build
 PYTEST = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", re.MULTILINE)
 NOTHING_SELECTED = (4, 5)  # pytest's exit codes: no such file, no such test
-LIMIT = {"first": 300.0, "daily": 1500.0}  # seconds; a fault that makes ranks wait for each other has been noticed
+LIMIT = {"first": 600.0, "daily": 3000.0}  # seconds; a fault that makes ranks wait for each other has been noticed
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ def run(mutant: Mutant, steps: tuple[str, ...], copy: Path, logs: Path | None) -
                 printed += f"\nnothing selected by {selection}\n"
             elif code:
                 found = FAILED.search(text)
-                name = f"{found[1]} ({step})" if found else f"pytest ended with {code} ({step})"
-                name = f"a run that hangs ({step})" if code == -signal.SIGKILL else name
+                ended = "a run that hangs" if code == -signal.SIGKILL else f"pytest ended with {code}"
+                name = f"{found[1] if found else ended} ({step})"
                 why = (found[2] or "") if found else ""
                 break
     finally:

@@ -13,7 +13,6 @@ SWITCHES = "megalr/optim/events/switchlora.py"
 GUARD = "megalr/guards/guard.py"
 LOSSES = "megalr/guards/losses.py"
 EXCHANGE = "megalr/layout/exchange.py"
-READING = "megalr/hosts/reading.py"
 TENSOR_PARALLEL = "megalr/hosts/tensor_parallel.py"
 LAYERS = "megalr/layers/tensor_parallel/layers.py"
 MESSAGES = "megalr/layers/tensor_parallel/messages.py"
@@ -184,7 +183,7 @@ RUNS = [
         (
             "gradients of copies are marked as cut: their norm is counted on every rank",
             TENSOR_PARALLEL,
-            'if parameter.grad is not None and getattr(parameter, "tensor_model_parallel", False):',
+            "if parameter.grad is not None and is_marked(parameter):",
             "if parameter.grad is not None:",
             NORM,
         ),
@@ -282,9 +281,9 @@ RUNS = [
         ),
         (
             "fp32 parameters at stage 0 are not looked at",
-            READING,
-            "unseen = None if separate else list",
-            "unseen = None",
+            "megalr/hosts/plain.py",
+            "unseen_gradients=list",
+            "unseen_gradients=None",
             POISON,
         ),
         (

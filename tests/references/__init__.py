@@ -28,6 +28,8 @@ def _found() -> dict[str, type[Reference]]:
 
 
 REFERENCES = _found()
+# The rules with options of their own, and the titles of these.
+OPTIONS = [(name, title) for name, cls in REFERENCES.items() for title in vars(cls).get("options", {})]
 
 
 def reference_for(

@@ -16,6 +16,7 @@ class Apollo(Projected):
     """
 
     type_name = "APOLLO"
+    options = {"right": {"proj_type": "right"}}
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ class Reference(ABC):
         type_name: what the JSON's "optimizer": {"type": ...} calls the rule; empty for what is no rule of its own.
         trained_with: the JSON's "optimizer.params" in tests that train the odd model: each basis is refreshed, and
             everything else that the rule does now and then is done, at least twice in twelve updates.
+        options: by title, parameters beside those that make another method; a derived rule has its own.
         short: hyper-parameters with which the same happens in 25 updates of one matrix.
         on_factors: settings for low-rank factors, of a rule that may train them. In twenty updates the rule does once
             what it does now and then, apart from the optimizer's own resets after 7, 9, 14 and 18.
@@ -39,6 +40,7 @@ class Reference(ABC):
 
     type_name: ClassVar[str] = ""
     trained_with: ClassVar[Mapping[str, Any]] = MATRICES
+    options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     short: ClassVar[Mapping[str, Any]] = {}
     on_factors: ClassVar[Mapping[str, Any] | None] = None
     tensor_parallel_bound: ClassVar[float] = 1e-4

@@ -12,6 +12,7 @@ class Fira(GaLore):
     """update = α P N + S, with S = φ (G - α P R), φ_j = ‖N_:,j‖ / ‖R_:,j‖, and ‖S‖ growing by at most 1 % a step."""
 
     type_name = "FiraAdamW"
+    options = {"left": {"proj_type": "left"}, "moments transported": {"moments": "transport"}}
 
     def __init__(self, shape: tuple[int, int], **options) -> None:
         super().__init__(shape, **options)

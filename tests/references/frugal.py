@@ -16,6 +16,7 @@ class FRUGAL(Reference):
 
     type_name = "FRUGAL"
     trained_with = {**MATRICES, "update_proj_gap": 5, "lr": 3e-3}
+    options = {"a basis and the signs of the rest": {"projector": "svd", "density": 0.4}}
     short = {"update_proj_gap": 6}
     dtypes = frozenset({torch.float32, torch.int32})
 

@@ -12,6 +12,13 @@ class GaLore(Projected):
     """R = Pᵀ G, N = Adam(R), update = α P N; with proj_type "full" R = Pᵀ G Q and update = α P N Qᵀ."""
 
     type_name = "GaLoreAdamW"
+    options = {
+        "reverse_std": {"proj_type": "reverse_std"},
+        "full": {"proj_type": "full"},
+        "moments reset": {"moments": "reset"},
+        "random bases": {"projector": "random"},
+        "no stagger": {"stagger": False},
+    }
 
     def __init__(
         self,

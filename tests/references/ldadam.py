@@ -12,6 +12,7 @@ class LDAdam(Projected):
 
     type_name = "LDAdamW"
     trained_with = {**MATRICES, "rank": 5, "lr": 3e-3}
+    options = {"no error feedback": {"error_feedback": False}}
     short = {"rank": 4}
 
     @staticmethod

@@ -14,6 +14,7 @@ class Muon(Reference):
     """M = μ M + (1-μ) G, update = c NewtonSchulz((1-μ) G + μ M), or c NewtonSchulz(M) without Nesterov."""
 
     type_name = "Muon"
+    options = {"at AdamW's rate": {"adjust_lr_fn": "match_rms_adamw", "nesterov": False}}
     on_factors = {}
 
     @staticmethod

@@ -16,6 +16,7 @@ class SPAM(Reference):
 
     type_name = "SPAM"
     trained_with = {**MATRICES, "lr": 3e-3, "reset_interval": 5, "warmup_steps": 3, "threshold": 4.0}
+    options = {"sparse moments": {"density": 0.3}}
     short = {"reset_interval": 7, "warmup_steps": 5}
     on_factors = {"reset_interval": 12, "warmup_steps": 4, "eps": 1e-8}
 

@@ -15,6 +15,7 @@ class StableSPAM(Reference):
 
     type_name = "StableSPAM"
     trained_with = {**MATRICES, "lr": 3e-3, "reset_interval": 5, "total_steps": 9}
+    options = {"published": {"published": True}}
     short = {"reset_interval": 7, "total_steps": 15}
     on_factors = {"reset_interval": 12, "total_steps": 15}
 

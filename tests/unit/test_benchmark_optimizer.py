@@ -13,7 +13,6 @@ from benchmarks import optimizer, traffic
 from benchmarks.accounting import SentBytes, sent_bytes
 from benchmarks.contenders import BLOCKS, CONTENDERS
 from benchmarks.timing import Summary, take_turns
-from megalr.markdown import table
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
 MATRICES = 4 * 64 * 64 + 3 * 64 * 172  # elements of one layer's, in the model whose bytes are counted
@@ -82,11 +81,6 @@ def test_dear_products_are_pointed_out():
     assert "50.0 ms: 25% of megalr GaLoreAdamW, svd, 0.50 times torch AdamW, 2.50 times torch AdamW, fused" in sentence
     assert sentence.endswith("more than 2 times torch AdamW, fused before anything else is computed.")
     assert "more than" not in optimizer.share_of_products({**summaries, "adamw-fused": took(0.03)})
-
-
-def test_short_rows_of_a_table_are_filled():
-    lines = table(("name", "a", "b"), [["x", "1", "2"], ["y", "missing"]]).splitlines()
-    assert lines == ["| name | a | b |", "| --- | ---: | ---: |", "| x | 1 | 2 |", "| y | missing |  |"]
 
 
 @pytest.mark.parametrize(

@@ -51,12 +51,12 @@ def shape_file(tmp_path):
 
 def test_what_full_rank_sends():
     sent = mean_sent(groups_of(config(), "adamw", RANK), 4, GAP)
-    assert sent.reduced == 2 * 3 / 4 * (4 * (MATRICES + REST) + 16)
+    assert sent.reduced == 2 * 3 / 4 * (4 * (MATRICES + REST) + 40)
     # Of each of the groups - matrices, embedding with head, norms - a rank has a quarter, and sends it to three others.
     assert sent.gathered == 3 * 4 * (MATRICES / 4 + 2 * VOCABULARY * HIDDEN / 4 + 28)
     assert sent.moved == sent.refreshes == 0
     alone = mean_sent(groups_of(config(), "adamw", RANK, matrices_alone=True), 4, GAP)
-    assert alone.total == 3 * 4 * (MATRICES / 2 + MATRICES / 4) + 24
+    assert alone.total == 3 * 4 * (MATRICES / 2 + MATRICES / 4) + 60
 
 
 @pytest.mark.parametrize(("method", "bases", "count"), [("input", BASES, 7 * LAYERS), ("shared", SHARED_BASES, 12)])
@@ -64,7 +64,7 @@ def test_what_projected_layers_send(method, bases, count):
     groups = groups_of(config(), method, RANK, matrices_alone=True)
     assert len(groups.bases) == count
     sent = mean_sent(groups, 4, GAP)
-    assert sent.reduced == 2 * 3 / 4 * (4 * R + 16)
+    assert sent.reduced == 2 * 3 / 4 * (4 * R + 40)
     assert sent.gathered == 3 * R
     refreshed = 2 * 3 / 4 * 4 * (3 * R + bases + 4 * count) + 3 / 4 * 4 * bases
     assert sent.refreshes == pytest.approx(refreshed / GAP)

@@ -13,7 +13,7 @@ from megalr.errors import UserError
 from megalr.layers import densify, factor_names, factor_pairs, parametrize
 from megalr.layers.cola import ColaConfig
 from megalr.layers.mora import MoraConfig
-from tests.plain_factors import Mora
+from tests.references.parametrizations.mora import Mora
 
 TARGETS = {"target_modules": ("attn",)}
 

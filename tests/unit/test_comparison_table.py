@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megalr.comparison.methods_report import method_memory
 from megalr.comparison.results import Results, best_run
 from megalr.comparison.runs import Recipe
+from megalr.comparison.table import memory_of
 from megalr.errors import UserError
 from tests.unit.comparison_recipes import compare, content, method, starts
 
@@ -29,13 +29,13 @@ def test_the_papers_recipes_have_the_papers_memory(size, column):
     recipe = Recipe(ROOT / "launchers" / "recipes" / f"paper_{size}.yaml", ROOT / "launchers" / "models")
     methods = {method.name: method for method in recipe.methods}
     for name, expected in PAPERS.items():
-        found = method_memory(recipe.grid(methods[name])[0], recipe).papers / 1e9
+        found = memory_of(recipe.grid(methods[name])[0], recipe).papers / 1e9
         assert found == pytest.approx(expected[column], abs=1.1e-3), name
 
 
 def test_a_remainder_is_memory():
     recipe = Recipe(ROOT / "launchers" / "recipes" / "merge_rounding.yaml", ROOT / "launchers" / "models")
-    nearest, stochastic, remainder = (method_memory(recipe.grid(m)[0], recipe).deepspeed for m in recipe.methods)
+    nearest, stochastic, remainder = (memory_of(recipe.grid(m)[0], recipe).largest for m in recipe.methods)
     elements = 4 * (4 * 128 * 128 + 3 * 128 * 352)  # of all W0
     assert stochastic == nearest and remainder == nearest + 2 * elements
 
@@ -92,13 +92,13 @@ def test_the_best_rate(write, launchers):
 def test_memory_follows_from_the_formulas(write, launchers):
     given = content()["methods"] | {"galore": method(type="GaLoreAdamW", params={"rank": 4})}
     recipe = Recipe(write(methods=given), launchers / "models")
-    dense, projected, galore = (method_memory(recipe.grid(m)[0], recipe) for m in recipe.methods)
+    dense, projected, galore = (memory_of(recipe.grid(m)[0], recipe) for m in recipe.methods)
     assert dense.papers == 6 * dense.trained == 6 * galore.trained
-    assert dense.deepspeed == 20 * dense.trained  # weights, gradients, masters, two moments
+    assert dense.largest == 20 * dense.trained  # weights, gradients, masters, two moments
     assert projected.trained < dense.trained
     assert projected.papers < dense.papers
     assert galore.papers < dense.papers
-    assert math.isclose(galore.deepspeed - dense.deepspeed, 2 * (galore.papers - dense.papers), rel_tol=1e-9)
+    assert math.isclose(galore.largest - dense.largest, 2 * (galore.papers - dense.papers), rel_tol=1e-9)
 
 
 def test_memory_of_several_processes_is_that_of_the_one_with_the_most(write, launchers):
@@ -110,15 +110,16 @@ def test_memory_of_several_processes_is_that_of_the_one_with_the_most(write, lau
     def memory(stage, processes):
         path = write(methods=given, base={**base, "zero_optimization": {"stage": stage}}, batch_size=4)
         recipe = Recipe(path, launchers / "models", world_size=processes)
-        return [method_memory(recipe.grid(m)[0], recipe) for m in recipe.methods]
+        return [memory_of(recipe.grid(m)[0], recipe) for m in recipe.methods]
 
-    assert memory(0, 4) == memory(0, 1)  # everybody has everything
+    whole = memory(0, 1)[0].ranks  # everybody has everything
+    assert memory(0, 4)[0].ranks == 4 * whole
     (dense, galore), (shared, owned) = memory(1, 1), memory(1, 4)
     assert shared.papers == dense.papers
     evenly = 8 * dense.trained + 12 * dense.trained / 4  # weights and gradients are whole
-    assert evenly <= shared.deepspeed <= evenly + 1000
+    assert evenly <= shared.largest <= evenly + 1000
     # A rule's state is with the matrices' owners, of whom one has more than its share.
-    assert (galore.deepspeed - dense.deepspeed) / 4 < owned.deepspeed - shared.deepspeed < 0
+    assert (galore.largest - dense.largest) / 4 < owned.largest - shared.largest < 0
     path = write(methods=given, base=base, batch_size=4)
     compare(path, launchers, "--processes", "4")
     table = (path.parent / "out put" / "table.md").read_text()

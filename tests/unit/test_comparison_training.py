@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megalr.comparison.methods_report import COLUMNS, method_memory
 from megalr.comparison.results import Results
 from megalr.comparison.runs import Recipe
+from megalr.comparison.table import COLUMNS, memory_of
 from megalr.errors import UserError
 from megalr.processes import python_path
 from tests.unit.comparison_recipes import compare, content, method, running, starts
@@ -215,7 +215,7 @@ def test_every_method_of_the_smoke_recipe_trains(launchers, tmp_path):
         assert row["reason"] == "finished"
         assert row["test_perplexity"] != row["perplexity"]
         assert row["perplexity"] < 2500  # an untrained model has 4,100 or more
-        assert sum(row["bytes_per_rank"].values()) == method_memory(one, recipe).deepspeed
+        assert sum(row["bytes_per_rank"].values()) == memory_of(one, recipe).largest
     assert len({row["perplexity"] for row in rows.values()}) == len(recipe.methods)
 
 

@@ -17,7 +17,7 @@ from tests.structure import HOSTS, Module, attributes, imported, sources, tables
 # package; "megalr" is the package itself, which offers what is in the lines above.
 ORDER = (
     "errors version",
-    "schema seeding disk plugins discovery markdown units processes",
+    "schema seeding disk plugins discovery formatting processes",
     "ops layout",
     "rules",
     "hosts",
@@ -30,7 +30,7 @@ ORDER = (
     "megalr",
     "data",
     "train",
-    "comparison report",
+    "comparison methods report",
 )
 PROGRAM = "__main__.py"  # nobody imports it, and it may import everything
 NOT_INSTALLED = ("benchmarks", "launchers", "tests")

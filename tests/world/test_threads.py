@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 import time
 
@@ -183,7 +184,7 @@ def test_everything_is_as_before(fails):
         random.seed(7)
         numpy.random.seed(7)
         torch.manual_seed(7)
-        before = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state()
+        before, hook = (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state()), sys.excepthook
 
         def work():
             assert dist.get_world_size() == 2 and dist.get_backend() == "rank_threads"
@@ -199,6 +200,7 @@ def test_everything_is_as_before(fails):
             assert first == again  # seeds are set; which rank draws first is open
         assert before[:2] == (random.getstate(), numpy.random.get_state()[1].tolist())
         assert torch.equal(before[2], torch.get_rng_state())
+        assert sys.excepthook is hook
         total = torch.ones(1)
         dist.all_reduce(total)
         assert dist.get_backend() == "gloo" and dist.get_world_size() == 1 and total.item() == 1

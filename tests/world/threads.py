@@ -261,7 +261,7 @@ def _create(store: Any, rank: int, size: int, timeout: timedelta) -> _Group:
 @contextlib.contextmanager
 def _threads_as_ranks() -> Iterator[None]:
     """Each thread has a default group of its own."""
-    before = dist.distributed_c10d._world
+    before, hook = dist.distributed_c10d._world, sys.excepthook
     _set_thread_isolation_mode(True)
     dist.distributed_c10d._world = torch_threads.ThreadLocalWorld()
     try:
@@ -269,6 +269,7 @@ def _threads_as_ranks() -> Iterator[None]:
     finally:
         dist.distributed_c10d._world = before
         _set_thread_isolation_mode(False)
+        sys.excepthook = hook  # to which init_process_group has added the rank, once more on each rank
 
 
 @contextlib.contextmanager

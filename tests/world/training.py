@@ -27,7 +27,8 @@ class Trained:
     """One rank's end of a run.
 
     Attributes:
-        weights: as the model computes with them, whole; dense where the parametrization has dense weights.
+        weights: as the model computes with them, whole; dense where the parametrization has dense weights. Rank 0
+            has those of the masters where the model is of bf16.
         calls, updates, refreshes: what the optimizer has counted.
         lost: names of what differs in any bit after the run had gone on from what was saved.
     """
@@ -69,9 +70,11 @@ def engine_of(case: Case, dense: nn.Module, stage: int, accumulation: int = 1, *
 
 
 def whole_weights(engine: Engine) -> dict[str, Tensor]:
-    """What ``megalr.consolidated_state_dict`` has on rank 0, from the weights of this rank."""
+    """What ``megalr.consolidated_state_dict`` has on rank 0, from this rank's weights; on rank 0 bf16's masters."""
     module = engine.module
-    state = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    half = next(module.parameters()).dtype != torch.float32
+    masters = engine.basic_optimizer.consolidate() if half else None
+    state = {n: p for n, p in module.named_parameters() if p.requires_grad} | (masters or {})
     # Layers may share a frozen parameter, and each has its own name for it.
     state |= {n: p for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     persistent = module.state_dict().keys()

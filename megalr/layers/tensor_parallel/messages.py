@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megalr.hosts import is_partitioned
-from megalr.layers.low_rank import LowRankLinear
 
 
 class SumGradient(torch.autograd.Function):
@@ -68,10 +67,10 @@ class SharedLatents:
     Under ZeRO-3 every layer works on its own, since a layer's parameters are there only while it is called itself.
     """
 
-    def __init__(self, layers: Sequence[LowRankLinear], group: dist.ProcessGroup) -> None:
+    def __init__(self, layers: Sequence[Any], group: dist.ProcessGroup) -> None:
         """
         Args:
-            layers: column-parallel ones.
+            layers: column-parallel ones, each with a factor A, (r, n).
             group: the tensor-parallel ranks.
         """
         self._factors = {id(layer): layer.A for layer in layers}
@@ -80,7 +79,7 @@ class SharedLatents:
         self._x: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
 
-    def of(self, layer: LowRankLinear, x: Tensor) -> Tensor:
+    def of(self, layer: Any, x: Tensor) -> Tensor:
         """The latent of one layer, (..., r)."""
         if self._waiting and (x is not self._x or id(layer) not in self._waiting):
             self._apart, self._x, self._waiting = True, None, {}

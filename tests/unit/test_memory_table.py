@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megalr.config.settings import LowRankConfig
 from megalr.layers import parametrize
 from megalr.memory.formulas import paper_bytes, records
+from megalr.memory.table import main
 from megalr.rules.registry import RULES
 from tests.processes import run
 
@@ -104,14 +105,19 @@ def test_published_memory_of_projected_rules(optimizer, size):
     assert paper_bytes(records(build(size)), treated_state=treated) / 1e9 == matches(PUBLISHED[size][3])
 
 
-def test_plan_has_a_row_for_each_rule():
+def table(capsys, *flags):
+    """The cells of each row that launchers/plan.py prints."""
+    assert main(flags, build) == 0
+    lines = capsys.readouterr().out.splitlines()[4:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_plan_has_a_row_for_each_rule(capsys):
     """130M at stage 3 over 8 ranks: 0.611 GB of GaLore, as published; state of the largest rank."""
-    command = [sys.executable, str(MODELS.parent / "plan.py"), "--models", "130m", "--ranks", "256", "--stage", "3"]
-    command += ["--processes", "8", "--optimizers", "GaLoreAdamW", "Muon"]
-    lines = run(command).stdout.splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert [row[1] for row in cells[2:]] == ["dense", "low-rank 256", "projected 256", "GaLoreAdamW 256", "Muon"]
-    projected, galore, muon = cells[4:]
+    flags = ("--models", "130m", "--ranks", "256", "--stage", "3", "--processes", "8")
+    cells = table(capsys, *flags, "--optimizers", "GaLoreAdamW", "Muon")
+    assert [row[1] for row in cells] == ["dense", "low-rank 256", "projected 256", "GaLoreAdamW 256", "Muon"]
+    projected, galore, muon = cells[2:]
     assert galore[3] == "611 MB"
     # Adam's 8 bytes for embedding and head; matrices of 768 x 768 and 768 x 2048 have m r + 2 n r floats, or m n.
     matrices = 12 * (4 * 768**2 + 3 * 768 * 2048)
@@ -127,24 +133,20 @@ def test_plan_has_a_row_for_each_rule():
     assert megabytes(muon[7]) == pytest.approx((adam + 4 * matrices / 8) / 1e6, rel=0.03)
 
 
-def test_plan_has_a_row_for_each_parametrization():
+def test_plan_has_a_row_for_each_parametrization(capsys):
     """SLTrain's paper count at 130M is 0.589 GB with indices of 32 bits."""
-    command = [sys.executable, str(MODELS.parent / "plan.py"), "--models", "130m", "--ranks", "256"]
     kinds = ["sltrain", "lora", "relora", "cola", "mora", "loro", "switchlora"]
-    output = run([*command, "--parametrizations", *kinds]).stdout
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines()[7:]]
+    cells = table(capsys, "--models", "130m", "--ranks", "256", "--parametrizations", *kinds)[3:]
     assert [row[1] for row in cells] == [f"{kind} 256" for kind in kinds]
     assert cells[0][3] == "589 MB" and cells[1][2:] == cells[2][2:] == cells[6][2:] and cells[3][2:] == cells[5][2:]
 
 
-def test_plan_counts_remainders():
+def test_plan_counts_remainders(capsys):
     """2 bytes for each element of W0, an eighth of them on each of 8 processes."""
     optimizer = {}
     for rounding in ("nearest", "remainder"):
-        command = [sys.executable, str(MODELS.parent / "plan.py"), "--models", "130m", "--ranks", "256"]
-        command += ["--processes", "8", "--parametrizations", "relora", "lora", "--merge-rounding", rounding]
-        lines = run(command).stdout.splitlines()[6:]
-        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        flags = ("--models", "130m", "--ranks", "256", "--processes", "8", "--merge-rounding", rounding)
+        cells = table(capsys, *flags, "--parametrizations", "relora", "lora")[2:]
         assert [row[1] for row in cells] == ["projected 256", "relora 256", "lora 256"]
         optimizer[rounding] = [megabytes(row[7]) for row in cells]
     remainders = 2 * 12 * (4 * 768**2 + 3 * 768 * 2048) / 8 / 1e6

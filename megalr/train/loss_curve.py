@@ -1,18 +1,15 @@
-"""What a run prints and draws when it is over: a table, the loss curve, sizes in human units, peak memory."""
+"""The loss curve of a run: read from ``metrics.jsonl``, drawn as a PNG."""
 
 from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -29,42 +26,8 @@ MAX_FULL_HEIGHT_MARKS = 40  # more of one kind would hide the curves: they becom
 TICK_HEIGHT = 0.04  # of the axes' height
 MIN_POINTS_TO_SMOOTH = 10
 MIN_TICKS, MAX_TICKS = 4, 18
-ROUNDS_TO_A_THOUSAND, A_MILLION = 999.5, 1e6
+A_THOUSAND, A_MILLION = 999.5, 1e6  # from which numbers are shown without decimals, and with exponents
 MAX_EXPONENT = 700.0  # the largest loss whose perplexity is a float
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has held: allocated on the GPU if it uses one, else resident.
-
-    On a GPU this is what torch allocated, without its cache, the CUDA context and the communication library.
-    """
-    if torch.cuda.is_available() and (allocated := torch.cuda.max_memory_allocated()):
-        return allocated
-    # ru_maxrss is inherited: the child of a large process starts from its parent's peak. VmHWM is its own.
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # KiB on Linux, bytes on macOS
-
-
-def summary_table(rows: Iterable[tuple[str, object] | None]) -> str:
-    """Two aligned columns between two rules, without a final newline.
-
-    Args:
-        rows: (label, value) pairs; None in place of a pair draws a thin rule. Integers and large floats get
-            thousands separators, other floats four significant digits; any other value is shown as its
-            ``str``, e.g. what :func:`~megalr.units.human_bytes` made.
-    """
-    cells = [None if row is None else (row[0], _cell(row[1])) for row in rows]
-    filled = [cell for cell in cells if cell is not None]
-    left = max((len(label) for label, _ in filled), default=0)
-    right = max((len(value) for _, value in filled), default=0)
-    width = left + 3 + right
-    lines = ["-" * width if cell is None else f"{cell[0]:<{left}}   {cell[1]:>{right}}" for cell in cells]
-    return "\n".join(["=" * width, *lines, "=" * width])
 
 
 def plot_losses(metrics_jsonl_path: str | Path, png_path: str | Path, title: str = "") -> None:
@@ -268,7 +231,7 @@ def _perplexity_ticks(low: float, high: float) -> list[float]:
 
 def _perplexity(loss: float) -> str:
     perplexity = math.exp(min(loss, MAX_EXPONENT))
-    return f"{perplexity:,.0f}" if ROUNDS_TO_A_THOUSAND <= perplexity < A_MILLION else f"{perplexity:.4g}"
+    return f"{perplexity:,.0f}" if A_THOUSAND <= perplexity < A_MILLION else f"{perplexity:.4g}"
 
 
 def _short(number: float) -> str:
@@ -276,11 +239,3 @@ def _short(number: float) -> str:
         if abs(number) >= unit:
             return f"{number / unit:.4g}{name}"
     return f"{number:g}"
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.0f}" if abs(value) >= ROUNDS_TO_A_THOUSAND else f"{value:.4g}"

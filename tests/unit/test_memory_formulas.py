@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from megalr.memory.formulas import (
     paper_bytes,
     records,
 )
+from megalr.memory.peak import peak_memory_bytes
 from tests.processes import python, run
 
 MODELS = Path(__file__).parents[2] / "launchers" / "models"
@@ -212,6 +214,11 @@ def test_measuring_counts_a_shared_storage_once_and_no_scalar():
     )
     engine = SimpleNamespace(module=module, optimizer=optimizer, basic_optimizer=SimpleNamespace(state=state))
     assert measured_bytes(engine) == in_elements(10, 9 + 2, 5, 10)
+
+
+def test_peak_memory_is_in_bytes():
+    block = np.ones(2**23)  # 64 MiB
+    assert peak_memory_bytes() > block.nbytes
 
 
 def test_import_is_cheap():

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from megalr.checkpoint.huggingface import write_model
-from megalr.checkpoint.outputs import ADAPTERS, BASE
-from megalr.checkpoint.weights import Weights, cast
+from megalr.checkpoint.export.folder import ADAPTERS, BASE
+from megalr.checkpoint.export.huggingface import empty_model_of, write_model
+from megalr.checkpoint.export.weights import Weights, cast
 from megalr.errors import UserError
 from megalr.layers.base import ParametrizationConfig
 from megalr.layers.lora import LoraConfig
@@ -40,7 +40,7 @@ def write_adapters(weights: Weights, folder: Path, out: Path, dtype: torch.dtype
     layers = {layer for layer in layers if all(f"{layer}.{part}" in known for part in config.parts)}
     factors = {f"{layer}.{factor}": f"{PREFIX}.{layer}.lora_{factor}.weight" for layer in layers for factor in "AB"}
     base = {name: cast(weights[name], dtype) for name in (*weights, *weights.aliases) if name not in factors}
-    write_model(weights.manifest, base, folder / BASE, dtype)
+    write_model(empty_model_of(weights.manifest), base, folder / BASE, dtype)
     adapters = {theirs: cast(weights[ours], dtype) for ours, theirs in sorted(factors.items())}
     save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     alpha = config.scale * config.rank

@@ -1,4 +1,4 @@
-"""The end-of-run table, the loss plot and what it reads, sizes in words."""
+"""The loss curve and what it reads."""
 
 import json
 
@@ -6,17 +6,13 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from megalr.train.report import (
-    _cell,
+from megalr.train.loss_curve import (
     _perplexity_ticks,
     _short,
     _smooth,
-    peak_memory_bytes,
     plot_losses,
     read_history,
-    summary_table,
 )
-from megalr.units import human_bytes
 
 
 @pytest.fixture
@@ -35,50 +31,6 @@ def train(step, loss, *events):
 
 def evaluate(step, loss):
     return {"step": step, "tokens": 10 * step, "eval_loss": loss}
-
-
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.00 kB"),
-        (7_414_000, "7.41 MB"),
-        (12_340_000, "12.3 MB"),
-        (999_400_000, "999 MB"),
-        (999_600_000, "1.00 GB"),
-        (3_655_864_320, "3.66 GB"),
-        (5e15, "5.00 PB"),
-    ],
-)
-def test_human_bytes(number, words):
-    assert human_bytes(number) == words
-
-
-def test_summary_table():
-    rows = [("perplexity", 96.4142), ("unigram", 1234.5), None, ("tokens", 1228800), ("weights", "5.46 MB")]
-    assert summary_table(rows).splitlines() == [
-        "======================",
-        "perplexity       96.41",
-        "unigram          1,234",
-        "----------------------",
-        "tokens       1,228,800",
-        "weights        5.46 MB",
-        "======================",
-    ]
-    assert summary_table([]) == "===\n==="
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(True, "True"), (None, "None"), (0.001234567, "0.001235"), (np.pi, "3.142")]
-)
-def test_table_cells(value, text):
-    assert _cell(value) == text
-
-
-def test_peak_memory_is_in_bytes():
-    block = np.ones(2**23)  # 64 MiB
-    assert peak_memory_bytes() > block.nbytes
 
 
 def test_history_separates_training_from_evaluation(write):

@@ -10,26 +10,33 @@ from torch import Tensor
 
 from megalr.checkpoint.manifest import Manifest
 from megalr.errors import UserError
-from megalr.train.export import save_filled
 
 
-def write_model(manifest: Manifest, state: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
-    """A folder that ``from_pretrained`` reads.
+def write_model(model: Any, state: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """Write a folder that ``from_pretrained`` reads.
 
     Args:
-        manifest: of the checkpoint, which has the model's configuration.
-        state: the dense weights.
-        folder: to write to.
-        dtype: of the model.
+        model: of transformers, on the meta device, see :func:`empty_model_of`; modified.
+        state: its dense weights; of tied weights at least one.
+        folder: where to write.
+        dtype: of the written weights.
 
     Raises:
-        UserError: the checkpoint has no configuration, or the weights are not those of such a model.
+        UserError: weights are missing, or the model has no such weights.
     """
-    save_filled(_empty_model(manifest), state, folder, dtype)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    if unexpected or (missing and not getattr(model.config, "tie_word_embeddings", False)):
+        raise UserError(f"cannot export: weights missing {missing}, weights too many {unexpected}")
+    model.to(dtype).save_pretrained(folder)
 
 
-def _empty_model(manifest: Manifest) -> Any:
-    """The model on the meta device."""
+def empty_model_of(manifest: Manifest) -> Any:
+    """The model that a checkpoint is of, on the meta device.
+
+    Raises:
+        UserError: the checkpoint has no configuration of transformers, or this transformers cannot build the model.
+    """
     import transformers  # noqa: PLC0415  (slow to import)
 
     values = manifest.content["model"]

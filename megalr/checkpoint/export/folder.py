@@ -1,0 +1,83 @@
+"""The folder that a model is written to: nothing in it is replaced before all new files are on the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megalr.checkpoint.manifest import MANIFEST
+from megalr.errors import UserError
+
+PART = ".part"
+ADAPTERS, BASE = "adapter_config.json", "base"  # as megalr.checkpoint.export.adapters writes them
+# Files that mark a folder as an earlier export, and files of an earlier export that must not stay beside a new one.
+MARKS = ("config.json", "model.safetensors", ADAPTERS)
+REPLACED = ("model*.safetensors*", "pytorch_model*", "adapter_*", "config.json", "generation_config.json")
+
+
+def check_output(out: Path, *, may_replace: bool, flag: str = "") -> None:
+    """Refuse a folder that an export must not be written to.
+
+    Args:
+        out: where the export is to be.
+        may_replace: whether an earlier export may be there.
+        flag: the flag that names the folder, for error messages.
+
+    Raises:
+        UserError: it is a file, or not empty, or not an export, or a checkpoint.
+    """
+    shown = f"{flag} {out}".strip()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{shown} is a file: name a folder to write to")
+    if (out / MANIFEST).exists():
+        raise UserError(f"{shown} is a checkpoint: name a folder elsewhere to write to")
+    if not out.is_dir() or all(path.name == PART for path in out.iterdir()):
+        return
+    if not may_replace:
+        raise UserError(f"{shown} is not empty: name another folder, or add --overwrite to replace an export there")
+    if not any((out / mark).is_file() for mark in MARKS):
+        raise UserError(f"{shown} holds something else than an export, which --overwrite does not replace")
+
+
+@contextmanager
+def output_folder(out: Path) -> Iterator[Path]:
+    """An empty folder to write to. At the end its files are moved to ``out``, and those of an earlier export removed.
+
+    Args:
+        out: where the export is to be; made if it is not there. See :func:`check_output`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    made = not out.exists()
+    part = out / PART
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        _move(part, out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if made and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _move(part: Path, out: Path) -> None:
+    # The base model that an earlier export of adapters has beside them; any other folder there is the user's own.
+    earlier = (out / ADAPTERS).is_file()
+    for folder in (out, out / BASE) if earlier else (out,):
+        for pattern in REPLACED:
+            for stale in folder.glob(pattern):
+                if stale.is_file():
+                    stale.unlink()
+    for path in sorted(part.rglob("*")):
+        place = out / path.relative_to(part)
+        if path.is_dir():
+            place.mkdir(exist_ok=True)
+        else:
+            os.replace(path, place)
