@@ -111,7 +111,11 @@ def test_an_engine_has_what_is_read(ranks, name, tmp_path):
         assert facts["between"] == ((1, 2), True)
         assert facts["after"] == ((0, 2), False)
         assert facts["counters"] == {"global_steps": 1, "global_samples": 8, "skipped_steps": 0}
-        assert facts["gradient norm"] > 0 and facts["loss scale"] == {}
+        assert facts["loss scale"] == {}
+        if name == "stage 0":  # in fp32, where torch clips
+            assert facts["gradient norm"] is None
+        else:
+            assert facts["gradient norm"] > 0
         assert all(held == whole for held, whole in facts["held"].values())
         assert facts["written"] == (False, True)
         assert facts["published"]
