@@ -152,6 +152,13 @@ def start(
         return WarmProcess(_client, _client.ask("start", request, [*fds, *pass_fds]), *streams)
 
 
+def popen(words: Sequence[str], **options: Any) -> WarmProcess:
+    """:func:`start` with the options of a ``subprocess.Popen`` that begins a session and dies with this process."""
+    assert options.pop("start_new_session")
+    options.pop("preexec_fn", None)
+    return start(words, **{"cwd": os.getcwd(), **options})
+
+
 class _Client:
     """This process's end of the connection to its server."""
 
