@@ -28,13 +28,17 @@ pretrain: $(STAMP) ## pretrain the default model; ARGS="--steps 100 ..." adds fl
 	$(info deepspeed launchers/pretrain.py --deepspeed $(CONFIG) $(ARGS))
 	@$(ON_CPU) $(DEEPSPEED) launchers/pretrain.py --deepspeed "$(CONFIG)" $(ARGS)
 
+# Two workers, each of which takes from the other's end when it has none left; a test may have four processes itself.
+PYTEST = $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
+TEST_WORKERS ?= 2
+
 test test-all: export OMP_NUM_THREADS ?= 1
 
-test: lint ## lint, and the tests that take less than a minute each
-	$(PY) -m pytest -m "not slow"
+test: lint ## lint, and the daily tests, which have 15 minutes on two cores
+	$(PYTEST) -m "not slow" --budget
 
 test-all: lint ## lint, and every test
-	$(PY) -m pytest
+	$(PYTEST)
 
 mutants: $(STAMP) ## plant faults, one at a time, and list those that no daily test notices; hours; ARGS="--area rules ..."
 	$(PY) -m tests.mutants $(ARGS)

@@ -1,3 +1,3 @@
 """What holds for all tests."""
 
-pytest_plugins = ["tests.limits"]
+pytest_plugins = ["tests.limits", "tests.budget"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -20,13 +20,15 @@ def covering(*axes: Sequence[Any]) -> list[Row]:
     Args:
         *axes: the values of each; hashable, no value twice in one axis.
     """
-    rows = {row: pairs(row) for row in itertools.product(*axes)}
-    left = set().union(*rows.values())
-    chosen: list[Row] = [] if left else list(rows)
+    rows = list(itertools.product(*axes))
+    bit = {pair: 1 << i for i, pair in enumerate(sorted(set().union(*map(pairs, rows)), key=repr))}
+    masks = {row: sum(bit[pair] for pair in pairs(row)) for row in rows}
+    chosen = [] if bit else rows
+    left = sum(bit.values())
     while left:
-        best = max(rows, key=lambda row: len(rows[row] & left))
+        best = max(masks, key=lambda row: (masks[row] & left).bit_count())
         chosen.append(best)
-        left -= rows.pop(best)
+        left &= ~masks.pop(best)
     return sorted(chosen, key=lambda row: [axis.index(value) for axis, value in zip(axes, row, strict=True)])
 
 
@@ -47,3 +49,11 @@ def daily_and_slow(*axes: Sequence[Any], turns: Sequence[Sequence[Any]] = ()) ->
     rest = [row for row in itertools.product(*axes) if row not in known]
     slow = [(*row, *(axis[i % len(axis)] for axis in turns)) for i, row in enumerate(rest)]
     return [*daily, *(pytest.param(*row, marks=pytest.mark.slow) for row in slow)]
+
+
+def slow_but(rows: Iterable[Any], daily: Collection[Any]) -> list[Any]:
+    """Rows, or values of one axis, as pytest's parameters; all that are not among the daily ones are marked slow."""
+    rows = list(rows)
+    assert set(daily) <= set(rows), f"no rows: {set(daily) - set(rows)}"
+    slow = {row: pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=pytest.mark.slow) for row in rows}
+    return [row if row in daily else slow[row] for row in rows]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megalr.config.settings import MegalrConfig
 from megalr.layers import densify
+from megalr.layout.planned import planned_layout
 from megalr.optim.state import entries_of, numbers_of
 from tests.odd_model import odd_model
 from tests.plain_training import plain_training
@@ -78,6 +79,19 @@ def rule_case(
 
     model = functools.partial(odd_model, **dict.fromkeys(variant, True))
     return Case({"type": type_name, "params": given}, {"exchange_bucket_bytes": 20_000, **(megalr or {})}, plain, model)
+
+
+def calls_of(case: Case) -> int:
+    """Matrices that a case's rule updates, each counted once for each update."""
+    rule = MegalrConfig.from_json({"optimizer": dict(case.optimizer)}).optimizer.rule
+    if rule is None:
+        return 0
+    params, model = case.optimizer["params"], case.model()
+    ends = [("lm_head", params.get("head")), ("embed_tokens", params.get("embeddings"))]
+    patterns = [*params["target_modules"], *(name for name, chosen in ends if chosen)]
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.ndim > 1 and any(t in n for t in patterns)}
+    names = list(planned_layout([shapes], stage=0, world_size=1).matrices(shapes).shapes)
+    return sum(len(names) - len(rule.resting(names, t, 0)) for t in range(case.updates))
 
 
 def without_reference(case: Case) -> Case:

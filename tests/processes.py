@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megalr.processes import die_with_parent
+from tests.warm import WarmProcess
+from tests.warm import start as start_warm
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 120.0  # seconds; a busy machine takes a minute for the imports of a few processes
@@ -58,7 +59,7 @@ class Running:
         pid: its id, and that of its group.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], name: str, limit: float) -> None:
+    def __init__(self, process: subprocess.Popen[bytes] | WarmProcess, name: str, limit: float) -> None:
         self.pid = process.pid
         self._process, self._name = process, name
         self._deadline, self._limit = time.monotonic() + limit, limit
@@ -145,7 +146,9 @@ def run(
     check: bool = True,
     limit: float = LIMIT,
     cwd: Path = ROOT,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
+    one_stream: bool = False,
+    warm: bool = False,
 ) -> Finished:
     """Run a program to its end.
 
@@ -154,9 +157,10 @@ def run(
         check: whether an exit code other than 0 is a failure.
         limit: seconds after which it is killed, which is a failure.
         cwd: its folder.
-        env: variables to set beside those of :func:`environment`.
+        env: variables to set beside those of :func:`environment`; None takes one away.
+        one_stream, warm: as for :func:`started`.
     """
-    with started(command, limit=limit, cwd=cwd, env=env) as running:
+    with started(command, limit=limit, cwd=cwd, env=env, one_stream=one_stream, warm=warm) as running:
         finished = running.wait()
     if check and finished.code:
         raise ProcessError(f"{_name(command)}: exit code {finished.code}\n{finished.output[-SHOWN_CHARACTERS:]}")
@@ -169,28 +173,33 @@ def started(
     *,
     limit: float = LIMIT,
     cwd: Path = ROOT,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
     one_stream: bool = False,
-    **options: Any,
+    warm: bool = False,
 ) -> Iterator[Running]:
     """A program in a session of its own, all of which is killed at the end; see :func:`run`.
 
     Args:
         command, limit, cwd, env: as for :func:`run`.
         one_stream: whether standard output and error are one, in the order of printing.
-        **options: to subprocess.Popen.
+        warm: whether this interpreter is forked rather than started; see tests/warm.py.
     """
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        cwd=cwd,
-        env={**environment(), **(env or {})},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT if one_stream else subprocess.PIPE,
-        start_new_session=True,
-        preexec_fn=die_with_parent(),  # noqa: PLW1509  (one system call, which takes no lock)
-        **options,
-    )
+    words, variables = [str(word) for word in command], environment(env or {})
+    errors = subprocess.STDOUT if one_stream else subprocess.PIPE
+    process: subprocess.Popen[bytes] | WarmProcess
+    if warm:
+        process = start_warm(words, cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=errors)
+    else:
+        process = subprocess.Popen(
+            words,
+            cwd=cwd,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+            preexec_fn=die_with_parent(),  # noqa: PLW1509  (one system call, which takes no lock)
+        )
     running = Running(process, _name(command), limit)
     try:
         yield running
@@ -203,10 +212,11 @@ def python(code: str, *arguments: object) -> list[str]:
     return [sys.executable, "-c", code, *map(str, arguments)]
 
 
-def environment() -> dict[str, str]:
+def environment(changes: Mapping[str, str | None]) -> dict[str, str]:
     """This process's own, with this tree first in the path of imports; an installation may be of another tree."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path}
+    changed = {**os.environ, "PYTHONPATH": path, **changes}
+    return {name: value for name, value in changed.items() if value is not None}
 
 
 def _name(command: Sequence[str | Path]) -> str:

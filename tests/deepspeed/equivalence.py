@@ -13,7 +13,6 @@ from pathlib import Path
 from tests.deepspeed import (
     factoring,
     rule_training,
-    test_factors,
     test_projected,
     test_rules,
     test_tensor_parallel,
@@ -37,8 +36,9 @@ process: without DeepSpeed, without megalr's optimizer, every method written a s
 `tests/reference.py` and beside it. Gradients are clipped, everything is fp32, and shapes are odd, so that partition
 boundaries cut matrices in mid-row. Columns: processes x accumulation steps.
 
-`python -m tests.deepspeed.equivalence docs/equivalence.md` makes the tables. `make test` holds selections of
-them below 1e-4, and `make test-all` all that they show: `tests/deepspeed/test_rules.py`, `test_projected.py`,
+`python -m tests.deepspeed.equivalence docs/equivalence.md` makes the tables. `make test` holds every line but those of
+tensor parallelism below 1e-4 with ranks that are threads of one process (`tests/world`), and selections of them under
+DeepSpeed. `make test-all` holds all that they show: `tests/deepspeed/test_rules.py`, `test_projected.py`,
 `test_factors.py`, `test_velora.py`, `test_tensor_parallel.py` and `test_training.py`.
 """
 RULES_HEAD = """
@@ -59,7 +59,8 @@ LAYERS_HEAD = """
 
 Twelve updates, with at least two events of its kind, on the same matrices as projected layers: refactorizations and
 momentum resets ("restarts"), merges, exact steps, or switches; with AdamW, but where the line names another rule. The
-reference is `tests/plain_factors.py`, which forms whole weights and leaves gradients to autograd.
+references are `tests/references/parametrizations/` and `tests/plain_factors.py`, which form whole weights and leave
+gradients to autograd.
 """
 VELORA_HEAD = """
 ## Compressed activations
@@ -106,7 +107,7 @@ def main(path: Path) -> None:
                         projected[title, stage, world, accumulation] = max(relative_errors(got, expected).values())
                     for title in factoring.CASES:
                         layers[title, stage, world, accumulation] = layers_error(pool, title, stage, accumulation)
-                    for rule in test_velora.RULES:
+                    for rule in test_velora.CASES:
                         velora[rule, stage, world, accumulation] = velora_error(pool, rule, stage, accumulation)
                     if 24 % (world * accumulation) == 0:  # sequences of an update
                         got = pool.run("tests.deepspeed.training:train", stage, accumulation)[0]
@@ -123,7 +124,7 @@ def main(path: Path) -> None:
         cases = [(title, stage) for title in factoring.CASES for stage in STAGES]
         _table(("layers", "ZeRO stage"), cases, columns, lambda line, column: layers[*line, *column])
         print(VELORA_HEAD)
-        lines = [(rule, stage) for rule in test_velora.RULES for stage in STAGES]
+        lines = [(rule, stage) for rule in test_velora.CASES for stage in STAGES]
         _table(("rule", "ZeRO stage"), lines, columns, lambda line, column: velora[*line, *column])
         print(TENSOR_HEAD)
         cases = [(title, stage) for title in test_tensor_parallel.KINDS for stage in STAGES]
@@ -154,13 +155,13 @@ def tensor_errors() -> dict[tuple[str, int, int, int], float]:
 def layers_error(pool: RankPool, title: str, stage: int, accumulation: int) -> float:
     """The figure of one of :data:`tests.deepspeed.factoring.CASES`."""
     got = pool.run("tests.deepspeed.factoring:train", stage, title, accumulation)[0]
-    return max(relative_errors(got, test_factors.reference(title)).values())
+    return max(relative_errors(got, factoring.CASES[title].expected).values())
 
 
 def velora_error(pool: RankPool, rule: str, stage: int, accumulation: int) -> float:
     """The figure of a rule with compressed activations."""
     got, _ = pool.run(test_rules.TRAIN, stage, rule, accumulation, megalr=test_velora.MEGALR)[0]
-    return max(relative_errors(got, test_velora.reference(rule)).values())
+    return max(relative_errors(got, test_velora.CASES[rule].expected).values())
 
 
 def _table(

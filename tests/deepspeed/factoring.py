@@ -14,69 +14,28 @@ from megalr.layers import densify
 from tests.deepspeed import rule_training
 from tests.deepspeed.training import configuration, lost_by_resuming, run_steps
 from tests.odd_model import odd_model
+from tests.references import parametrizations as references
 
-STEPS = 12
-ADAMW = {"lr": 5e-3, "weight_decay": 0.1, "embedding": {"lr": 1e-2}}
-COMMON = {"rank": 5, "target_modules": ["mlp_wide", "mlp_tall", "mlp_square", "mlp_experts_back"]}
-REFACTORIZATION = {"interval": 5, "moments": "reset"}
-RESET = {"interval": 4, "scope": "factors", "warmup_steps": 3}
-RELORA = {"type": "relora", "merge_every": 4, "restart_warmup_steps": 3, **COMMON}
-# Each with the events of its kind at least twice in twelve updates: the "parametrization" section, and others.
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "sltrain": ({"type": "sltrain", "alpha": 10.0, "density": 0.1, **COMMON}, {}),
-    "sltrain, restarts": (
-        {"type": "sltrain", "density": 0.1, "init": "variance_matched", **COMMON},
-        {"refactorization": REFACTORIZATION, "momentum_reset": RESET},
-    ),
-    "lora": ({"type": "lora", "alpha": 10.0, **COMMON}, {}),
-    "lora, refactorized": ({"type": "lora", **COMMON}, {"refactorization": REFACTORIZATION}),
-    "relora, magnitude": ({**RELORA, "alpha": 10.0, "prune_ratio": 0.8}, {}),
-    "relora, random": ({**RELORA, "moments": "random", "prune_ratio": 0.7}, {}),
-    "cola": ({"type": "cola", **COMMON}, {"momentum_reset": RESET}),
-    "mora, shared": ({**COMMON, "type": "mora", "mora_type": 1, "rank": 3}, {}),
-    "mora, rotated": ({**COMMON, "type": "mora", "rank": 3}, {"momentum_reset": RESET}),
-    "loro": ({"type": "loro", "exact_every": 4, "restart_warmup_steps": 3, **COMMON}, {}),
-    "loro, factors": (
-        {
-            "type": "loro",
-            "exact_every": 5,
-            "restart_warmup_steps": 2,
-            "restart": "factors",
-            "lazy_lr_scale": 0.6,
-            "init": "variance_matched",
-        }
-        | COMMON,
-        {},
-    ),
-    "switchlora": (
-        {"type": "switchlora", "switch_interval": 2.5, "frozen_steps": 1, "descent_steps": 20} | COMMON,
-        {},
-    ),
-    "relora, reset": ({**RELORA, "moments": "reset"}, {}),
-    "sltrain, Stable-SPAM": (
-        {"type": "sltrain", "density": 0.1, "init": "variance_matched", **COMMON},
-        {"refactorization": REFACTORIZATION, "momentum_reset": RESET},
-    ),
-}
-# Of the cases that train by another rule than AdamW: which, and its settings. Its own resets come before updates 6 and
-# 12, those of the optimizer after 4, 5, 8, 10 and 12.
-RULES: dict[str, tuple[str, dict[str, Any]]] = {
-    "sltrain, Stable-SPAM": ("StableSPAM", {"reset_interval": 6, "total_steps": 9}),
+STEPS = rule_training.STEPS
+# What has plain layers on the odd model, and so its reference in tests/plain_factors.py.
+CASES = {
+    title: case
+    for title, case in references.CASES.items()
+    if case.model is odd_model and case.megalr.get("parametrization", {}).get("type") in references.PLAIN
 }
 
 
 def factored_configuration(stage: int, case: str, accumulation: int = 1, **changes: Any) -> dict[str, Any]:
     """A JSON for one of :data:`CASES`; ``section``, ``params`` and ``rule`` change what their names say."""
-    parametrization, sections = CASES[case]
-    section = {**parametrization, **changes.pop("section", {})}
-    rule, settings = RULES.get(case, ("AdamW", {}))
-    params = {**ADAMW, **settings, **changes.pop("params", {})}
-    rule = changes.pop("rule", rule)
+    chosen = CASES[case]
+    section = {**chosen.megalr["parametrization"], **changes.pop("section", {})}
+    params = {**chosen.optimizer["params"], **changes.pop("params", {})}
+    rule = changes.pop("rule", chosen.optimizer["type"])
     config = configuration(stage, accumulation, **changes)
     config["train_batch_size"] = rule_training.SEQUENCES
     config["train_micro_batch_size_per_gpu"] = rule_training.SEQUENCES // accumulation // dist.get_world_size()
     config["optimizer"] = {"type": rule, "params": params}
-    config["megalr"] = {"parametrization": section, **sections}
+    config["megalr"] = {**chosen.megalr, "parametrization": section}
     return config
 
 

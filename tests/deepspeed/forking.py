@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import select
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from megalr.processes import die_with_parent
+from tests import warm
 from tests.deepspeed.harness import ENVIRONMENT, ROOT
 
 LIMIT = 60.0  # seconds for a group to end
@@ -69,13 +69,12 @@ class Forker:
     def __init__(self) -> None:
         ours, theirs = multiprocessing.Pipe()
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from tests.deepspeed.forking import main; main({theirs.fileno()})"],
+            program = f"from tests.deepspeed.forking import main; main({theirs.fileno()})"
+            self._process = warm.start(
+                [sys.executable, "-c", program],
                 cwd=ROOT,
                 env={**os.environ, **ENVIRONMENT},
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                preexec_fn=die_with_parent(),  # noqa: PLW1509  (as in the harness)
             )
         self._connection = ours
 

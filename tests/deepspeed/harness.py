@@ -1,8 +1,8 @@
 """Runs functions on several processes that form one torch.distributed group; brings back what they return.
 
-Starting a process takes seconds (torch, deepspeed, transformers), so a :class:`RankPool` keeps its processes
-and runs many functions in them; tests take one from the ``ranks`` fixture. :func:`run_ranks` is a pool for a
-single call, for what needs fresh processes or an environment of its own.
+Starting a group takes a second, so a :class:`RankPool` keeps its processes and runs many functions in them; tests
+take one from the ``ranks`` fixture. :func:`run_ranks` is a pool for a single call, for what needs fresh processes or
+an environment of its own.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from megalr.processes import die_with_parent
+from tests import warm
+from tests.warm import ROOT, WarmProcess
 
-ROOT = Path(__file__).parents[2]
 START_TIMEOUT = 120.0  # seconds for imports and rendezvous, on a machine that is busy
 LAST_WORDS = 3.0  # seconds that the other ranks have to report once one has failed
 SHOWN_CHARACTERS = 20_000  # of each rank's output in an error
@@ -171,7 +171,7 @@ class _Rank:
     """One process: its end of the connection, its output, its last answer."""
 
     number: int
-    process: subprocess.Popen[bytes]
+    process: WarmProcess
     connection: Connection[bytes, bytes]
     log: BinaryIO
     log_start: int = 0
@@ -183,22 +183,15 @@ class _Rank:
         ours, theirs = Pipe()
         log = open(folder / f"rank{number}.log", "a+b")  # noqa: SIM115  (closed by kill)
         with theirs:
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "tests.deepspeed.worker",
-                    str(theirs.fileno()),
-                    str(folder / "rendezvous"),
-                ],
+            words = [sys.executable, "-m", "tests.deepspeed.worker", str(theirs.fileno()), str(folder / "rendezvous")]
+            process = warm.start(
+                words,
                 cwd=ROOT,
                 env=env,
                 stdin=subprocess.PIPE,  # held open for as long as this process lives; see the worker
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # so that kill() reaches what the process started
-                preexec_fn=die_with_parent(),  # noqa: PLW1509  (a worker in a collective does not look at its input)
             )
         return cls(number, process, ours, log)
 

@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 
 import megalr
-from tests.deepspeed.rule_training import COMMON, STEPS, batches, engine_of, everything, rule_configuration
+from tests.deepspeed.rule_training import STEPS, batches, engine_of, everything, rule_configuration
 from tests.deepspeed.training import lost_by_resuming, run_steps
+from tests.references.common import MATRICES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EXAMPLE = EXAMPLES / "own_rule.py"
 TYPE = "RowNormalizedMomentum"
-PARAMS = {**COMMON, "momentum": 0.8}
+PARAMS = {**MATRICES, "momentum": 0.8}
 # The layers in tests.deepspeed.training's LLaMA, with momentum resets of B and A.
 LAYERS = {
     "parametrization": {"type": "gained_low_rank", "rank": 5},

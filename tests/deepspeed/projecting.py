@@ -19,16 +19,11 @@ from megalr.optim.events.refresh import Refresh, refresh
 from tests.deepspeed import rule_training
 from tests.deepspeed.training import configuration, dense_model, lost_by_resuming, run_steps, same
 from tests.odd_model import odd_model
+from tests.references.parametrizations import CASES
+from tests.references.parametrizations.common import ADAMW
 
-STEPS = 12
-ADAMW = {"lr": 5e-3, "weight_decay": 0.1, "embedding": {"lr": 1e-2}}
-ODD = {
-    "type": "projected",
-    "rank": 5,
-    "side": "input",
-    "update_proj_gap": 5,
-    "target_modules": ["mlp_wide", "mlp_tall", "mlp_square", "mlp_experts_back"],
-}
+STEPS = rule_training.STEPS
+ODD = dict(CASES["projected"].megalr["parametrization"])
 LLAMA = {"type": "projected", "rank": 5, "update_proj_gap": 5, "target_modules": ["attn", "mlp"]}
 
 

@@ -4,41 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import megalr
 from megalr.hosts import held
+from tests import equality
 from tests.deepspeed import training
 from tests.deepspeed.training import configuration, lost_by_resuming, run_steps, same
 from tests.odd_model import odd_model
+from tests.references import REFERENCES
 
-STEPS = 12
-SEQUENCES, LENGTH = 48, 16  # 48 sequences an update can be shared by 1 to 4 ranks x 1 or 4 micro-batches
-COMMON = {"target_modules": ["mlp"], "lr": 1e-2, "weight_decay": 0.1, "adamw": {"lr": 3e-3}, "embedding": {"lr": 1e-2}}
-PROJECTED = {**COMMON, "rank": 5, "update_proj_gap": 5}
+STEPS = equality.UPDATES
+SEQUENCES, LENGTH, batches = equality.SEQUENCES, equality.LENGTH, equality.batches
 # Every rule with a schedule that refreshes each basis at least twice in twelve updates.
-RULES: dict[str, dict[str, Any]] = {
-    "AdamW": {"lr": 3e-3, "weight_decay": 0.1, "embedding": {"lr": 1e-2}},
-    "GaLoreAdamW": PROJECTED,
-    "GoLoreAdamW": {**PROJECTED, "random_from": 6},
-    "FiraAdamW": PROJECTED,
-    "APOLLO": PROJECTED,
-    "APOLLOMini": {**COMMON, "update_proj_gap": 5, "lr": 1e-3},
-    "LDAdamW": {**COMMON, "rank": 5, "lr": 3e-3},
-    "OnlineSubspaceDescent": {**COMMON, "rank": 5, "update_proj_gap": 50},
-    "Muon": COMMON,
-    "StableSPAM": {**COMMON, "lr": 3e-3, "reset_interval": 5, "total_steps": 9},
-    "SPAM": {**COMMON, "lr": 3e-3, "reset_interval": 5, "warmup_steps": 3, "threshold": 4.0},
-    "SCALE": {**COMMON, "lr": 1e-3, "embedding": {"lr": 3e-3}, "head": True, "embeddings": True},
-    "AdamMini": {**COMMON, "lr": 3e-3},
-    "CAME": {**COMMON, "lr": 3e-3},
-    "FRUGAL": {**COMMON, "update_proj_gap": 5, "lr": 3e-3},
-    "BAdam": {**COMMON, "lr": 3e-3, "switch_interval": 2, "blocks": ("mlp_wide", "mlp_tall", "mlp_narrow")},
-    "QGaLoreAdamW": {**PROJECTED, "min_8bit_size": 64, "queue_size": 1, "cos_threshold": 0.1},
-    "AdaRankGrad": {**PROJECTED, "energy": 0.8},
-}
+RULES: dict[str, dict[str, Any]] = {name: dict(reference.trained_with) for name, reference in REFERENCES.items()}
 
 
 def rule_configuration(stage: int, optimizer: str, accumulation: int = 1, **changes: Any) -> dict[str, Any]:
@@ -51,12 +31,6 @@ def rule_configuration(stage: int, optimizer: str, accumulation: int = 1, **chan
     config["optimizer"] = section
     config["megalr"] = {"exchange_bucket_bytes": 20_000, **changes.get("megalr", {})}
     return config
-
-
-def batches(steps: int) -> list[Tensor]:
-    """Token ids of each update, (SEQUENCES, LENGTH)."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, training.VOCABULARY, (SEQUENCES, LENGTH), generator=generator) for _ in range(steps)]
 
 
 def engine_of(config: dict[str, Any], **variant: bool) -> Any:

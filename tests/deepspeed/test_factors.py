@@ -1,72 +1,56 @@
-"""Layers with factors under DeepSpeed against one plain process, tensor by tensor."""
+"""Layers with factors under DeepSpeed against one plain process, tensor by tensor: one a stage, and frozen weights.
+
+tests/world has every case at every stage. What is left for DeepSpeed's own doing are frozen weights, which stage 3
+cuts, buffers, and its checkpoints; the rest of the product is slow.
+"""
 
 from __future__ import annotations
 
-import functools
+import itertools
 
 import pytest
 
-from tests.deepspeed import factoring, rule_training, training
-from tests.deepspeed.test_training import assert_same_weights
-from tests.odd_model import odd_model
-from tests.plain_factors import plain_factors
+from tests.covering import slow_but
+from tests.deepspeed import factoring
+from tests.equality import ACCUMULATIONS, STAGES, WORLDS, assert_equal
 
 pytestmark = pytest.mark.distributed
-STAGES = (0, 1, 2, 3)
-WORLDS = (1, 2, 3, 4)
 CASES = list(factoring.CASES)
+# Merges and switches of chunks, exact steps of pairs over two groups, values at places that a buffer holds.
+DAILY = [
+    ("mora, rotated", 0, 2, 1),
+    ("sltrain, restarts", 1, 2, 4),
+    ("loro", 2, 2, 1),
+    ("relora, magnitude", 3, 2, 4),
+    ("switchlora", 3, 2, 1),
+]
 
 
-@functools.cache
-def reference(case: str):
-    """What tests/plain_factors.py makes of the same model, data and recipe."""
-    section, sections = factoring.CASES[case]
-    restarts = {}
-    if "refactorization" in sections:
-        restarts["refactorize_every"] = sections["refactorization"]["interval"]
-    if "momentum_reset" in sections:
-        restarts["reset_every"] = sections["momentum_reset"]["interval"]
-        restarts["warmup"] = sections["momentum_reset"]["warmup_steps"]
-    data = rule_training.batches(factoring.STEPS)
-    section = {**section, "restarts": restarts}
-    rule = factoring.RULES.get(case)
-    return plain_factors(odd_model(), data, section, factoring.ADAMW, clip=training.CLIPPING, rule=rule)
-
-
-# Each case cut by stage 3 and at one other stage; all other combinations are for the slow selection.
-COVERING = [(case, 3, 3, 1) for case in CASES] + [(case, i % 3, 2, 4) for i, case in enumerate(CASES)]
-ALL = [(case, stage, world, steps) for case in CASES for stage in STAGES for world in WORLDS for steps in (1, 4)]
-REST = [pytest.param(*row, marks=pytest.mark.slow) for row in ALL if row not in COVERING]
-
-
-# Of the checks that take two runs, one stage each of these is for the fast selection.
-DAILY = ("sltrain, restarts", "relora, magnitude", "cola", "mora, rotated", "loro", "switchlora", *factoring.RULES)
-
-
-def mostly_slow(shift: int):
-    """Each case with each stage; all but one stage of some cases are for the slow selection."""
-    rows = [(case, stage, (i + shift) % 4) for i, case in enumerate(CASES) for stage in STAGES]
-    marks = [[] if stage == daily and case in DAILY else [pytest.mark.slow] for case, stage, daily in rows]
-    return [pytest.param(case, stage, marks=m) for (case, stage, _), m in zip(rows, marks, strict=True)]
-
-
-@pytest.mark.parametrize(("case", "stage", "world", "accumulation"), [*COVERING, *REST])
+@pytest.mark.parametrize(
+    ("case", "stage", "world", "accumulation"),
+    slow_but(itertools.product(CASES, STAGES, WORLDS, ACCUMULATIONS), DAILY),
+)
 def test_equals_one_plain_process(ranks, case, stage, world, accumulation):
     got = ranks(world).run("tests.deepspeed.factoring:train", stage, case, accumulation)[0]
-    assert_same_weights(got, reference(case))
+    assert_equal(got, factoring.CASES[case].expected)
 
 
-@pytest.mark.parametrize(("case", "stage"), mostly_slow(1))
+@pytest.mark.parametrize(
+    ("case", "stage"), slow_but(itertools.product(CASES, STAGES), [("sltrain, restarts", 1), ("switchlora", 3)])
+)
 def test_resume_is_bitwise(ranks, case, stage, tmp_path):
     assert ranks(2).run("tests.deepspeed.factoring:resume", stage, case, str(tmp_path / "check point")) == [[], []]
 
 
-@pytest.mark.parametrize(("case", "stage"), mostly_slow(2))
+@pytest.mark.parametrize(
+    ("case", "stage"), slow_but(itertools.product(CASES, STAGES), [("cola", 2), ("switchlora", 3)])
+)
 def test_bf16_stays_close(ranks, case, stage):
     got = ranks(2).run("tests.deepspeed.factoring:train", stage, case, bf16={"enabled": True})[0]
-    assert_same_weights(got, reference(case), tolerance=5e-2)
+    assert_equal(got, factoring.CASES[case].expected, 5e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_merge_of_relora_really_zeroes_the_moments(ranks, stage):
     run = ranks(3).run
@@ -75,17 +59,20 @@ def test_a_merge_of_relora_really_zeroes_the_moments(ranks, stage):
             assert all(least - 0.03 < share <= min(1.0, least + 0.15) for share in shares.values()), (case, shares)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("rounding", ["stochastic", "remainder"])
+@pytest.mark.parametrize(
+    ("rounding", "stage"),
+    slow_but(itertools.product(("stochastic", "remainder"), (2, 3)), [("stochastic", 2), ("remainder", 3)]),
+)
 def test_resume_of_rounded_merges_is_bitwise(ranks, stage, rounding, tmp_path):
     changes = {"bf16": {"enabled": True}, "section": {"merge_rounding": rounding}}
     different = ranks(2).run("tests.deepspeed.factoring:resume", stage, "relora, magnitude", str(tmp_path), **changes)
     assert different == [[], []]
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("case", ["lora, refactorized", "cola", "mora, rotated"])
 def test_a_rule_on_the_factors_gives_the_same_however_cut(ranks, case, stage):
     alone = ranks(1).run("tests.deepspeed.factoring:train", 0, case, rule="Muon")[0]
     got = ranks(3).run("tests.deepspeed.factoring:train", stage, case, rule="Muon")[0]
-    assert_same_weights(got, alone)
+    assert_equal(got, alone)

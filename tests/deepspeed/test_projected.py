@@ -1,12 +1,18 @@
-"""Projected layers under DeepSpeed against one plain process, tensor by tensor, and what must not disturb them."""
+"""Projected layers under DeepSpeed against one plain process, tensor by tensor, and what must not disturb them.
+
+tests/world has every setting at every stage. Here are once a stage the full gradients beside DeepSpeed's own, frozen
+weights and bases, which stage 3 cuts, and updates that DeepSpeed skips; the rest of the product is slow.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
 
+from tests.covering import slow_but
 from tests.deepspeed import projecting, rule_training, training
 from tests.deepspeed.test_training import assert_same_weights, relative_errors
 from tests.odd_model import odd_model
@@ -28,13 +34,9 @@ def reference(model: str = "odd", clip: float = training.CLIPPING, **section: An
     return plain_projected(dense, rule_training.batches(projecting.STEPS), section, projecting.ADAMW, clip=clip)
 
 
-# Every stage with every world size, each with one of the two accumulations; the other is for the slow selection.
-COVERING = [(stage, world, 1 if (stage + world) % 2 else 4) for stage in STAGES for world in WORLDS]
-REST = [(stage, world, 4 if (stage + world) % 2 else 1) for stage in STAGES for world in WORLDS]
-
-
 @pytest.mark.parametrize(
-    ("stage", "world", "accumulation"), [*COVERING, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
+    ("stage", "world", "accumulation"),
+    slow_but(itertools.product(STAGES, WORLDS, (1, 4)), [(0, 2, 4), (1, 2, 1), (2, 2, 4), (3, 2, 4)]),
 )
 def test_equals_one_plain_process(ranks, stage, world, accumulation):
     results = ranks(world).run("tests.deepspeed.projecting:train", stage, accumulation)
@@ -55,6 +57,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_settings_equal_one_plain_process(ranks, setting, stage):
@@ -63,9 +66,8 @@ def test_settings_equal_one_plain_process(ranks, setting, stage):
     assert_same_weights(got, reference(**section))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("share", [False, True])
-def test_llama_equals_one_plain_process(ranks, stage, share):
+@pytest.mark.parametrize(("share", "stage"), slow_but(itertools.product((False, True), STAGES), [(True, 3)]))
+def test_llama_equals_one_plain_process(ranks, share, stage):
     section = {"share_basis": share, "rank": 4}
     got, refreshes = ranks(2).run("tests.deepspeed.projecting:train", stage, 4, model="llama", section=section)[0]
     assert_same_weights(got, reference("llama", share_basis=share, rank=4))
@@ -73,6 +75,7 @@ def test_llama_equals_one_plain_process(ranks, stage, share):
     assert refreshes == sum(len(range(i * 5 // bases, 12, 5)) for i in range(bases))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projector", ["power", "randomized", "eigh"])
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_projectors_give_the_same_however_cut(ranks, projector, stage):
@@ -85,7 +88,7 @@ def test_projectors_give_the_same_however_cut(ranks, projector, stage):
     assert worst > 1e-3 if projector == "power" else worst < 1e-4
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", slow_but((1, 3), [1]))
 def test_no_clipping_equals_one_plain_process(ranks, stage):
     got = ranks(2).run("tests.deepspeed.projecting:train", stage, gradient_clipping=0.0)[0][0]
     assert_same_weights(got, reference(clip=float("inf")))
@@ -107,15 +110,18 @@ def test_layout_variants(ranks, layout):
     assert_same_weights(got, reference())
 
 
+@pytest.mark.slow
 def test_sub_groups_that_split_a_shared_basis(ranks):
     section, zero = {"share_basis": True, "rank": 4}, {"stage": 3, "sub_group_size": 100}
     got = ranks(2).run("tests.deepspeed.projecting:train", 3, model="llama", section=section, zero_optimization=zero)
     assert_same_weights(got[0][0], reference("llama", share_basis=True, rank=4))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("variant", ["frozen", "unused", "tied"])
-def test_frozen_unused_and_tied_parameters(ranks, stage, variant):
+@pytest.mark.parametrize(
+    ("variant", "stage"),
+    slow_but(itertools.product(("frozen", "unused", "tied"), STAGES), [("frozen", 3), ("unused", 1)]),
+)
+def test_frozen_unused_and_tied_parameters(ranks, variant, stage):
     section = {"target_modules": ["mlp_wide", "mlp_tall", "mlp_square", "mlp_experts_back", "mlp_unused"]}
     if variant != "unused":
         section = {}
@@ -125,13 +131,13 @@ def test_frozen_unused_and_tied_parameters(ranks, stage, variant):
     assert_same_weights(got, alone)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", slow_but(STAGES, [1]))
 def test_resume_is_bitwise(ranks, stage, tmp_path):
     folder = str(tmp_path / "check point")
     assert ranks(2).run("tests.deepspeed.projecting:resume", stage, folder) == [[], []]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", slow_but(STAGES, [0, 3]))
 def test_resume_of_bf16_with_remainders_is_bitwise(ranks, stage, tmp_path):
     section = {"merge_rounding": "remainder", "share_basis": True, "moments": "transport"}
     changes = {"bf16": {"enabled": True}, "section": section, "model": "llama"}
@@ -139,8 +145,7 @@ def test_resume_of_bf16_with_remainders_is_bitwise(ranks, stage, tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("at", [5, 7], ids=["refresh due", "no refresh due"])
-@pytest.mark.parametrize("only_rank", [None, 1])
+@pytest.mark.parametrize(("at", "only_rank"), slow_but(itertools.product((5, 7), (None, 1)), [(5, 1)]))
 def test_a_skipped_update_changes_nothing_and_leaves_nothing_behind(ranks, stage, at, only_rank):
     """The layers have added up the bad gradient when the update is skipped, by us at stage 0, else by DeepSpeed."""
     results = ranks(2).run("tests.deepspeed.projecting:poison", stage, at, only_rank)
@@ -157,7 +162,7 @@ def test_without_an_engine_to_ask_a_refresh_waits_for_clean_gradients(ranks):
         assert counts == [1, 2, 3, 4, 4, 4, 4, 6]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", slow_but((0, 2, 3), [3]))
 def test_a_basis_that_is_not_finite_is_not_taken(ranks, stage):
     for finite, refreshes in ranks(2).run("tests.deepspeed.projecting:overflowing", stage):
         assert finite
@@ -169,9 +174,11 @@ def test_an_update_ends_where_the_user_says(ranks, stage):
     assert ranks(2).run("tests.deepspeed.projecting:manual_boundaries", stage) == [EXPECTED_REFRESHES] * 2
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "remainder"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_bf16_stays_close(ranks, stage, rounding):
+@pytest.mark.parametrize(
+    ("rounding", "stage"),
+    slow_but(itertools.product(("nearest", "stochastic", "remainder"), STAGES), [("stochastic", 2), ("nearest", 3)]),
+)
+def test_bf16_stays_close(ranks, rounding, stage):
     changes = {"bf16": {"enabled": True}, "section": {"merge_rounding": rounding}}
     got, refreshes = ranks(2).run("tests.deepspeed.projecting:train", stage, **changes)[0]
     assert_same_weights(got, reference(), tolerance=5e-2)

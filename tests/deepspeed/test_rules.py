@@ -1,4 +1,7 @@
-"""Every rule under every way of cutting its matrices, against one plain PyTorch process, tensor by tensor."""
+"""Rules under DeepSpeed against one plain process, tensor by tensor: one a stage, and each thing that DeepSpeed does.
+
+tests/world has every rule under every way of cutting its matrices. Here the rest of the product is slow.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from megalr.rules.badam import BAdam
+from tests.covering import slow_but
 from tests.deepspeed import rule_training
 from tests.deepspeed.rule_training import batches
 from tests.deepspeed.training import CLIPPING
+from tests.equality import ACCUMULATIONS, STAGES, WORLDS, calls_of, rule_case
 from tests.odd_model import EXPERTS, odd_model
 from tests.plain_training import plain_training
+from tests.references import OPTIONS, REFERENCES
 
 pytestmark = pytest.mark.distributed
-STAGES, WORLDS, ACCUMULATIONS = (0, 1, 2, 3), (1, 2, 3, 4), (1, 4)
 MATRICES = 7 + EXPERTS  # of the odd model
 TRAIN = "tests.deepspeed.rule_training:train_rule"
 
@@ -42,71 +46,35 @@ def assert_same_weights(got, expected, tolerance=1e-4):
     assert error < tolerance, f"{name}: {error:.1e}"
 
 
-def calls_of(optimizer: str) -> int:
-    """Updates of matrices in a run."""
-    params = rule_training.RULES[optimizer]
-    if optimizer == "AdamW":
-        return 0
-    if optimizer == "BAdam":
-        rule = BAdam(switch_interval=params["switch_interval"], blocks=params["blocks"])
-        weights = {n: w for n, w in odd_model().named_parameters() if "mlp" in n and w.ndim > 1}
-        names = [n if w.ndim == 2 else f"{n}[{i}]" for n, w in weights.items() for i in range(w.ndim == 2 or len(w))]
-        assert len(names) == MATRICES
-        return sum(MATRICES - len(rule.resting(names, t, 0)) for t in range(rule_training.STEPS))
-    return (MATRICES + params.get("head", False) + params.get("embeddings", False)) * rule_training.STEPS
+# With micro-batches, of which a rule must see one gradient; tests/deepspeed/test_world_engine.py has others without.
+DAILY = [("GaLoreAdamW", 0, 2, 4), ("SCALE", 1, 2, 4), ("LDAdamW", 2, 2, 4), ("BAdam", 3, 2, 4)]
 
 
-def is_covered(optimizer: str, stage: int, world: int, accumulation: int) -> bool:
-    """The selection for every day: each rule at stage 3 and one other, in few of the worlds and accumulations."""
-    position = list(rule_training.RULES).index(optimizer)
-    if stage not in (3, position % 3):
-        return False
-    return world == (stage + position) % len(WORLDS) + 1 and accumulation == ACCUMULATIONS[(stage + position // 4) % 2]
-
-
-COMBINATIONS = [
-    pytest.param(*c, marks=() if is_covered(*c) else pytest.mark.slow)
-    for c in itertools.product(rule_training.RULES, STAGES, WORLDS, ACCUMULATIONS)
-]
-
-
-@pytest.mark.parametrize(("optimizer", "stage", "world", "accumulation"), COMBINATIONS)
+@pytest.mark.parametrize(
+    ("optimizer", "stage", "world", "accumulation"),
+    slow_but(itertools.product(rule_training.RULES, STAGES, WORLDS, ACCUMULATIONS), DAILY),
+)
 def test_equals_one_plain_process(ranks, optimizer, stage, world, accumulation):
     results = ranks(world).run(TRAIN, stage, optimizer, accumulation)
     assert_same_weights(results[0][0], plain_weights(optimizer))
     # The rule really ran: once for each active matrix and update, over all ranks; at stage 0 on each of them.
     calls = [counts["calls"] for _, counts in results]
-    once = calls_of(optimizer)
+    once = calls_of(rule_case(optimizer))
     assert calls == [once] * world if stage == 0 else sum(calls) == once
     assert [counts["updates"] for _, counts in results] == [rule_training.STEPS] * world
 
 
-OPTIONS = {
-    "reverse_std": ("GaLoreAdamW", {"proj_type": "reverse_std"}),
-    "left": ("FiraAdamW", {"proj_type": "left"}),
-    "right": ("APOLLO", {"proj_type": "right"}),
-    "full": ("GaLoreAdamW", {"proj_type": "full"}),
-    "moments reset": ("GaLoreAdamW", {"moments": "reset"}),
-    "moments transported": ("FiraAdamW", {"moments": "transport"}),
-    "random bases": ("GaLoreAdamW", {"projector": "random"}),
-    "no stagger": ("GaLoreAdamW", {"stagger": False}),
-    "no error feedback": ("LDAdamW", {"error_feedback": False}),
-    "sparse moments": ("SPAM", {"density": 0.3}),
-    "published Stable-SPAM": ("StableSPAM", {"published": True}),
-    "a basis and the signs of the rest": ("FRUGAL", {"projector": "svd", "density": 0.4}),
-    "Muon at AdamW's rate": ("Muon", {"adjust_lr_fn": "match_rms_adamw", "nesterov": False}),
-}
-
-
-@pytest.mark.parametrize("option", OPTIONS)
-def test_options(ranks, option):
-    optimizer, params = OPTIONS[option]
-    got = ranks(3).run(TRAIN, 3 if option == "full" else 2, optimizer, params=params)[0][0]
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "title"), OPTIONS)
+def test_options(ranks, optimizer, title):
+    params = REFERENCES[optimizer].options[title]
+    got = ranks(3).run(TRAIN, 3 if title == "full" else 2, optimizer, params=dict(params))[0][0]
     expected = plain_weights(optimizer, params=tuple(params.items()))
     assert_same_weights(got, expected)
     assert largest_error(expected, plain_weights(optimizer))[0] > 1e-3  # it does something
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projector", ["eigh", "randomized", "power"])
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_fast_projectors_are_the_same_however_cut(ranks, projector, stage):
@@ -126,8 +94,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "optimizer on the CPU, stage 1": (1, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
     "optimizer on the CPU, stage 2": (2, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
     "optimizer on the CPU, stage 3": (3, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
-    "one matrix a round": (3, {"megalr": {"exchange_bucket_bytes": 1}}),
-    "all matrices in one round": (3, {"megalr": {"exchange_bucket_bytes": 10**9}}),
 }
 
 
@@ -139,14 +105,17 @@ def test_layout_variants(ranks, layout):
     assert_same_weights(got, plain_weights("GaLoreAdamW"))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("variant", ["frozen", "unused", "tied"])
+@pytest.mark.parametrize(
+    ("variant", "stage"),
+    slow_but(itertools.product(("frozen", "unused", "tied"), STAGES), [("frozen", 3), ("unused", 2), ("tied", 1)]),
+)
 def test_frozen_unused_and_tied_parameters(ranks, stage, variant):
     optimizer = ["GaLoreAdamW", "Muon", "FiraAdamW", "LDAdamW"][stage]
     results = ranks(3).run(TRAIN, stage, optimizer, variant={variant: True})
     assert_same_weights(results[0][0], plain_weights(optimizer, (variant,)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("targets", [["narrow"], ["mlp_row"]])
 def test_fewer_matrices_than_ranks(ranks, stage, targets):
@@ -163,6 +132,7 @@ def test_fewer_matrices_than_ranks(ranks, stage, targets):
 BF16_TOLERANCE = 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     ("optimizer", "params"),
@@ -177,6 +147,7 @@ def test_head_and_embeddings_by_the_rule(ranks, optimizer, params, stage):
     assert_same_weights(got, plain_weights(optimizer, params=tuple(params.items())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 3), (2, 2), (3, 4)])
 def test_a_tied_head_by_the_rule(ranks, stage, world):
     got = ranks(world).run(TRAIN, stage, "SCALE", variant={"tied": True})[0][0]
@@ -192,7 +163,7 @@ BF16 = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["GaLoreAdamW", "Muon"])
+@pytest.mark.parametrize("optimizer", slow_but(("GaLoreAdamW", "Muon"), ["GaLoreAdamW"]))
 @pytest.mark.parametrize("case", BF16)
 def test_bf16(ranks, optimizer, case):
     stage, more = BF16[case]
@@ -201,41 +172,22 @@ def test_bf16(ranks, optimizer, case):
     assert sum(counts["calls"] for _, counts in results) == MATRICES * rule_training.STEPS * (2 if stage == 0 else 1)
 
 
-# Rules whose state is of a form of its own, each at one stage; at the others in the slow selection.
-FORMS = [
-    "FiraAdamW",
-    "LDAdamW",
-    "OnlineSubspaceDescent",
-    "Muon",
-    "StableSPAM",
-    "SPAM",
-    "SCALE",
-    "AdamMini",
-    "CAME",
-    "FRUGAL",
-    "BAdam",
-    "QGaLoreAdamW",
-    "AdaRankGrad",
-]
-
-
 @pytest.mark.parametrize(
     ("optimizer", "stage"),
-    [
-        *(("GaLoreAdamW", stage) for stage in STAGES),
-        *(
-            pytest.param(rule, stage, marks=() if stage == (i + 3) % len(STAGES) else pytest.mark.slow)
-            for (i, rule), stage in itertools.product(enumerate(FORMS), STAGES)
-        ),
-    ],
+    slow_but(itertools.product(rule_training.RULES, STAGES), [("GaLoreAdamW", stage) for stage in STAGES]),
 )
 def test_resume_is_bitwise(ranks, optimizer, stage, tmp_path):
     different = ranks(2).run("tests.deepspeed.rule_training:resume", stage, optimizer, str(tmp_path / "check point"))
     assert different == [[], []]
 
 
-@pytest.mark.parametrize("optimizer", ["GaLoreAdamW", "Muon"])
-@pytest.mark.parametrize(("stage", "world"), [(0, 2), (2, 2), (3, 3)])
+@pytest.mark.parametrize(
+    ("optimizer", "stage", "world"),
+    slow_but(
+        [(rule, *layout) for rule in ("GaLoreAdamW", "Muon") for layout in ((0, 2), (2, 2), (3, 3))],
+        [("GaLoreAdamW", 2, 2), ("Muon", 3, 3)],
+    ),
+)
 def test_resume_is_bitwise_in_bf16_and_with_padding(ranks, optimizer, stage, world, tmp_path):
     different = ranks(world).run(
         "tests.deepspeed.rule_training:resume", stage, optimizer, str(tmp_path), bf16={"enabled": True}
@@ -243,7 +195,7 @@ def test_resume_is_bitwise_in_bf16_and_with_padding(ranks, optimizer, stage, wor
     assert different == [[]] * world
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", slow_but(STAGES, [2]))
 def test_clipping_acts_on_gradients_not_on_updates(ranks, stage):
     """Muon's update does not depend on the gradient's size, so clipping a hundredfold must not shrink it."""
     run = functools.partial(ranks(2).run, "tests.deepspeed.rule_training:one_update", stage, "Muon")
@@ -255,7 +207,7 @@ def test_clipping_acts_on_gradients_not_on_updates(ranks, stage):
         assert (moved - expected).norm() < 1e-2 * expected.norm(), name
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", slow_but((1, 3), [3]))
 def test_a_checkpoint_of_other_settings_is_refused(ranks, stage, tmp_path):
     run = functools.partial(ranks(2).run, "tests.deepspeed.rule_training:resume_with", stage, str(tmp_path))
     first, second = run(rank=4)

@@ -1,4 +1,7 @@
-"""Low-rank training under DeepSpeed against one plain PyTorch process, tensor by tensor."""
+"""Low-rank training under DeepSpeed against one plain process, tensor by tensor: once a stage, and each class of its.
+
+tests/world has all rules, resets and layouts; the rest of the product is slow here.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 import megalr
 from megalr.config.settings import MegalrConfig
 from megalr.layers import densify
+from tests.covering import slow_but
 from tests.deepspeed import training
 from tests.reference import Recipe, Reference
 
@@ -54,19 +58,16 @@ def assert_same_weights(got, expected, tolerance=1e-4):
     assert errors[worst] < tolerance, f"{worst}: {errors[worst]:.1e}"
 
 
-# Every stage with every world size, each with one of the two accumulations; the other is for the slow selection.
-COMBINATIONS = [
-    pytest.param(world, stage, steps, marks=[] if steps == (1, 4)[(world + stage) % 2] else [pytest.mark.slow])
-    for world, stage, steps in itertools.product(WORLDS, STAGES, (1, 4))
-]
-
-
-@pytest.mark.parametrize(("world", "stage", "accumulation"), COMBINATIONS)
+@pytest.mark.parametrize(
+    ("world", "stage", "accumulation"),
+    slow_but(itertools.product(WORLDS, STAGES, (1, 4)), [(2, 0, 1), (2, 1, 4), (2, 2, 1), (2, 3, 4)]),
+)
 def test_equals_one_plain_process(ranks, world, stage, accumulation):
     got = ranks(world).run("tests.deepspeed.training:train", stage, accumulation)[0]
     assert_same_weights(got, reference_weights())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_reset_of_all_parameters_equals_one_plain_process(ranks, stage):
     section = {**training.MEGALR, "momentum_reset": {"interval": 9, "scope": "all", "warmup_steps": 4}}
@@ -74,6 +75,7 @@ def test_reset_of_all_parameters_equals_one_plain_process(ranks, stage):
     assert_same_weights(got, reference_weights(scope="all"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("moments", ["transport", "keep"])
 def test_moments_of_refactorized_factors_are_the_same_however_cut(ranks, stage, moments):
@@ -97,15 +99,20 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# The others are daily in test_rules.py; here pairs are cut between buffers, and masters of stepped ones change again.
+@pytest.mark.parametrize(
+    "layout",
+    slow_but(LAYOUTS, ["round_robin_gradients", "sub-groups smaller than a pair", "optimizer on the CPU, stage 2"]),
+)
 def test_layout_variants(ranks, layout):
     stage, zero = LAYOUTS[layout]
     got = ranks(2).run("tests.deepspeed.training:train", stage, zero_optimization={"stage": stage, **zero})[0]
     assert_same_weights(got, reference_weights())
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("world", "stage"), slow_but(itertools.product(WORLDS, STAGES), [(2, stage) for stage in STAGES])
+)
 def test_refactorization_changes_the_factors_and_nothing_else(ranks, world, stage):
     report = ranks(world).run("tests.deepspeed.training:refactorize_once", stage)[0]
     assert report["product"] < 1e-5
@@ -146,7 +153,7 @@ def test_updates_are_counted_exactly(ranks, case):
         assert counts == [[3, 3, 3]] * 2
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", slow_but(STAGES, [1, 3]))
 def test_resume_is_bitwise(ranks, stage, tmp_path):
     different = ranks(2).run("tests.deepspeed.training:resume", stage, str(tmp_path / "check point"))
     assert different == [[], []]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from megalr.layout.rounds import ROUNDS_IN_MEMORY
+from tests.covering import slow_but
 from tests.deepspeed.updating import EVEN, PAIR, SEVEN, largest_matrix
+from tests.references import REFERENCES
 
 pytestmark = pytest.mark.distributed
 MODULE = "tests.deepspeed.updating"
@@ -60,9 +61,14 @@ def test_whole_matrices_are_computed_while_the_first_cut_ones_travel(ranks):
         assert happened[: local + 1] == ["start"] + ["rule"] * local
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bytes_moved(ranks, stage, world):
+@pytest.mark.parametrize(
+    ("world", "stage"),
+    slow_but(
+        itertools.product((1, 2, 3, 4), (0, 1, 2, 3)),
+        [(2, 0), *((world, stage) for world in (2, 3) for stage in (1, 2, 3)), (4, 3)],
+    ),
+)
+def test_bytes_moved(ranks, world, stage):
     for traffic in ranks(world).run(f"{MODULE}:traffic", stage):
         assert traffic.planned
         assert traffic.moved == 2 * 4 * traffic.away_from_owners
@@ -72,37 +78,17 @@ def test_bytes_moved(ranks, stage, world):
             assert 0 < traffic.moved / world <= 2 * 4 * traffic.elements / world
 
 
-def projected_state(m: int, n: int, r: int) -> int:
-    return m * r + 2 * n * r
-
-
-# Floats of state of a matrix with m <= n, at rank r, as the papers count; scalars left out.
-OF_ONE_MATRIX: dict[str, Callable[[int, int, int], int]] = {
-    "GaLoreAdamW": projected_state,
-    "FiraAdamW": projected_state,
-    "APOLLO": projected_state,
-    "APOLLOMini": lambda m, n, r: m + 2 * n,
-    "LDAdamW": lambda m, n, r: projected_state(m, n, r) + m * n,  # the error is kept, too
-    "OnlineSubspaceDescent": lambda m, n, r: projected_state(m, n, r) + 2 * m * r,  # the basis has moments of its own
-    "AdaRankGrad": projected_state,
-    "Muon": lambda m, n, r: m * n,
-    "StableSPAM": lambda m, n, r: 2 * m * n + 3,
-    "SPAM": lambda m, n, r: 2 * m * n,
-    "CAME": lambda m, n, r: m * n + 2 * (m + n),
-}
-RULES = list(OF_ONE_MATRIX)
+RULES = [name for name, reference in REFERENCES.items() if reference.papers_floats(64, 64, 16) is not None]
 
 
 @pytest.mark.parametrize(
     ("optimizer", "stage", "world"),
-    [
-        pytest.param(*case, marks=() if case[2] == 4 and case[1] == 2 + RULES.index(case[0]) % 2 else pytest.mark.slow)
-        for case in itertools.product(RULES, (2, 3), (1, 2, 4))
-    ],
+    slow_but(itertools.product(RULES, (2, 3), (1, 2, 4)), [("Muon", 2, 2), ("GaLoreAdamW", 3, 2)]),
 )
 def test_state_by_rank(ranks, optimizer, stage, world):
     """Four layers of 4 matrices of 64 x 64 and 3 of 64 x 172."""
-    total = 4 * 4 * (4 * OF_ONE_MATRIX[optimizer](64, 64, 16) + 3 * OF_ONE_MATRIX[optimizer](64, 172, 16))
+    floats = REFERENCES[optimizer].papers_floats
+    total = 4 * 4 * (4 * floats(64, 64, 16) + 3 * floats(64, 172, 16))
     results = ranks(world).run(f"{MODULE}:state_bytes", stage, optimizer)
     kept = [result[0] for result in results]
     scalars = sum(kept) - total
@@ -116,7 +102,7 @@ def test_state_by_rank(ranks, optimizer, stage, world):
             assert f"largest {max(kept) * world / sum(kept):.2f} x the mean" in table
 
 
-# State that is not fp32 throughout, or that not every matrix has; each at one stage, at the others when slow tests run.
+# State that is not fp32 throughout, or that not every matrix has.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "4 and 8 bits": ("QGaLoreAdamW", {"min_8bit_size": 1024}),
     "small moments in fp32": ("QGaLoreAdamW", {"min_8bit_size": 2000, "proj_type": "reverse_std"}),
@@ -133,10 +119,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     ("case", "stage"),
-    [
-        pytest.param(case, stage, marks=() if stage == i % 4 else pytest.mark.slow)
-        for (i, case), stage in itertools.product(enumerate(OTHERS), (0, 1, 2, 3))
-    ],
+    slow_but(
+        itertools.product(OTHERS, (0, 1, 2, 3)),
+        [("columns", 0), ("one block of four", 1), ("momentum of the head", 2), ("4 and 8 bits", 3)],
+    ),
 )
 def test_computed_state_of_other_forms(ranks, case, stage):
     optimizer, params = OTHERS[case]
@@ -148,7 +134,7 @@ def test_computed_state_of_other_forms(ranks, case, stage):
     assert all(share * whole == by_rule for _, by_rule, *_ in results)
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", slow_but((0, 1), [1]))
 def test_computed_state_at_other_stages(ranks, stage):
     for _, _, table, measured, computed in ranks(3).run(f"{MODULE}:state_bytes", stage, "FiraAdamW"):
         assert measured == computed

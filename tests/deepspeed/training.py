@@ -9,34 +9,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import megalr
 from megalr.config.settings import MegalrConfig
 from megalr.layers import densify
+from tests import equality
+from tests.references.parametrizations import low_rank
+from tests.small_llama import VOCABULARY, small_llama
 
-SEQUENCES, LENGTH, VOCABULARY = 24, 16, 61  # 24 sequences a step split over 1, 2, 3 ranks x 1, 4 micro-batches
-MODEL = {
-    "hidden_size": 20,
-    "intermediate_size": 33,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 64,
-}
-MEGALR = {
-    "parametrization": {"type": "low_rank", "rank": 5, "alpha": 10},
-    "refactorization": {"interval": 7, "moments": "reset"},
-    "momentum_reset": {"interval": 9, "scope": "factors", "warmup_steps": 4},
-}
-ADAMW = {"lr": 3e-3, "weight_decay": 0.1, "embedding": {"lr": 1e-2}}
-CLIPPING = 0.5  # below the gradient norm of nearly every step
+SEQUENCES, LENGTH = 24, 16  # 24 sequences a step split over 1, 2, 3 ranks x 1, 4 micro-batches
+MEGALR, ADAMW = low_rank.MEGALR, low_rank.ADAMW
+CLIPPING = equality.CLIPPING
 
 
-def dense_model() -> LlamaForCausalLM:
-    """The same dense model in every process, before parametrization."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**MODEL))
+dense_model = small_llama  # the same in every process, before parametrization
 
 
 def batches(steps: int) -> list[Tensor]:

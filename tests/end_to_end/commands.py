@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +14,14 @@ import torch
 
 from megalr.checkpoint.manifest import read_manifest
 from megalr.checkpoint.reading import read_tensor
-from megalr.processes import die_with_parent
 from megalr.train.ranks import free_port
+from tests import processes
+from tests.processes import ROOT, Finished, Running
 
-ROOT = Path(__file__).parents[2]
 PRETRAIN = ROOT / "launchers" / "pretrain.py"
 EVALUATE = ROOT / "launchers" / "evaluate.py"
 CONFIGS = ROOT / "ds_configs"
-TIMEOUT = 300  # seconds; a machine that is busy takes a minute to import everything in three processes
+LIMIT = 240  # seconds; a machine that is busy takes a minute to import everything in three processes
 
 SMALL_MODEL = {
     "model_type": "llama",
@@ -39,15 +35,7 @@ SMALL_MODEL = {
 SHORT_TEXT = ["--sequence-length", "32", "--max-train-tokens", "20000", "--max-eval-tokens", "2000"]
 
 # What the user's own launchers would set, and nothing of this test's own process group.
-_NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE")
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A command that ended: its exit code and everything that it printed."""
-
-    code: int
-    output: str
+_NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "MAKEFLAGS")
 
 
 def small_run(folder: Path) -> list[str]:
@@ -66,81 +54,69 @@ def write_config(path: Path, stage: int = 2, **sections: Any) -> Path:
     return path
 
 
+def make_pretrain(folder: Path, flags: Sequence[str | Path]) -> list[str]:
+    """What `make pretrain` starts, without the installation, where ``folder`` is a clone's."""
+    for name in ("launchers", "ds_configs"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    makefile, installed = str(ROOT / "Makefile"), ".venv/.installed"
+    return ["make", "-f", makefile, "-o", installed, "pretrain", f"ARGS={' '.join(map(str, flags))}"]
+
+
 def plain() -> list[str]:
     """Without a launcher: one process."""
     return [sys.executable]
 
 
-def deepspeed(processes: int) -> list[str]:
+def deepspeed(count: int) -> list[str]:
     """DeepSpeed's launcher."""
     return [
         sys.executable,
         "-m",
         "deepspeed.launcher.runner",
         "--num_accelerators",
-        str(processes),
+        str(count),
         "--master_port",
         str(free_port()),
     ]
 
 
-def torchrun(processes: int) -> list[str]:
+def torchrun(count: int) -> list[str]:
     """torch's launcher."""
     return [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--nproc_per_node",
-        str(processes),
+        str(count),
         "--master_port",
         str(free_port()),
     ]
 
 
-def run(command: Sequence[str | Path], folder: Path, timeout: int = TIMEOUT) -> Finished:
-    """Run a command in ``folder`` to its end, its children with it."""
-    with started(command, folder) as process:
-        output, _ = process.communicate(timeout=timeout)
-        return Finished(process.returncode, output.decode())
+def run(
+    command: Sequence[str | Path], folder: Path, *, warm: bool = True, env: Mapping[str, str] | None = None
+) -> Finished:
+    """Run a command in ``folder`` to its end.
+
+    Args:
+        command: its words.
+        folder: where.
+        warm: whether its processes are forked from one that has imported everything; a few tests start them anew, as
+            users do.
+        env: variables to set.
+    """
+    with started(command, folder, warm=warm, env=env) as process:
+        return process.wait()
 
 
-@contextmanager
-def started(command: Sequence[str | Path], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A command in a session of its own, all of which is killed at the end."""
-    environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
-    environment |= {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *environment.get("PYTHONPATH", "").split(os.pathsep)]),
-    }
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=die_with_parent(),  # noqa: PLW1509  (one system call, which takes no lock)
-    )
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-
-
-def read_until(process: subprocess.Popen[bytes], word: bytes) -> bytes:
-    """What the process prints up to ``word``; the end of its output is a failure."""
-    assert process.stdout is not None
-    seen = b""
-    while word not in seen:
-        more = os.read(process.stdout.fileno(), 4096)
-        assert more, f"ended without printing {word!r}:\n{seen.decode()}"
-        seen += more
-    return seen
+def started(
+    command: Sequence[str | Path], folder: Path, *, warm: bool = True, env: Mapping[str, str] | None = None
+) -> contextlib.AbstractContextManager[Running]:
+    """A command whose output is one stream, and which is killed at the end with all its children; see :func:`run`."""
+    alone: dict[str, str | None] = dict.fromkeys(_NOT_INHERITED)
+    env = {**alone, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    return processes.started(command, cwd=folder, env=env, limit=LIMIT, one_stream=True, warm=warm)
 
 
 def metrics(run_folder: Path) -> list[dict[str, Any]]:

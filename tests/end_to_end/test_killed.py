@@ -2,7 +2,6 @@
 
 import random
 import signal
-import subprocess
 from contextlib import suppress
 
 import psutil
@@ -11,11 +10,9 @@ import pytest
 from tests.end_to_end.commands import (
     CONFIGS,
     PRETRAIN,
-    TIMEOUT,
     assert_same_checkpoints,
     metrics,
     plain,
-    read_until,
     run,
     small_run,
     started,
@@ -34,7 +31,7 @@ def kill(process, random_numbers):
         with suppress(psutil.NoSuchProcess, ProcessLookupError):
             each.send_signal(signal.SIGKILL)
     if len(chosen) == 1:
-        process.communicate(timeout=TIMEOUT)  # the launcher notices, and ends the others
+        process.wait()  # the launcher notices, and ends the others
 
 
 @pytest.mark.parametrize(
@@ -67,13 +64,11 @@ def test_the_same_weights_as_undisturbed(tmp_path, launcher, processes, kills, s
         how = "--resume" if (checkpoints / "latest").exists() else "--overwrite"
         with started(command("--output", "killed", how), tmp_path) as process:
             if killed == kills:
-                output, _ = process.communicate(timeout=TIMEOUT)
-                assert process.returncode == 0, output.decode()
+                rest = process.wait()
+                assert rest.code == 0, rest.output
                 break
-            read_until(process, f"/{steps}".encode())  # the bar: training begins
-            try:
-                process.communicate(timeout=random_numbers.uniform(0.0, LONGEST))
-            except subprocess.TimeoutExpired:
+            process.read_until(f"/{steps}")  # the bar: training begins
+            if not process.watch(random_numbers.uniform(0.0, LONGEST)):
                 kill(process, random_numbers)
                 killed += 1
     assert killed == kills, "the run was over before it had been killed often enough"

@@ -1,6 +1,5 @@
 """Stopping a run and going on: the same, bit for bit, as if it had not been stopped."""
 
-import os
 import re
 import shlex
 import signal
@@ -16,7 +15,6 @@ from tests.end_to_end.commands import (
     deepspeed,
     metrics,
     plain,
-    read_until,
     run,
     small_run,
     started,
@@ -31,6 +29,23 @@ LAUNCHERS = {
     "deaf": lambda: ["bash", "-c", "trap '' USR1; exec \"$@\"", "bash", *deepspeed(2)],
     "torchrun": lambda: torchrun(2),
 }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """By the processes that train: flags of a run, and the folder of one that nobody has stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    flags = ["--deepspeed", CONFIGS / "zero2_lowrank.json", *small_run(folder), "--steps", str(STEPS)]
+    flags += ["--eval-every", str(STEPS)]
+    starts = {"plain": plain, "two processes": lambda: deepspeed(2)}
+
+    def of(processes):
+        if not (folder / processes).exists():
+            whole = run([*starts[processes](), PRETRAIN, *flags, "--output", processes], folder)
+            assert whole.code == 0, whole.output
+        return flags, folder / processes
+
+    return of
 
 
 def stop_launcher(process):
@@ -49,7 +64,7 @@ def warn_ranks(process):
 
 def warn_everybody(process):
     """The launcher, too."""
-    os.killpg(process.pid, signal.SIGUSR1)
+    process.signal_group(signal.SIGUSR1)
 
 
 def ranks_of(process):
@@ -59,7 +74,7 @@ def ranks_of(process):
 
 
 def press_ctrl_c(process):
-    os.killpg(process.pid, signal.SIGINT)
+    process.signal_group(signal.SIGINT)
 
 
 @pytest.mark.parametrize(
@@ -81,40 +96,36 @@ def press_ctrl_c(process):
         pytest.param("torchrun", press_ctrl_c, 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, launcher, stop, code):
-    flags = ["--deepspeed", CONFIGS / "zero2_lowrank.json", *small_run(tmp_path), "--steps", str(STEPS)]
-    flags += ["--eval-every", str(STEPS)]
-    whole = run([*LAUNCHERS[launcher](), PRETRAIN, *flags, "--output", "whole"], tmp_path)
-    assert whole.code == 0, whole.output
-
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, undisturbed, launcher, stop, code):
+    flags, whole = undisturbed("plain" if launcher == "plain" else "two processes")
     with started([*LAUNCHERS[launcher](), PRETRAIN, *flags, "--output", "stopped"], tmp_path) as process:
-        read_until(process, b"| 0/40")  # the bar: from here on a signal is a request
+        process.read_until("| 0/40")  # the bar: from here on a signal is a request
         stop(process)
-        rest, _ = process.communicate(timeout=120)  # ends when the last rank has closed the pipe
-        assert process.returncode == code, rest.decode()
+        stopped = process.wait()  # for the last rank, which may outlive its launcher
+        assert stopped.code == code, stopped.output
 
     assert not (tmp_path / "stopped/summary.json").exists()
-    words = re.search(r"to go on, start \d process(?:es)? of: (.*)", rest.decode())
-    assert words, rest.decode()
+    words = re.search(r"to go on, start \d process(?:es)? of: (.*)", stopped.output)
+    assert words, stopped.output
     stopped_at = metrics(tmp_path / "stopped")[-1]["step"]
     assert 0 < stopped_at < STEPS
     assert (tmp_path / "stopped/checkpoints/latest").read_text() == f"step{stopped_at}"
 
     rest_of_it = run([*LAUNCHERS[launcher](), *shlex.split(words.group(1))], tmp_path)
     assert rest_of_it.code == 0, rest_of_it.output
-    assert without_time(metrics(tmp_path / "stopped")) == without_time(metrics(tmp_path / "whole"))
+    assert without_time(metrics(tmp_path / "stopped")) == without_time(metrics(whole))
     last = f"checkpoints/step{STEPS}"
-    assert_same_checkpoints(tmp_path / "stopped" / last, tmp_path / "whole" / last)
+    assert_same_checkpoints(tmp_path / "stopped" / last, whole / last)
 
 
 def test_a_run_that_was_stopped_before_its_first_update_begins_anew(tmp_path):
     flags = ["--deepspeed", CONFIGS / "zero2_lowrank.json", *small_run(tmp_path), "--steps", "3", "--eval-every", "3"]
     flags += ["--max-eval-tokens", "100000", "--output", "a run"]  # enough to be interrupted in the first evaluation
     with started([*plain(), PRETRAIN, *flags], tmp_path) as process:
-        read_until(process, b"writing to")
+        process.read_until("writing to")
         warn_ranks(process)
-        rest, _ = process.communicate(timeout=120)
-        assert process.returncode == 75, rest.decode()
+        stopped = process.wait()
+        assert stopped.code == 75, stopped.output
     assert (tmp_path / "a run/run.json").exists()
     assert not (tmp_path / "a run/checkpoints").exists()
 
@@ -164,11 +175,11 @@ def test_a_killed_launcher_leaves_a_checkpoint(tmp_path):
     flags = ["--deepspeed", CONFIGS / "zero2_lowrank.json", *small_run(tmp_path), "--output", "stopped"]
     flags += ["--steps", "5000", "--eval-every", "5000"]
     with started([*deepspeed(2), PRETRAIN, *flags], tmp_path) as process:
-        read_until(process, b"| 0/5000")
+        process.read_until("| 0/5000")
         stop_launcher(process)
-        rest, _ = process.communicate(timeout=120)
+        stopped = process.wait()
 
-    assert "stopped on request (the launcher is gone)" in rest.decode()
+    assert "stopped on request (the launcher is gone)" in stopped.output
     tag = (tmp_path / "stopped/checkpoints/latest").read_text()
     assert tag == f"step{metrics(tmp_path / 'stopped')[-1]['step']}"
     shards = [file.name for file in (tmp_path / "stopped/checkpoints" / tag).glob("*.safetensors")]

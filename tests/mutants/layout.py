@@ -8,7 +8,7 @@ EXCHANGE = "megalr/layout/exchange.py"
 PLACEMENT = "megalr/layout/placement.py"
 LAYOUT = "megalr/layout/layout.py"
 PLANNED = "megalr/layout/planned.py"
-READING = "megalr/hosts/reading.py"
+READING = "megalr/hosts/zero_layouts.py"
 PIECES = "megalr/layout/rectangles.py"
 JOINING = "megalr/layout/tensor_parallel.py"
 TENSOR_PARALLEL = "megalr/hosts/tensor_parallel.py"
@@ -192,7 +192,7 @@ LAYOUTS = [
         (
             "stage 0 in bf16: the call that makes states counts as an update",
             READING,
-            "dry_run=separate",
+            "dry_run=True",
             "dry_run=False",
             "tests/deepspeed/test_training.py -k test_updates_are_counted",
         ),
@@ -204,11 +204,11 @@ LAYOUTS = [
             "tests/unit/test_partition.py",
         ),
         (
-            "a frozen parameter that is kept gathered is written in its chunks alone",
+            "a frozen parameter's padding is taken for its elements",
             READING,
-            "*([(0, parameter.data.view(-1))] if gathered else [])]",
-            "]",
-            "tests/deepspeed/test_projected.py -k 'test_layout_variants and persistent'",
+            "[: max(0, min(chunk, sharded.ds_numel - start))]",
+            "[:chunk]",
+            "tests/deepspeed/test_projected.py -k 'test_equals_one_plain_process and 3-3-4'",
         ),
         (
             "a frozen parameter's chunk begins one chunk later",

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from megalr.rules.base import Rule, Shape
-from tests.references import Reference
+from megalr.rules.registry import RULES
+from tests.references import REFERENCES, Reference
 
 SEED, NAME = 3, "layers.0.mlp.weight"
 LR, WEIGHT_DECAY = 0.01, 0.1
 
 # Wide, tall, square, one row, one column, smaller than a rank of 4 in either direction, odd.
 SHAPES = [(12, 20), (20, 12), (16, 16), (1, 9), (9, 1), (3, 10), (10, 3), (7, 13)]
+
+
+def needed(type_name: str) -> dict[str, Any]:
+    """The keys of "optimizer.params" without which a rule is refused, with values for tests that need none."""
+    rule = RULES[type_name]
+    fields = [] if rule is None else dataclasses.fields(rule)
+    keys = [field.name for field in fields if field.default is dataclasses.MISSING]
+    return {key: REFERENCES[type_name].short[key] for key in keys}
 
 
 def drifting_gradients(shape: Shape, count: int, *, seed: int = 0, decay: float = 0.7) -> list[Tensor]:

@@ -9,6 +9,7 @@ from megalr.config.settings import MegalrConfig
 from megalr.optim.groups import parameter_groups
 from megalr.rules.galore import GaLore
 from megalr.rules.registry import RULES
+from tests.unit.rule_runs import needed
 
 ENDS = ("embedding", "head")
 
@@ -45,8 +46,7 @@ def test_names_as_other_libraries_spell_them(spelling):
 
 @pytest.mark.parametrize("kind", RULES)
 def test_every_name_makes_its_rule(kind):
-    params = {"random_from": 10} if kind == "GoLoreAdamW" else {}
-    rule = config(kind, **params).optimizer.rule
+    rule = config(kind, **needed(kind)).optimizer.rule
     assert type(rule) is (RULES[kind] or type(None))
 
 
@@ -113,14 +113,13 @@ def test_combinations_that_are_refused():
 
 @pytest.mark.parametrize("kind", [name for name, rule in RULES.items() if rule and not rule.reset_keys])
 def test_advice_to_those_whom_no_momentum_reset_can_reset(kind):
-    needed = {"random_from": 5} if kind == "GoLoreAdamW" else {}
     with pytest.raises(megalr.UserError, match="momentum_reset cannot reset .*: remove it") as error:
-        config(kind, section={"momentum_reset": {"interval": 50, "scope": "all"}}, **needed)
+        config(kind, section={"momentum_reset": {"interval": 50, "scope": "all"}}, **needed(kind))
     if '"moments": "reset"' in str(error.value):
-        assert config(kind, moments="reset", **needed).optimizer.rule.moments == "reset"
+        assert config(kind, moments="reset", **needed(kind)).optimizer.rule.moments == "reset"
     else:
         with pytest.raises(megalr.UserError, match='no key "moments"'):
-            config(kind, moments="reset", **needed)
+            config(kind, moments="reset", **needed(kind))
 
 
 def groups(rank=4, **params):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from tests.covering import covering, daily_and_slow, pairs
+from tests.covering import covering, daily_and_slow, pairs, slow_but
 
 AXES = [
     [range(18), range(4), range(1, 5), (1, 4), ("state", "entries")],
@@ -34,16 +34,30 @@ def test_rows_are_of_the_product_in_its_order_and_not_many(axes):
 
 def test_what_is_left_out_is_slow():
     axes = (range(5), range(4), range(3))
-    parameters = daily_and_slow(*axes)
-    slow = [each.values for each in parameters if not isinstance(each, tuple)]
-    assert [each for each in parameters if isinstance(each, tuple)] == covering(*axes)
-    assert sorted(covering(*axes) + slow) == list(itertools.product(*axes))
-    assert {mark.name for each in parameters if not isinstance(each, tuple) for mark in each.marks} == {"slow"}
+    daily, slow = told_apart(daily_and_slow(*axes))
+    assert daily == covering(*axes)
+    assert sorted(daily + slow) == list(itertools.product(*axes))
 
 
 def test_values_that_take_turns_make_no_more_rows():
-    parameters = daily_and_slow(range(6), range(5), turns=["ab"])
-    rows = [each if isinstance(each, tuple) else each.values for each in parameters]
-    assert sorted(row[:2] for row in rows) == list(itertools.product(range(6), range(5)))
-    assert [each for each in parameters if isinstance(each, tuple)] == covering(range(6), range(5), "ab")
-    assert len(daily_and_slow(range(9), "xy", "vw", turns=["ab"])) == 36
+    daily, slow = told_apart(daily_and_slow(range(6), range(5), turns=["ab"]))
+    assert daily == covering(range(6), range(5), "ab")
+    assert sorted(row[:2] for row in daily + slow) == list(itertools.product(range(6), range(5)))
+    assert {row[2] for row in slow} <= {"a", "b"}
+    daily, slow = told_apart(daily_and_slow(range(9), "xy", "vw", turns=["ab"]))
+    assert len(daily + slow) == 36 and {row[3] for row in slow} == {"a", "b"}
+
+
+def test_a_selection_by_hand():
+    rows = list(itertools.product("ab", range(2)))
+    assert told_apart(slow_but(rows, [("a", 1), ("b", 0)])) == ([("a", 1), ("b", 0)], [("a", 0), ("b", 1)])
+    assert told_apart(slow_but("abc", "b")) == (["b"], [("a",), ("c",)])
+    with pytest.raises(AssertionError, match="no rows"):
+        slow_but(rows, [("c", 0)])
+
+
+def told_apart(parameters):
+    """Rows without a mark, and those that are marked slow."""
+    marked = [each for each in parameters if hasattr(each, "marks")]
+    assert all([mark.name for mark in each.marks] == ["slow"] for each in marked)
+    return [each for each in parameters if not hasattr(each, "marks")], [each.values for each in marked]

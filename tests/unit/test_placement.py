@@ -13,6 +13,7 @@ from megalr.optim.groups import parameter_groups
 from megalr.optim.matrices import choose_owners, matrix_shapes
 from megalr.rules.registry import RULES
 from megalr.train.models import empty_model, read_model_config
+from tests.unit.rule_runs import needed
 
 MODELS = Path(__file__).parents[2] / "launchers" / "models"
 SIZES = ("60m", "130m", "350m", "1b", "7b")
@@ -35,8 +36,7 @@ def shapes_of(size):
 
 def rule_of(name, hidden):
     kind = RULES[name]
-    options = {"random_from": 1} if name == "GoLoreAdamW" else {}
-    return kind(rank=hidden // 4, **options) if getattr(kind, "rank", 1) > 1 else kind()
+    return kind(**needed(name), **({"rank": hidden // 4} if getattr(kind, "rank", 1) > 1 else {}))
 
 
 def balance_of(rule, layout):

@@ -11,8 +11,9 @@ import megalr
 from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
 from megalr.layers.velora import VeloraConfig, VeloraLinear, compress_activations
-from megalr.rules.registry import RULES
+from megalr.rules.registry import RULES, hyperparameters
 from tests.plain_velora import projection
+from tests.unit.rule_runs import needed
 
 SECTION = {"type": "velora", "groups": 4, "target_modules": ["mlp"]}
 
@@ -117,13 +118,13 @@ def test_a_basis_of_more_directions_than_the_gradient_has_is_refused(rule, refus
     MegalrConfig.from_json(content)
 
 
-# As README says: what takes a basis from the gradient, of which the default rank is 128.
-BASED = {"GaLoreAdamW", "GoLoreAdamW", "FiraAdamW", "OnlineSubspaceDescent", "QGaLoreAdamW", "AdaRankGrad"}
+# What takes a basis from the gradient, of which the default rank is 128.
+BASED = {name for name, rule in RULES.items() if rule and {"rank", "projector"} <= set(hyperparameters(rule))}
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_any_rule_goes_with_as_many_groups_as_its_rank(rule):
-    params = {"random_from": 5} if rule == "GoLoreAdamW" else {}
+    params = needed(rule)
     content = {"megalr": {"activations": {"type": "velora"}}, "optimizer": {"type": rule, "params": params}}
     if rule in BASED:
         with pytest.raises(UserError, match='groups is 32, .* basis of rank 128 .* write "groups" of at least'):

@@ -16,13 +16,8 @@ from megalr import MegalrConfig, UserError
 from megalr.hosts.tensor_parallel import own_part
 from megalr.layers import parametrize
 from megalr.layers.base import FactorizedLinear, Parametrization
-from megalr.layers.cola import ColaConfig
-from megalr.layers.lora import LoraConfig
-from megalr.layers.loro import LoroConfig
 from megalr.layers.low_rank import LowRankConfig, LowRankLinear
-from megalr.layers.mora import MoraConfig
-from megalr.layers.relora import ReloraConfig
-from megalr.layers.switchlora import SwitchLoraConfig
+from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.layers.tensor_parallel.cutting import cut_layers, types_that_are_cut
 from tests.world.threads import world
 
@@ -85,14 +80,16 @@ def section(**values: Any) -> Parametrization:
     return MegalrConfig.from_json({"megalr": {"parametrization": {**TARGETS, **values}}}).parametrization
 
 
+CUT = types_that_are_cut()
 KINDS = {
-    "low_rank": section(type="low_rank", alpha=5),
-    "sltrain": section(type="sltrain", density=0.3, init="variance_matched"),
-    "projected, input": section(type="projected", side="input"),
+    **{name: section(type=name) for name in CUT},
+    "low_rank, scaled": section(type="low_rank", alpha=5),
+    "sltrain, dense start": section(type="sltrain", density=0.3, init="variance_matched"),
     "projected, output": section(type="projected", side="output"),
     "projected, std": section(type="projected", side="std", compute="materialized"),
     "a user's": GainedConfig(**TARGETS),
 }
+NOT_CUT = [name for name, kind in PARAMETRIZATIONS.items() if issubclass(kind, Parametrization) and name not in CUT]
 
 
 def made(config: Parametrization) -> Model:
@@ -100,8 +97,8 @@ def made(config: Parametrization) -> Model:
     torch.manual_seed(0)
     model = Model()
     parametrize(model, config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("R"):
+    for parameter in model.parameters():
+        if not parameter.any():
             nn.init.normal_(parameter)
     return model
 
@@ -142,14 +139,16 @@ def test_parts_compute_what_the_whole_does(kind, size):
             )
 
 
-@pytest.mark.parametrize("kind", [LoraConfig, ReloraConfig, LoroConfig, SwitchLoraConfig, ColaConfig, MoraConfig])
+@pytest.mark.parametrize("kind", NOT_CUT)
 def test_what_says_nothing_of_cuts_is_refused(kind):
-    config = kind(**TARGETS)
-    with pytest.raises(
-        UserError, match='attn.q is a .*Linear, which cannot be cut .* "low_rank", "projected" or "sltr'
-    ):
+    config = section(type=kind)
+    with pytest.raises(UserError, match='attn.q is a .*Linear, which cannot be cut .* "low_rank"') as refused:
         cut_layers(made(config), config, CUTS, None)
-    assert config.type not in types_that_are_cut()
+    assert not [name for name in NOT_CUT if f'"{name}"' in str(refused.value)]
+
+
+def test_layers_that_share_a_class_are_not_cut_for_that():
+    assert {"loro", "lora", "relora"} <= set(NOT_CUT) and {"low_rank", "projected", "sltrain"} <= set(CUT)
 
 
 def test_another_layer_of_a_derived_parametrization_is_not_cut_as_its_parents():

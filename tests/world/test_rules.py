@@ -7,8 +7,6 @@ import functools
 import pytest
 import torch
 
-from megalr.config.settings import MegalrConfig
-from megalr.layout.planned import planned_layout
 from tests.covering import covering, daily_and_slow
 from tests.equality import (
     ACCUMULATIONS,
@@ -18,35 +16,22 @@ from tests.equality import (
     Case,
     assert_equal,
     batches,
+    calls_of,
     errors,
     rule_case,
     run,
     without_reference,
 )
-from tests.references import REFERENCES
+from tests.references import OPTIONS, REFERENCES
 from tests.world.threads import world
 from tests.world.training import WAYS, alone, engine_of, train, whole_weights
 
 RULES = list(REFERENCES)
-OPTIONS = [(name, title) for name, reference in REFERENCES.items() for title in vars(reference).get("options", {})]
 
 
 @functools.cache
 def case_of(type_name: str) -> Case:
     return rule_case(type_name)
-
-
-def calls_of(case: Case) -> int:
-    """Matrices that are updated in a run, each once for each update."""
-    rule = MegalrConfig.from_json({"optimizer": dict(case.optimizer)}).optimizer.rule
-    if rule is None:
-        return 0
-    params, model = case.optimizer["params"], case.model()
-    ends = [("lm_head", params.get("head")), ("embed_tokens", params.get("embeddings"))]
-    patterns = [*params["target_modules"], *(name for name, chosen in ends if chosen)]
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.ndim > 1 and any(t in n for t in patterns)}
-    names = list(planned_layout([shapes], stage=0, world_size=1).matrices(shapes).shapes)
-    return sum(len(names) - len(rule.resting(names, t, 0)) for t in range(case.updates))
 
 
 @pytest.mark.parametrize(
