@@ -14,7 +14,7 @@ import torch
 
 from megalr.checkpoint.manifest import read_manifest
 from megalr.checkpoint.reading import read_tensor
-from megalr.train.ranks import free_port
+from megalr.processes import free_port
 from tests import processes
 from tests.processes import ROOT, Finished, Running
 
