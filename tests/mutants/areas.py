@@ -13,8 +13,8 @@ D, U, W = "tests/deepspeed", "tests/unit", "tests/world"
 AREAS: dict[str, str] = {
     "exchange": f"{W}/test_rules.py {W}/test_parametrizations.py {D}/test_exchange.py {D}/test_rules.py "
     f"{D}/test_updating.py {D}/test_tensor_parallel.py",
-    "placement": f"{U}/test_partition.py {U}/test_placement.py {W}/test_rules.py {W}/test_state.py {D}/test_updating.py "
-    f"{D}/test_rules.py",
+    "placement": f"{U}/test_partition.py {U}/test_placement.py {W}/test_rules.py {W}/test_state.py "
+    f"{D}/test_updating.py {D}/test_rules.py",
     "layout reading": f"{U}/test_partition.py {U}/test_joining.py {W}/test_rules.py {D}/test_rules.py "
     f"{D}/test_training.py {D}/test_projected.py",
     "rectangles": f"{U}/test_pieces.py {U}/test_joining.py {D}/test_checkpoints.py {D}/test_checkpoint_jobs.py "
