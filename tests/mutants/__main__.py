@@ -160,6 +160,7 @@ def run(mutant: Mutant, steps: tuple[str, ...], copy: Path, logs: Path | None) -
             printed += text
             if code in NOTHING_SELECTED:
                 printed += f"\nnothing selected by {selection}\n"
+                print(f"{mutant.area}: {mutant.name}: no test is selected by {selection}", file=sys.stderr)
             elif code:
                 found = FAILED.search(text)
                 ended = "a run that hangs" if code == -signal.SIGKILL else f"pytest ended with {code}"
