@@ -79,8 +79,8 @@ setup(
     zip_safe=False,
     python_requires=">=3.11",
     # The tests have passed with exactly these lower bounds, all at once. DeepSpeed has an upper bound, too, because
-    # megalr reads its inside (megalr/hosts/), which has changed even between 0.19.7 and 0.19.8: the first release that
-    # has not passed the contract. To raise it, install the release and run
+    # megalr reads its internals (megalr/hosts/), which changed even between 0.19.7 and 0.19.8. The bound is the first
+    # release that has not passed the contract. To raise it, install the release and run
     # `pytest tests/deepspeed/test_contract.py tests/unit/test_host_tables.py`, then `make test-all`.
     install_requires=[
         "torch>=2.9.1",

@@ -20,13 +20,15 @@ def covering(*axes: Sequence[Any]) -> list[Row]:
     Args:
         *axes: the values of each; hashable, no value twice in one axis.
     """
-    rows = {row: pairs(row) for row in itertools.product(*axes)}
-    left = set().union(*rows.values())
-    chosen: list[Row] = [] if left else list(rows)
+    rows = list(itertools.product(*axes))
+    bit = {pair: 1 << i for i, pair in enumerate(sorted(set().union(*map(pairs, rows)), key=repr))}
+    masks = {row: sum(bit[pair] for pair in pairs(row)) for row in rows}
+    chosen = [] if bit else rows
+    left = sum(bit.values())
     while left:
-        best = max(rows, key=lambda row: len(rows[row] & left))
+        best = max(masks, key=lambda row: (masks[row] & left).bit_count())
         chosen.append(best)
-        left -= rows.pop(best)
+        left &= ~masks.pop(best)
     return sorted(chosen, key=lambda row: [axis.index(value) for axis, value in zip(axes, row, strict=True)])
 
 

@@ -84,14 +84,6 @@ def test_resume_is_bitwise(ranks, stage, tmp_path):
     assert different == [[], []]
 
 
-@pytest.mark.parametrize("name", REFERENCES.keys() - RULES.keys() - {"AdamW"})
-def test_projected_rules_are_refused_with_the_reason(name):
-    params = {"random_from": 5} if name == "GoLoreAdamW" else {}
-    config = {"optimizer": {"type": name, "params": params}, "megalr": training.MEGALR}
-    with pytest.raises(megalr.UserError, match=".*what such layers train is small already.*AdamW"):
-        MegalrConfig.from_json(config)
-
-
 def test_transport_of_moments_is_refused():
     section = {**training.MEGALR, "refactorization": {"interval": 7, "moments": "transport"}}
     with pytest.raises(megalr.UserError, match='carries AdamW\'s moments: write "reset" or "keep"'):

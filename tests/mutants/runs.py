@@ -14,7 +14,8 @@ GUARD = "megalr/guards/guard.py"
 LOSSES = "megalr/guards/losses.py"
 EXCHANGE = "megalr/layout/exchange.py"
 TENSOR_PARALLEL = "megalr/hosts/tensor_parallel.py"
-LAYERS = "megalr/layers/tensor_parallel/layers.py"
+LOW_RANK = "megalr/layers/low_rank.py"
+PROJECTED = "megalr/layers/projected.py"
 MESSAGES = "megalr/layers/tensor_parallel/messages.py"
 SAME = "tests/deepspeed/test_checkpoints.py -k test_at_the_same_layout"
 OWN = "tests/deepspeed/test_training.py -k test_resume_is_bitwise"
@@ -206,24 +207,24 @@ RUNS = [
         ),
         (
             "row-parallel low-rank layers forget their scale",
-            LAYERS,
+            LOW_RANK,
             "return functional.linear(latent * self.scale, self.B, self.bias)",
             "return functional.linear(latent, self.B, self.bias)",
             LOGITS,
         ),
         (
             "every rank adds the bias of a row-parallel layer",
-            LAYERS,
-            "y: Tensor = Sum.apply(self._product(x, r, None), self.group)\n"
+            PROJECTED,
+            "y = self.split.sum(self._product(x, r, None))\n"
             "        return y if self.bias is None else y + self.bias.to(y.dtype)",
-            "y: Tensor = Sum.apply(self._product(x, r, self.bias), self.group)\n        return y",
+            "y = self.split.sum(self._product(x, r, self.bias))\n        return y",
             "tests/deepspeed/test_tensor_parallel.py -k 'test_biases or test_logits'",
         ),
         (
             "R of a row-parallel layer is summed on the wrong side",
-            LAYERS,
-            'r: Tensor = self.R if self.side == "left" else SumGradient.apply(self.R, self.group)',
-            'r: Tensor = self.R if self.side == "right" else SumGradient.apply(self.R, self.group)',
+            PROJECTED,
+            'r = self.R if self.side == "left" else self.split.sum_gradient(self.R)',
+            'r = self.R if self.side == "right" else self.split.sum_gradient(self.R)',
             LOGITS,
         ),
         (

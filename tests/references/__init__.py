@@ -6,28 +6,22 @@ place, in fp32 or fp64. Random matrices are handed in, so that they can be those
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megalr.discovery import declared_classes
 from megalr.seeding import generator
 from tests.references.common import Draw, Reference
 
-
-def _found() -> dict[str, type[Reference]]:
-    """The references of this package's modules, by the name that the JSON's "optimizer": {"type": ...} gives them."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
-    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
-    classes = [cls for module in modules for cls in vars(module).values() if isinstance(cls, type)]
-    return {cls.type_name: cls for cls in classes if issubclass(cls, Reference) and vars(cls).get("type_name")}
-
-
-REFERENCES = _found()
+# The references of this package's modules, by the name that the JSON's "optimizer": {"type": ...} gives them.
+REFERENCES: dict[str, type[Reference]] = dict(
+    sorted(declared_classes(sys.modules[__name__], Reference, "type_name"), key=lambda found: found[0].lower())
+)
 # The rules with options of their own, and the titles of these.
 OPTIONS = [(name, title) for name, cls in REFERENCES.items() for title in vars(cls).get("options", {})]
 

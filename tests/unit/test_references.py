@@ -3,9 +3,14 @@
 import pytest
 import torch
 
+from megalr.config.settings import MegalrConfig
+from megalr.errors import UserError
+from megalr.layers.registry import PARAMETRIZATIONS
+from megalr.rules.registry import RULES
 from megalr.seeding import generator
 from tests.references import REFERENCES, reference_for
 from tests.references.adamw import AdamW
+from tests.references.parametrizations import CASES, SETTINGS
 from tests.unit.rule_runs import drifting_gradients
 
 
@@ -61,3 +66,36 @@ def test_refreshes_follow_gap_and_phase():
         due += [step] * reference.refresh_due(step)
         reference.update(grad)
     assert due == [0, 3, 8, 13] and reference.refreshes == 4
+
+
+def own(registry):
+    """Names of what the package brings, and no test's plugin."""
+    return {name for name, cls in registry.items() if cls is None or cls.__module__.startswith("megalr.")}
+
+
+def test_every_rule_has_a_reference():
+    """In tests/references/, with the settings that tests train it with."""
+    assert own(RULES) == REFERENCES.keys()
+    for name, reference in REFERENCES.items():
+        assert MegalrConfig.from_json({"optimizer": {"type": name, "params": dict(reference.trained_with)}})
+
+
+def test_every_parametrization_has_a_plain_reference():
+    """In tests/references/parametrizations/, among the cases that meet every stage."""
+    held = {case.megalr["parametrization"]["type"] for case in CASES.values() if "parametrization" in case.megalr}
+    assert held == own(PARAMETRIZATIONS) - {"full"}
+    assert all(case.plain is not None for case in CASES.values())
+    assert not CASES.keys() & SETTINGS.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in REFERENCES if name != "AdamW"])
+def test_what_may_train_factors_says_with_which_settings(name):
+    params = {
+        key: REFERENCES[name].trained_with[key] for key in ("random_from",) if key in REFERENCES[name].trained_with
+    }
+    config = {"optimizer": {"type": name, "params": params}, "megalr": {"parametrization": {"type": "low_rank"}}}
+    if REFERENCES[name].on_factors is None:
+        with pytest.raises(UserError, match=".*what such layers train is small already.*AdamW"):
+            MegalrConfig.from_json(config)
+    else:
+        assert MegalrConfig.from_json(config).optimizer.rule is not None

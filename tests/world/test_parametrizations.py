@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalr.layers.registry import PARAMETRIZATIONS
 from tests.covering import daily_and_slow
 from tests.equality import ACCUMULATIONS, STAGES, WORLDS, Case, assert_equal, batches, run
 from tests.odd_model import odd_model
@@ -47,12 +46,6 @@ def test_equals_one_plain_process_and_resumes_bitwise(title, stage, size, accumu
 @pytest.mark.parametrize(("title", "stage", "size"), daily_and_slow(list(SETTINGS), STAGES, WORLDS))
 def test_settings_equal_one_plain_process(title, stage, size):
     check(SETTINGS[title], stage, size)
-
-
-def test_every_parametrization_has_a_plain_reference():
-    held = {case.megalr["parametrization"]["type"] for case in CASES.values() if "parametrization" in case.megalr}
-    assert held == PARAMETRIZATIONS.keys() - {"full"}
-    assert all(case.plain is not None for case in CASES.values())
 
 
 # Frozen W0 in bf16, and how it takes over what was learnt.

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 
+from megalr.discovery import declared_classes
 from tests.equality import Case
 from tests.references.parametrizations.common import Plain
 
-_names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-_modules = [importlib.import_module(f"{__name__}.{name}") for name in _names]
-_classes = [cls for module in _modules for cls in vars(module).values() if isinstance(cls, type)]
+_package = sys.modules[__name__]
+_modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
 
 # The plain layers by the name that the JSON's "parametrization" section gives as "type".
-PLAIN: dict[str, type[Plain]] = {
-    cls.type_name: cls for cls in _classes if issubclass(cls, Plain) and vars(cls).get("type_name")
-}
+PLAIN: dict[str, type[Plain]] = dict(sorted(declared_classes(_package, Plain, "type_name")))
 CASES: dict[str, Case] = {title: case for module in _modules for title, case in getattr(module, "CASES", {}).items()}
 SETTINGS: dict[str, Case] = {
     title: case for module in _modules for title, case in getattr(module, "SETTINGS", {}).items()
