@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from tests.covering import daily_and_slow
-from tests.equality import ACCUMULATIONS, STAGES, WORLDS, Case, assert_equal, batches, run
+from tests.equality import STAGES, WORLDS, Case, assert_equal, batches, run
 from tests.odd_model import odd_model
 from tests.references.parametrizations import CASES, SETTINGS
 from tests.references.parametrizations.common import LAYERS
 from tests.references.parametrizations.projected import projected
 from tests.world.threads import world
-from tests.world.training import WAYS, Way, alone, engine_of, train
+from tests.world.training import ACCUMULATIONS, WAYS, Way, alone, engine_of, train
 
 
 @functools.cache

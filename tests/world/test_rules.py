@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.covering import covering, daily_and_slow
 from tests.equality import (
-    ACCUMULATIONS,
     STAGES,
     UPDATES,
     WORLDS,
@@ -24,7 +25,7 @@ from tests.equality import (
 )
 from tests.references import OPTIONS, REFERENCES
 from tests.world.threads import world
-from tests.world.training import WAYS, alone, engine_of, train, whole_weights
+from tests.world.training import ACCUMULATIONS, WAYS, alone, engine_of, train, whole_weights
 
 RULES = list(REFERENCES)
 
@@ -59,63 +60,66 @@ def test_options(option, stage):
     assert max(errors(case.expected, case_of(type_name).expected).values()) > 1e-3  # it does something
 
 
+@functools.cache
+def by_projector(projector: str) -> tuple[Case, dict[str, Tensor]]:
+    """A case, and what one process of ours gives: there is no second implementation of fast projectors."""
+    case = without_reference(rule_case("GaLoreAdamW", projector=projector))
+    return case, alone(case)
+
+
 @pytest.mark.parametrize("projector", ["eigh", "randomized", "power"])
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_fast_projectors_are_the_same_however_cut(projector, stage):
-    """Against one process of ours: there is no second implementation of them to compare with."""
-    case = without_reference(rule_case("GaLoreAdamW", projector=projector))
-    assert_equal(train(case, stage, 3)[0].weights, alone(case))
+    case, expected = by_projector(projector)
+    assert_equal(train(case, stage, 3)[0].weights, expected)
 
 
-LAYOUTS = {
-    "sub-groups smaller than a matrix": {"zero_optimization": {"stage": 3, "sub_group_size": 150}},
-    "one matrix a round": {"megalr": {"exchange_bucket_bytes": 1}},
-    "all matrices in one round": {"megalr": {"exchange_bucket_bytes": 10**9}},
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "sub-groups smaller than a matrix": (3, {"zero_optimization": {"stage": 3, "sub_group_size": 150}}),
+    "one matrix a round": (3, {"megalr": {"exchange_bucket_bytes": 1}}),
+    "one matrix a round, stage 1": (1, {"megalr": {"exchange_bucket_bytes": 1}}),
+    "all matrices in one round": (3, {"megalr": {"exchange_bucket_bytes": 10**9}}),
 }
 
 
-@pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_variants(layout, stage):
-    """At stage 1 there are no sub-groups, and the setting does nothing."""
-    changes = {section: dict(values) for section, values in LAYOUTS[layout].items()}
-    changes.setdefault("zero_optimization", {})["stage"] = stage
+def test_layout_variants(layout):
+    stage, changes = LAYOUTS[layout]
     case = case_of("GaLoreAdamW")
-    assert_equal(train(case, stage, 3, resume="state_dict", **changes)[0].weights, case.expected)
+    ranks = train(case, stage, 3, resume="state_dict", **changes)
+    assert_equal(ranks[0].weights, case.expected)
+    assert [rank.lost for rank in ranks] == [[]] * 3
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("variant", ["frozen", "unused", "tied"])
 def test_frozen_unused_and_tied_parameters(stage, variant):
     case = rule_case(["GaLoreAdamW", "Muon", "FiraAdamW", "LDAdamW"][stage], variant=[variant])
-    ranks = train(case, stage, 3, resume="entries")
-    assert_equal(ranks[0].weights, case.expected)
-    assert [rank.lost for rank in ranks] == [[]] * 3
+    assert_equal(train(case, stage, 3)[0].weights, case.expected)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("targets", [["narrow"], ["mlp_row"]])
 def test_fewer_matrices_than_ranks(stage, targets):
     case = rule_case("GaLoreAdamW", target_modules=targets, rank=1)
-    ranks = train(case, stage, 4, resume="state_dict")
+    ranks = train(case, stage, 4)
     assert_equal(ranks[0].weights, case.expected)
-    assert [rank.lost for rank in ranks] == [[]] * 4
     assert sum(rank.calls for rank in ranks) == calls_of(case) * (4 if stage == 0 else 1)
 
 
-ENDS = [("SCALE", False, True), ("SCALE", True, False), ("Muon", True, True)]
+# Head and embeddings by the rule, which are one where they are tied.
+ENDS: dict[str, tuple[str, dict[str, bool], list[str]]] = {
+    "embeddings": ("SCALE", {"head": False, "embeddings": True}, []),
+    "head": ("SCALE", {"head": True, "embeddings": False}, []),
+    "both": ("Muon", {"head": True, "embeddings": True}, []),
+    "tied": ("SCALE", {"head": True, "embeddings": True}, ["tied"]),
+}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("type_name", "head", "embeddings"), ENDS)
-def test_head_and_embeddings_by_the_rule(type_name, head, embeddings, stage):
-    case = rule_case(type_name, head=head, embeddings=embeddings)
-    assert_equal(train(case, stage, stage + 1)[0].weights, case.expected)
-
-
-@pytest.mark.parametrize(("stage", "size"), [(0, 2), (1, 3), (2, 2), (3, 4)])
-def test_a_tied_head_by_the_rule(stage, size):
-    case = rule_case("SCALE", variant=["tied"])
+@pytest.mark.parametrize(("end", "stage", "size"), daily_and_slow(list(ENDS), (1, 3), turns=[(2, 3)]))
+def test_head_and_embeddings_by_the_rule(end, stage, size):
+    type_name, params, variant = ENDS[end]
+    case = rule_case(type_name, variant=variant, **params)
     assert_equal(train(case, stage, size)[0].weights, case.expected)
 
 

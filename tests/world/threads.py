@@ -35,7 +35,7 @@ class WorldError(AssertionError):
     """A rank raised, ranks made different calls, or some did not answer in time."""
 
 
-def world(size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0, **kwargs: Any) -> list[Any]:
+def world(size: int, function: Callable[..., Any], *args: Any, timeout: float = 200.0, **kwargs: Any) -> list[Any]:
     """Call a function on every rank, each a thread.
 
     Random seeds are set to 0 before the call and put back after it. torch's global generator is one for all

@@ -18,6 +18,7 @@ from tests.world.engine import Engine
 from tests.world.threads import world
 
 CUT = 7  # updates before the save
+ACCUMULATIONS = (1, 2)  # two tell as well as four whether something is done once for each micro-batch
 Way = Literal["state_dict", "entries"]
 WAYS: tuple[Way, ...] = ("state_dict", "entries")
 
