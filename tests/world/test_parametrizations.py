@@ -6,12 +6,13 @@ A case of which there is no second implementation is compared with one process o
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.covering import daily_and_slow
+from tests.covering import daily_and_slow, slow_but
 from tests.equality import STAGES, WORLDS, Case, assert_equal, batches, run
 from tests.odd_model import odd_model
 from tests.references.parametrizations import CASES, SETTINGS
@@ -43,7 +44,8 @@ def test_equals_one_plain_process_and_resumes_bitwise(title, stage, size, accumu
     check(CASES[title], stage, size, accumulation, resume)
 
 
-@pytest.mark.parametrize(("title", "stage", "size"), daily_and_slow(list(SETTINGS), STAGES, WORLDS))
+# Stages 1 and 2 cut alike. What they do otherwise with gradients shows in the cases above.
+@pytest.mark.parametrize(("title", "stage", "size"), daily_and_slow(list(SETTINGS), (0, 1, 3), WORLDS))
 def test_settings_equal_one_plain_process(title, stage, size):
     check(SETTINGS[title], stage, size)
 
@@ -65,9 +67,14 @@ def test_merges_into_bf16_stay_close_and_resume_bitwise(title, rounding, stage, 
     assert [rank.lost for rank in ranks] == [[], []]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("variant", ["frozen", "unused", "tied"])
-def test_frozen_unused_and_tied_parameters_beside_projected_layers(stage, variant):
+@pytest.mark.parametrize(
+    ("variant", "stage"),
+    slow_but(
+        itertools.product(("frozen", "unused", "tied"), STAGES),
+        [("frozen", 0), ("unused", 1), ("tied", 2), ("frozen", 3), ("unused", 3)],
+    ),
+)
+def test_frozen_unused_and_tied_parameters_beside_projected_layers(variant, stage):
     targets = {"target_modules": [*LAYERS["target_modules"], "mlp_unused"]} if variant == "unused" else {}
     case = projected(functools.partial(odd_model, **{variant: True}), **LAYERS | targets)
     assert_equal(train(case, stage, 3)[0].weights, alone(case))

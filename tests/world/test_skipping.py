@@ -81,7 +81,6 @@ def test_every_rule_skips_a_gradient_that_is_not_finite(type_name, stage, looks,
 # What has events, and a parameter of it.
 EVENTS = {
     "projected": "mlp_tall.R",
-    "projected, std": "mlp_wide.R",
     "relora, magnitude": "mlp_tall.B",
     "loro": "mlp_square.A",
     "switchlora": "mlp_wide.B",
