@@ -1,6 +1,7 @@
 """Processes of tests: what they print is told, and no test waits for one without end."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -82,3 +83,13 @@ def test_two_streams_or_one():
         done = process.wait()
     assert (done.stdout.split(), done.stderr) == (["0", "1", "2", "3"], "")
     assert sys.executable in python(program)
+
+
+def test_no_test_starts_a_process_by_itself():
+    """What starts one has a limit, kills the whole group, and says what it printed."""
+    may = {"processes.py", "warm.py", "test_process_limits.py", "test_harness.py"}
+    starts = re.compile(
+        r"\bsubprocess\.(run|Popen|call|check_call|check_output)\(|\bos\.(system|popen|fork|spawn\w+)\("
+    )
+    files = [file for file in (ROOT / "tests").rglob("*.py") if file.name not in may and "mutants" not in file.parts]
+    assert [str(file) for file in files if starts.search(file.read_text())] == []
