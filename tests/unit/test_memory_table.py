@@ -170,11 +170,11 @@ def test_plan_names_what_it_takes(tmp_path):
         "    type: str = 'own_lora'\n"
     )
 
-    def plan(*flags):
+    def plan(*flags, warm=True):
         command = [sys.executable, str(MODELS.parent / "plan.py"), "--models", "9m", "--ranks", "32", *flags]
-        return run(command, check=False)
+        return run(command, check=False, warm=warm)
 
-    words = " ".join(plan("--help").stdout.split())
+    words = " ".join(plan("--help", warm=False).stdout.split())
     ours = [name for name, kind in PARAMETRIZATIONS.items() if kind.__module__.startswith("megalr.")]
     others = [name for name in ours if name not in ALWAYS]
     assert f"others to add to {', '.join(ALWAYS)}, at the same r: {', '.join(others)}" in words

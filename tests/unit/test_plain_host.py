@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -15,6 +12,7 @@ from megalr.hosts.base import Host
 from megalr.hosts.choice import host_of_groups, host_of_parameter
 from megalr.hosts.deepspeed import DeepSpeed
 from megalr.hosts.plain import Plain
+from tests.processes import python, run
 
 
 @pytest.fixture
@@ -118,4 +116,4 @@ def test_no_engine_is_imported_to_ask():
         "hosts.held(p); hosts.read([{'p': p}], [{'params': [p]}]); hosts.write(p, torch.ones(2)); "
         "print('deepspeed' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert run(python(code)).stdout == "False\n"
