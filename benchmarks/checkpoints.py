@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.flags import add_output, add_ranks, write_output
 from benchmarks.ranks import from_ranks
 from benchmarks.timing import Summary
 from megalr.errors import UserError
@@ -32,13 +33,12 @@ TIMEOUT = 3600.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.add_argument("--model", default="60m", help="shape (default: 60m)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default: all")
-    parser.add_argument("--processes", type=int, default=2, help="data-parallel ranks (default: 2)")
+    add_ranks(parser, "data-parallel")
     parser.add_argument("--stage", type=int, default=2, choices=range(4), help="ZeRO stage (default: 2)")
     parser.add_argument("--saves", type=int, default=5, help="timed saves of each kind (default: 5)")
     parser.add_argument("--folder", type=Path, help="where to write, an existing folder (default: a temporary one)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the raw numbers there")
+    add_output(parser)
 
 
 def run(arguments: argparse.Namespace, models: Path) -> None:
@@ -64,8 +64,7 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
             ranks = from_ranks("benchmarks.checkpoints_rank", arguments.processes, TIMEOUT, [json.dumps(request)])
         found[method] = slowest(ranks)
     print(report(found, arguments.model, arguments.processes, arguments.stage))
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(found), encoding="utf-8")
+    write_output(arguments, found)
 
 
 def slowest(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Every contender of a table is timed in turns with the others, on the same data, 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import ops_adam, ops_refactorize, ops_share
+from benchmarks.flags import add_output, write_output
 from megalr.errors import UserError
 from megalr.ops import library
 from megalr.train.arguments import positive
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", type=positive, default=24, help="of the 1B shape, to refactorize (default: 24, all of it)"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the raw numbers there")
+    add_output(parser)
 
 
 def run(arguments: argparse.Namespace, models: Path) -> None:
@@ -57,5 +57,4 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
                 print(PARTS[name].report(seconds), flush=True)
     finally:
         torch.set_num_threads(before)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    write_output(arguments, raw)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from benchmarks import traffic
 from benchmarks.contenders import BLOCKS, CONTENDERS, NotAvailableError
+from benchmarks.flags import add_output, write_output
 from benchmarks.gradients import Workload
 from benchmarks.timing import Steps, Summary, take_turns
 from megalr.formatting import human_bytes, markdown_table
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="count what four processes exchange (default: yes)",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write every step's seconds and bytes there")
+    add_output(parser)
 
 
 def run(arguments: argparse.Namespace, models: Path) -> None:
@@ -86,8 +86,7 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
     if arguments.traffic:
         raw["traffic"] = traffic.measure()
         print(f"\n{traffic.report(raw['traffic'])}")
-    if arguments.output:
-        arguments.output.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    write_output(arguments, raw)
 
 
 def time_model(

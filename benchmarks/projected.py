@@ -8,7 +8,6 @@ without DeepSpeed, of all methods in turns in one process.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import projected_traffic
+from benchmarks.flags import add_output, write_output
 from benchmarks.projected_counts import Sent, groups_of, held_bytes, mean_sent, saved_activations
 from benchmarks.projected_methods import COUNTED, PROJECTED, PROJECTOR, TITLES
 from benchmarks.projected_training import (
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", type=int, default=4, help="of a step's tokens (default: 4)")
     parser.add_argument("--length", type=int, default=256, help="of each sequence (default: 256)")
     parser.add_argument("--gap", type=int, default=GAP, help=f"updates between refreshes (default: {GAP})")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the raw numbers there")
+    add_output(parser)
 
 
 def run(arguments: argparse.Namespace, models: Path) -> None:
@@ -82,8 +82,7 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
         raw["counts"] = _counts(arguments, models)
     if arguments.time:
         raw["seconds"] = _times(arguments, models)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    write_output(arguments, raw)
 
 
 def held_rows(held: Mapping[tuple[str, bool], RankBytes]) -> list[list[str]]:

@@ -22,6 +22,7 @@ from benchmarks.timing import Summary, take_turns
 from megalr.api import build_optimizer, parametrize
 from megalr.errors import UserError
 from megalr.memory.peak import peak_memory_bytes
+from megalr.optim.events.projected import Projections
 from megalr.processes import python_path
 from megalr.train.models import build_model, empty_model, read_model_config
 
@@ -82,11 +83,12 @@ class Training:
 
         In the first gap each starts from a random basis and makes a whole randomized decomposition, once in a run.
         """
-        state = self._optimizer.state_dict()
-        if "layers" in state["megalr"]:
-            for counts in state["megalr"]["layers"]["bases"].values():
-                counts["refreshes"] = max(1, counts["refreshes"])
-            self._optimizer.load_state_dict(state)
+        for event in self._optimizer.events:
+            if isinstance(event, Projections):
+                numbers = event.numbers()
+                for counts in numbers["bases"].values():
+                    counts["refreshes"] = max(1, counts["refreshes"])
+                event.load_numbers(numbers)
 
 
 def time_methods(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accounting import sent_bytes
+from benchmarks.flags import add_output, add_ranks, write_output
 from benchmarks.ranks import from_ranks
 from benchmarks.timing import Summary
 from megalr.errors import UserError
@@ -33,11 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--counts", action=switch, default=True, help="bytes (default: yes)")
     parser.add_argument("--time", action=switch, default=True, help="step times (default: yes)")
     parser.add_argument("--models", nargs="+", default=["60m"], help="shapes of the counts, cut to two layers")
-    parser.add_argument("--model", default="60m", help="shape of the times (default: 60m)")
-    parser.add_argument("--processes", type=int, default=2, help="tensor-parallel ranks (default: 2)")
+    add_ranks(parser, "tensor-parallel", "shape of the times (default: 60m)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each (default: 20)")
     parser.add_argument("--tokens", type=int, default=256, help="of a step (default: 256)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the raw numbers there")
+    add_output(parser)
 
 
 def run(arguments: argparse.Namespace, models: Path) -> None:
@@ -61,8 +61,7 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
         # What of the ratio is there without messages, since low-rank layers compute less as well.
         raw["seconds_of_one"] = times(shape, 1, arguments.steps, arguments.tokens)
         print(time_report(raw["seconds_of_one"], arguments.model, 1, arguments.tokens))
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(raw), encoding="utf-8")
+    write_output(arguments, raw)
 
 
 def count(shape: Mapping[str, Any], processes: int) -> dict[str, float]:

@@ -30,18 +30,23 @@ BENCHMARKS = {
 
 def main() -> int:
     """Run the benchmark that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="benchmark", required=True)
-    for name, module in BENCHMARKS.items():
-        lines = (module.__doc__ or "").splitlines()
-        module.add_arguments(commands.add_parser(name, help=lines[0], description=module.__doc__))
-    arguments = parser.parse_args()
+    arguments = make_parser().parse_args()
     try:
         BENCHMARKS[arguments.benchmark].run(arguments, Path(__file__).parent / "models")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """A subcommand for each benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    for name, module in BENCHMARKS.items():
+        lines = (module.__doc__ or "").splitlines()
+        module.add_arguments(commands.add_parser(name, help=lines[0], description=module.__doc__))
+    return parser
 
 
 if __name__ == "__main__":

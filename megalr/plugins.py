@@ -5,7 +5,8 @@ the group ``megalr.plugins`` in a package that is installed. Its classes carry `
 ``@megalr.register_parametrization("my_layers")`` and are used as megalr's own are; see examples/own_rule.py and
 examples/own_layers.py. A parametrization has the events of the class that it derives from, such as ReLoRA's merges, or
 of its own: ``@megalr.register_events(MyConfig)`` on a class that derives from
-:class:`megalr.optim.events.base.LayerEvents`.
+:class:`megalr.optim.layer_events.LayerEvents`. With a method ``cut`` its layers can be split between tensor-parallel
+ranks; see :class:`megalr.layers.base.Parametrization`.
 """
 
 from __future__ import annotations

@@ -57,3 +57,12 @@ def slow_but(rows: Iterable[Any], daily: Collection[Any]) -> list[Any]:
     assert set(daily) <= set(rows), f"no rows: {set(daily) - set(rows)}"
     slow = {row: pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=pytest.mark.slow) for row in rows}
     return [row if row in daily else slow[row] for row in rows]
+
+
+def in_turn(cases: Sequence[Row], values: Sequence[Any]) -> list[Any]:
+    """Each case with each value appended, as pytest's parameters; daily is one value of each case, in turn."""
+    return [
+        pytest.param(*case, value, marks=[] if i % len(values) == j else [pytest.mark.slow])
+        for i, case in enumerate(cases)
+        for j, value in enumerate(values)
+    ]

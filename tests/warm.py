@@ -5,7 +5,7 @@ environment, streams and a process group of its own, and ends with its own exit 
 in turn, as launchers do, is forked as well. What differs from a real start is that modules are there before they are
 imported, so that a few tests still start each kind of program as a user does.
 
-python -m tests.warm SOCKET_FD PADDING
+python -m tests.warm SOCKET_FD LIFE_FD PADDING
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from megalr.processes import die_with_parent
-
 ROOT = Path(__file__).parents[1]
 MESSAGE_BYTES = 1 << 18
 TITLE_BYTES = 1 << 14  # for the words of a program, as other processes see them
+F_SETSIG = 10  # Linux' fcntl
+LIFELINE = 500  # the number under which all have a pipe that ends with the process of the tests
 FIRST_SPARE_FD = 512
 
 # As of a rank that says little; what the libraries read while they are imported.
@@ -152,22 +152,30 @@ def start(
         return WarmProcess(_client, _client.ask("start", request, [*fds, *pass_fds]), *streams)
 
 
+def popen(words: Sequence[str], **options: Any) -> WarmProcess:
+    """:func:`start` with the options of a ``subprocess.Popen`` that begins a session and dies with this process."""
+    assert options.pop("start_new_session")
+    options.pop("preexec_fn", None)
+    return start(words, **{"cwd": os.getcwd(), **options})
+
+
 class _Client:
     """This process's end of the connection to its server."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.warm", str(theirs.fileno()), " " * TITLE_BYTES],
-                cwd=ROOT,
-                env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                preexec_fn=die_with_parent(),  # noqa: PLW1509  (one system call, which takes no lock)
-            )
+        life, self._life = os.pipe()
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.warm", str(theirs.fileno()), str(life), " " * TITLE_BYTES],
+            cwd=ROOT,
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno(), life],
+            start_new_session=True,
+        )
+        theirs.close()
+        os.close(life)
         atexit.register(self.close)
 
     def alive(self) -> bool:
@@ -183,9 +191,8 @@ class _Client:
         return pickle.loads(answer)
 
     def close(self) -> None:
-        """End the server, and with it whatever it has started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        """End the server and all that was forked, however far from it."""
+        os.close(self._life)
         self._process.wait()
         self._socket.close()
 
@@ -210,14 +217,26 @@ def serve(connection: socket.socket) -> Callable[[], object]:
                 connection.close()
                 words, folder, env, numbers = about
                 os.setsid()
-                tie = die_with_parent()
-                if tie is not None:
-                    tie()
                 _place(fds, numbers)
                 return _program(words, folder, env)
         for fd in fds:
             os.close(fd)
         connection.send(pickle.dumps(answer))
+
+
+def _die_with_tests() -> None:
+    """Have the kernel kill this process when nobody can write to the lifeline any more.
+
+    A death of its parent would not do: ranks outlive a launcher that is killed.
+    """
+    own = os.open(f"/proc/self/fd/{LIFELINE}", os.O_RDONLY | os.O_NONBLOCK)  # whom to tell is kept by opening
+    os.dup2(own, LIFELINE, inheritable=False)
+    os.close(own)
+    fcntl.fcntl(LIFELINE, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(LIFELINE, F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(LIFELINE, fcntl.F_SETFL, os.O_RDONLY | os.O_NONBLOCK | os.O_ASYNC)
+    if select.select([LIFELINE], [], [], 0)[0]:  # too late to be told
+        os._exit(1)
 
 
 def _place(fds: Sequence[int], numbers: Sequence[int]) -> None:
@@ -232,6 +251,7 @@ def _place(fds: Sequence[int], numbers: Sequence[int]) -> None:
 
 def _program(words: Sequence[str], folder: str, env: Mapping[str, str]) -> Callable[[], object]:
     """Make this process one that has just been started, and return what runs its program."""
+    _die_with_tests()
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
@@ -306,7 +326,7 @@ def _hide_open_files(but: Sequence[int]) -> None:
     """As after a start, none is open; their numbers stay taken, for objects that may close them yet."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and fd not in but:
+        if fd > 2 and fd != LIFELINE and fd not in but:
             with contextlib.suppress(OSError):  # that of the listing is gone
                 os.fstat(fd)
                 os.dup2(nothing, fd, inheritable=False)
@@ -349,14 +369,21 @@ def _set_title(words: Sequence[str]) -> None:
     ctypes.memmove(first, title, len(title))
 
 
-def main(fd: int) -> Callable[[], object]:
+def main(fd: int, life: int) -> Callable[[], object]:
     """Import everything, then serve; returns in forked processes."""
+    os.dup2(life, LIFELINE, inheritable=False)
+    os.close(life)
+    _die_with_tests()
     added = ["", str(ROOT), *os.environ["PYTHONPATH"].split(os.pathsep)]
     _installed[:] = [path for path in sys.path if path not in added]
     for name in LIBRARIES:
         importlib.import_module(name)
+    import deepspeed
+
     import megalr
 
+    # An op for tensor-parallel inference, which DeepSpeed would compile, for a minute; megalr's ranks do without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for module in pkgutil.walk_packages(megalr.__path__, "megalr."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
@@ -368,4 +395,4 @@ def main(fd: int) -> Callable[[], object]:
 
 
 if __name__ == "__main__":
-    _end_as_a_program(main(int(sys.argv[1])))
+    _end_as_a_program(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -122,15 +122,26 @@ def whole_checkpoint(place: Path) -> tuple[Manifest, list[str]]:
     Raises:
         UserError: it is damaged, naming what is and the newest other one that is not; or there is none.
     """
-    if not is_one(place):
-        return newest_whole(place)
+    return (read_or_offer(place, place, "Nothing was written"), []) if is_one(place) else newest_whole(place)
+
+
+def read_or_offer(folder: Path, place: Path, outcome: str) -> Manifest:
+    """A checkpoint all of whose files have been read and are as they were written.
+
+    Args:
+        folder: where it lies.
+        place: its folder under its own name; the other checkpoints are beside it.
+        outcome: what has not been done if it is damaged, as a sentence for the error.
+
+    Raises:
+        UserError: it is damaged; with what is, and the newest other one that is not.
+    """
     try:
-        manifest = read_whole(place)
+        return read_whole(folder)
     except UserError as error:
         other, _ = newest_valid(place.parent, besides=place)
-        offer = f"{other.folder} is whole, the newest that is" if other else "no other one beside it is whole"
-        raise UserError(f"{error}\nNothing was written; {offer}") from error
-    return manifest, []
+        offer = f'the newest that is whole is "{other.folder.name}"' if other else "no other is whole"
+        raise UserError(f"{error}\n{outcome}; of the checkpoints in {place.parent} {offer}") from error
 
 
 def _is_checkpoint(folder: Path) -> bool:

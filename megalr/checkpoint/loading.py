@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalr.checkpoint.contents import Contents
-from megalr.checkpoint.folders import candidates, latest, newest_valid, newest_whole
-from megalr.checkpoint.manifest import MANIFEST, Manifest, read_whole
+from megalr.checkpoint.folders import candidates, latest, newest_whole, read_or_offer
+from megalr.checkpoint.manifest import MANIFEST, Manifest
 from megalr.checkpoint.planners import EntryLoader
 from megalr.checkpoint.publishing import find
 from megalr.checkpoint.reading import outlines, read_tensor
@@ -120,13 +120,7 @@ def _find(place: Path, tag: str | None) -> tuple[Manifest, list[str]]:
     """The checkpoint to load, its files checked."""
     if tag is None:
         return newest_whole(place)
-    try:
-        manifest = read_whole(find(place, tag))
-    except UserError as error:
-        other, _ = newest_valid(place, besides=place / tag)
-        offer = f'load tag="{other.folder.name}" instead, the newest that can be' if other else "there is no other"
-        raise UserError(f"{error}\nNothing was loaded; {offer}") from error
-    return manifest, []
+    return read_or_offer(find(place, tag), place / tag, "Nothing was loaded"), []
 
 
 def _of_latest(place: Path, tag: str | None, loaded: Manifest) -> list[str]:

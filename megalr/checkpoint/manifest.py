@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,20 +123,14 @@ def missing_or_cut(manifest: Manifest) -> list[str]:
     return found
 
 
-def problems(manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:
-    """What is wrong with a checkpoint's files: each missing, cut short, too long or changed, and which tensor it hits.
-
-    Args:
-        manifest: of the checkpoint.
-        names: of the files to look at; None for all.
-    """
+def problems(manifest: Manifest) -> list[str]:
+    """What is wrong with a checkpoint's files: each missing, cut, too long or changed one, and the tensors in it."""
     pieces: dict[str, list[tuple[int, int, int, str]]] = {name: [] for name in manifest.content["files"]}
     for key, tensor in manifest.tensors.items():
         for _, sizes, file, begin, checksum in tensor["pieces"]:
             pieces[file].append((begin, math.prod(sizes) * itemsize(tensor["dtype"]), checksum, key))
-    chosen = list(pieces if names is None else names)
     with ThreadPoolExecutor(READERS) as pool:
-        return [line for found in pool.map(lambda name: _check(manifest, name, pieces[name]), chosen) for line in found]
+        return [line for found in pool.map(lambda name: _check(manifest, name, pieces[name]), pieces) for line in found]
 
 
 def _check(manifest: Manifest, name: str, pieces: Sequence[tuple[int, int, int, str]]) -> list[str]:

@@ -9,14 +9,14 @@ from megalr.schema import require
 
 @dataclass(frozen=True, kw_only=True)
 class GuardsConfig:
-    """What a run is guarded against; a loss or a gradient that is not finite never becomes an update, whatever is here.
+    """When a run skips updates, and when it stops. Losses and gradients that are not finite are always skipped.
 
     Attributes:
-        max_skipped: more skipped updates than this in a row stop the run. fp16 skips up to 16 while it looks for its
-            loss scale.
-        spike_deviations: an update whose loss is more than so many standard deviations above the mean of the last ones
-            is skipped; None judges no finite loss.
-        window: how many losses, of updates that were made, those last ones are.
+        max_skipped: maximum consecutive skipped updates; one more stops the run. fp16 skips up to 16 while it looks for
+            its loss scale.
+        spike_deviations: skip an update whose loss is more than so many standard deviations above the mean of the last
+            losses; None skips no finite loss.
+        window: how many losses of updates that were made the mean is taken of.
         check_replicas_every: updates between two comparisons of what all ranks should hold alike; 0 never compares.
     """
 

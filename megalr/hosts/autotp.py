@@ -19,6 +19,7 @@ HEADS = ("num_attention_heads", "num_key_value_heads")
 CONFIG = "deepspeed.runtime.tensor_parallel.config"
 PARTITION = "deepspeed.module_inject.autotp_config"
 SPEC = "a layer's spec in AutoTP's configuration"
+CONVERTER = "deepspeed.module_inject.tp_plan_converter.TPPlanConverter"
 
 # What this file reads of DeepSpeed; held by tests/deepspeed/test_contract.py.
 INTERNALS = {
@@ -30,8 +31,8 @@ INTERNALS = {
     f"{PARTITION}.AutoTPConfig": ("find_matching_spec", "lm_head_patterns"),
     f"{PARTITION}.PartitionType": ("SKIP", "ROW"),
     SPEC: ("shape", "grad_allreduce", "partition_type", "partition_dim", "get_partition_dim", "gather_output"),
-    "deepspeed.module_inject.tp_plan_converter": ("TPPlanConverter",),
-    "deepspeed.module_inject.tp_plan_converter.TPPlanConverter": ("convert",),
+    CONVERTER.rpartition(".")[0]: ("TPPlanConverter",),
+    CONVERTER: ("convert",),
 }
 
 

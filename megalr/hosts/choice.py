@@ -10,11 +10,14 @@ from torch import Tensor
 
 from megalr.errors import UserError
 from megalr.hosts.base import Host, NamedGroup, RunningHost
-from megalr.hosts.deepspeed import DeepSpeed, DeepSpeedEngine
+from megalr.hosts.deepspeed import ENGINE, DeepSpeed, DeepSpeedEngine
 from megalr.hosts.deepspeed_pipeline import DeepSpeedPipeline
 from megalr.hosts.plain import Plain
 from megalr.hosts.zero_layouts import told_of_parallelism
 from megalr.layout.shard import Shard
+
+# What this file reads of DeepSpeed; held by tests/deepspeed/test_contract.py.
+INTERNALS = {ENGINE: ("basic_optimizer", "pipeline_parallelism")}
 
 # In the order in which they are asked; an ordinary torch job, the last, takes every parameter.
 HOSTS: tuple[Host, ...] = (DeepSpeed(), Plain())

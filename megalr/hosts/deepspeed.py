@@ -18,6 +18,7 @@ ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
 STAGES_1_AND_2 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 STAGE_3 = zero_layouts.STAGE_3
 BF16 = "deepspeed.runtime.bf16_optimizer.BF16_Optimizer"
+ACCUMULATING = "a parameter of DeepSpeedZeroOptimizer"
 UNFUSED = "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer"
 
 # Where the wrappers of the base optimizer keep things, by class: the model's parameters by group, the masters, the
@@ -36,6 +37,7 @@ GRADIENTS = {
 }
 COUNTS = ("global_steps", "global_samples", "skipped_steps")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+SCALER_HOLDERS = ("loss_scaler", "loss_scale_config")  # what ZeRO's wrappers call it, and the one of stage 0
 POSITION = "last_batch_iteration"  # of DeepSpeed's own schedules: their attribute, and all of their state
 # What engine.save_checkpoint writes: model states, ZeRO's states, layers of a pipeline.
 CHECKPOINT_FILES = ("mp_rank_*_model_states.pt", "*zero_pp_rank_*_states.pt", "layer_*-model_*.pt")
@@ -59,12 +61,17 @@ INTERNALS = {
         "module",
         "monitor",
         "optimizer",
-        "pipeline_parallelism",
         "seq_data_parallel_group",
         "zero_optimization_stage",
         "zero_param_persistence_threshold",
     ),
-    STAGES_1_AND_2: (MODEL_GROUPS[STAGES_1_AND_2], MASTERS[STAGES_1_AND_2], *GRADIENTS[STAGES_1_AND_2]),
+    STAGES_1_AND_2: (
+        MODEL_GROUPS[STAGES_1_AND_2],
+        MASTERS[STAGES_1_AND_2],
+        *GRADIENTS[STAGES_1_AND_2],
+        "loss_scaler",
+        "update_lp_params",
+    ),
     BF16: (MODEL_GROUPS[BF16], MASTERS[BF16], *GRADIENTS[BF16], "update_lp_params"),
     STAGE_3: (
         MODEL_GROUPS[STAGE_3],
@@ -72,8 +79,17 @@ INTERNALS = {
         *GRADIENTS[STAGE_3],
         "checkpoint_event_prologue",
         "checkpoint_event_epilogue",
+        "loss_scaler",
     ),
-    UNFUSED: (MODEL_GROUPS[UNFUSED], MASTERS[UNFUSED]),
+    UNFUSED: (MODEL_GROUPS[UNFUSED], MASTERS[UNFUSED], "loss_scale_config"),
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": SCALER,
+    "deepspeed.runtime.fp16.loss_scaler.LossScaleConfig": SCALER[:-1],
+    zero_layouts.CUT: ("ds_tensor",),
+    ACCUMULATING: ("grad_accum",),
+    "a parameter of an expert": ("allreduce",),
+    "a schedule of DeepSpeed's": (POSITION,),
+    "deepspeed.monitor.monitor.MonitorMaster": ("write_events",),
+    "deepspeed.zero": ("GatheredParameters",),
 }
 
 
@@ -251,9 +267,10 @@ class DeepSpeedEngine(DeepSpeed, RunningHost):
         return managed is None or bool(managed())
 
     def _loss_scaler(self) -> Any:
-        """What holds fp16's loss scale: the wrapper itself or its scaler."""
+        """What holds fp16's loss scale; None if nothing does."""
         wrapper = self._engine.optimizer
-        return getattr(wrapper, "loss_scaler", wrapper)
+        found = (getattr(wrapper, name, None) for name in SCALER_HOLDERS)
+        return next((scaler for scaler in found if scaler is not None), None)
 
 
 def _is_expert(parameter: Tensor) -> bool:

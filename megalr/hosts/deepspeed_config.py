@@ -32,11 +32,11 @@ def refuse_unsupported(content: Json) -> None:
     """Raise a UserError for what DeepSpeed can do but megalr, or this machine, cannot."""
     if content.get("tensor_parallel"):
         check_section(content)
-    zero = content.get("zero_optimization", {})
-    for section in ("offload_optimizer", "offload_param"):
-        if isinstance(zero, dict) and (zero.get(section) or {}).get("device") == "nvme":
+    section = content.get("zero_optimization", {})
+    for key in ("offload_optimizer", "offload_param"):
+        if isinstance(section, dict) and (section.get(key) or {}).get("device") == "nvme":
             raise UserError(
-                f'zero_optimization.{section}.device is "nvme", which megalr cannot update: write "cpu" or leave it out'
+                f'zero_optimization.{key}.device is "nvme", which megalr cannot update: write "cpu" or leave it out'
             )
     if (content.get("fp16") or {}).get("enabled") not in (None, False, "auto") and not torch.cuda.is_available():
         raise UserError('fp16 needs a GPU: write "fp16": {"enabled": false} and "bf16": {"enabled": "auto"}')

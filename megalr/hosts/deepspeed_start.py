@@ -17,7 +17,6 @@ INTERNALS = {
     "deepspeed.comm": ("init_distributed",),
     "deepspeed.ops": ("__compatible_ops__",),
     "deepspeed.runtime.engine.DeepSpeedEngine": ("_common_checkpoint_state", "zero_optimization_stage"),
-    "a schedule of DeepSpeed's": (POSITION,),
 }
 
 

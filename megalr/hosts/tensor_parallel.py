@@ -27,13 +27,22 @@ AUTOTP = "ds_autotp_universal_checkpoint_meta"  # AutoTP's mark, which DeepSpeed
 CUT = "a parameter that AutoTP has cut"
 MEGATRON = "a parameter that a layer of Megatron-LM has cut"
 MARK = "AutoTP's mark on a parameter"
+CONVERSION = "AutoTP's mark on a parameter, conversion"
 REPLACED = "a module that AutoTP leaves as it is"
 BWC = "deepspeed.utils.bwc"
 
 # What this file reads and writes of DeepSpeed and of Megatron-LM's marks; held by tests/deepspeed/test_contract.py.
 INTERNALS = {
     CUT: (AUTOTP,),
-    MARK: ("partition_dim", "replicated", "unsupported_reason", "sub_param_shape", "sub_param_shard_widths"),
+    MARK: (
+        "conversion",
+        "partition_dim",
+        "partition_sizes",
+        "replicated",
+        "sub_param_shape",
+        "sub_param_shard_widths",
+    ),
+    CONVERSION: ("affine_map", "unsupported_reason"),
     MEGATRON: ("tensor_model_parallel", "partition_dim"),
     REPLACED: ("replaced",),
     BWC: ("bwc_tensor_model_parallel_group", "bwc_tensor_model_parallel_world_size"),
@@ -88,7 +97,7 @@ def tensor_parallel_cuts(parameters: Mapping[str, Tensor]) -> dict[str, int]:
     cuts: dict[str, int] = {}
     for name, parameter in parameters.items():
         marks: dict[str, Any] = getattr(parameter, AUTOTP, None) or {}
-        if any(marks.get(key) for key in ("unsupported_reason", "sub_param_shape", "sub_param_shard_widths")):
+        if _is_in_pieces(marks):
             raise UserError(
                 f"tensor parallelism gives each rank several pieces of {name}, as of fused projections; rows or "
                 "columns in one piece are needed: use a model with separate projections"
@@ -98,6 +107,16 @@ def tensor_parallel_cuts(parameters: Mapping[str, Tensor]) -> dict[str, int]:
         if dim is not None and not marks.get("replicated"):
             cuts[name] = int(dim)
     return cuts
+
+
+def _is_in_pieces(mark: Mapping[str, Any]) -> bool:
+    """Whether a mark of AutoTP's says that a rank has something else than one run of rows or columns."""
+    conversion = mark.get("conversion") or {}
+    if conversion.get("unsupported_reason") or mark.get("sub_param_shape") or mark.get("sub_param_shard_widths"):
+        return True
+    # Layers that cut in one piece say how much each rank has; those that describe a map without it have segments.
+    described = conversion.get("affine_map") is not None and not mark.get("replicated")
+    return described and not mark.get("partition_sizes")
 
 
 def whole_frozen(name: str, parameter: Tensor) -> Tensor:

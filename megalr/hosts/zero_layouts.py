@@ -58,6 +58,7 @@ INTERNALS = {
         "swap_optimizer",
     ),
     GROUPS: ("mpu",),
+    "the mpu that DeepSpeed was given": ("get_data_parallel_group",),
 }
 
 

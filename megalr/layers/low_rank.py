@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from megalr.errors import UserError
 from megalr.layers.base import FactorizedLinear, Parametrization
-from megalr.layers.tensor_parallel.messages import SharedLatents
+from megalr.layers.tensor_parallel.messages import StackedLatents
 from megalr.layers.tensor_parallel.split import Split, become
 from megalr.schema import require
 from megalr.seeding import generator
@@ -83,7 +83,7 @@ class LowRankConfig(ScaledParametrization):
 
     def share_inputs(self, layers: Sequence[nn.Module], group: dist.ProcessGroup) -> None:
         alike = [layer for layer in layers if isinstance(layer, ColumnParallelLowRank)]
-        latents = SharedLatents(alike, group)
+        latents = StackedLatents(alike, group)
         for layer in alike:
             layer.latents = latents
 
@@ -149,7 +149,7 @@ class ColumnParallelLowRank(LowRankLinear):
 
     split: Split
     width: int
-    latents: SharedLatents
+    latents: StackedLatents
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (..., in_features); this rank's part of the output, or all of it."""

@@ -60,7 +60,7 @@ class MoraConfig(Parametrization):
     def weight(self, parts: Mapping[str, Tensor]) -> Tensor:
         w, matrix = (parts[key].to(torch.float32) for key in ("weight", "M"))
         unit = torch.eye(w.shape[1], device=w.device)
-        return w + through(unit, matrix, w.shape[0], self.mora_type).T
+        return w + square_map(unit, matrix, w.shape[0], self.mora_type).T
 
 
 class MoraLinear(FactorizedLinear):
@@ -94,7 +94,7 @@ class MoraLinear(FactorizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (..., in_features)."""
-        learnt = through(x, self.M, self.out_features, self.mora_type)
+        learnt = square_map(x, self.M, self.out_features, self.mora_type)
         return functional.linear(x, self.weight, self.bias) + learnt
 
     def extra_repr(self) -> str:
@@ -105,7 +105,7 @@ class MoraLinear(FactorizedLinear):
         )
 
 
-def through(x: Tensor, matrix: Tensor, out_features: int, mora_type: Literal[1, 6]) -> Tensor:
+def square_map(x: Tensor, matrix: Tensor, out_features: int, mora_type: Literal[1, 6]) -> Tensor:
     """decompress(M compress(x)).
 
     Args:

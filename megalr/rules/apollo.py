@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megalr.errors import UserError
-from megalr.rules.adam import adam_direction
+from megalr.rules.adam_moments import adam_direction
 from megalr.rules.base import Basis, Shape, State, count
 from megalr.rules.checks import require_positive
 from megalr.rules.fira import GROWTH_LIMIT

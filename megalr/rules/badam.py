@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megalr.errors import UserError
-from megalr.rules.adam import adam_direction, adam_state
+from megalr.rules.adam_moments import adam_direction, adam_state
 from megalr.rules.base import Basis, Rule, Shape, State, count
 from megalr.rules.checks import require_positive
 from megalr.schema import check_targets

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megalr.errors import UserError
-from megalr.rules.adam import adam_direction, adam_state
+from megalr.rules.adam_moments import adam_direction, adam_state
 from megalr.rules.base import Basis, Shape, State, count, tensor
 from megalr.rules.bases import Projector
 from megalr.rules.checks import require_at_least

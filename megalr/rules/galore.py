@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from megalr.rules.adam import adam_direction
+from megalr.rules.adam_moments import adam_direction
 from megalr.rules.base import Basis, Shape, State
 from megalr.rules.checks import require_positive
 from megalr.rules.projected import ProjectedRule, factors_back, project, project_back
-from megalr.rules.quantized_state import plain_state
+from megalr.rules.quantized_state import fp32_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class GaLore(ProjectedRule):
         weight.addmm_(left, right, alpha=-lr)
 
     def convert(self, state: State, shape: Shape) -> State:
-        plain = plain_state(self, state, shape)
+        plain = fp32_state(self, state, shape)
         return {key: value.contiguous() if isinstance(value, Tensor) else value for key, value in plain.items()}
 
     def _low_update(self, grad: Tensor, state: State, basis: Basis | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megalr.errors import UserError
-from megalr.rules.adam import adam_direction
+from megalr.rules.adam_moments import adam_direction
 from megalr.rules.base import Basis, Rule, Shape, State, count, tensor
 from megalr.rules.bases import Projector
 from megalr.rules.galore import GaLore

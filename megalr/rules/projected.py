@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from megalr.rules.adam import adam_state, reset_moments, rotate_moments
+from megalr.rules.adam_moments import adam_state, reset_moments, rotate_moments
 from megalr.rules.base import Basis, Rule, Shape, State, count, tensor
 from megalr.rules.bases import Projector, Side, leading_basis
 from megalr.rules.checks import require_positive

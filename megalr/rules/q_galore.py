@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from megalr.errors import UserError
-from megalr.rules.adam import adam_direction
+from megalr.rules.adam_moments import adam_direction
 from megalr.rules.base import Basis, Shape, State, count, tensor
 from megalr.rules.checks import require_at_least, require_positive
 from megalr.rules.projected import ProjectedRule, factors_back, project
 from megalr.rules.quantization import blocks_of, groups_of, quantize_blocks
-from megalr.rules.quantized_state import MOMENTS, packed_basis, plain_basis, plain_state
+from megalr.rules.quantized_state import MOMENTS, fp32_basis, fp32_state, packed_basis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class QGaLore(ProjectedRule):
 
     def convert(self, state: State, shape: Shape) -> State:
         (side,) = self.sides(shape)
-        own, plain = self.init_state(shape, tensor(state, side).device), plain_state(self, state, shape)
+        own, plain = self.init_state(shape, tensor(state, side).device), fp32_state(self, state, shape)
         own |= {key: value for key, value in state.items() if isinstance(value, int)}
         self._keep_moments(own, plain)
         packed = state if f"{side}_step" in state else packed_basis(side, tensor(plain, side))
@@ -120,7 +120,7 @@ class QGaLore(ProjectedRule):
         shape = grad.shape[0], grad.shape[1]
         (side,) = self.sides(shape)
         refreshes = count(state, "refreshes")
-        old = plain_basis(self, state, shape, side)
+        old = fp32_basis(self, state, shape, side)
         (new,) = super().new_basis(grad, {**state, side: old}, updates=updates, seed=seed, name=name).values()
         cosines = tensor(state, "cosines").clone()
         if refreshes:
@@ -146,7 +146,7 @@ class QGaLore(ProjectedRule):
         """Two matrices whose product is the update; the moments are quantized again."""
         shape = grad.shape[0], grad.shape[1]
         self.adopt(state, basis)
-        plain = plain_state(self, state, shape)
+        plain = fp32_state(self, state, shape)
         direction = adam_direction(project(grad, plain), plain, self.betas, self.eps, self.scale)
         state["step"] = count(plain, "step")
         self._keep_moments(state, plain)

@@ -16,7 +16,7 @@ from megalr.rules.quantization import dequantize_blocks, dequantize_groups, quan
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether they have a sign
 
 
-def plain_state(rule: ProjectedRule, state: State, shape: Shape) -> State:
+def fp32_state(rule: ProjectedRule, state: State, shape: Shape) -> State:
     """The fp32 state of an m x n matrix, without what is kept beside basis and moments.
 
     Tensors that are fp32 already are shared with ``state``, which is left as it is.
@@ -30,10 +30,10 @@ def plain_state(rule: ProjectedRule, state: State, shape: Shape) -> State:
     for key, signed in MOMENTS.items():
         stored, largest = tensor(state, key), state.get(f"{key}_max")
         plain[key] = dequantize_blocks(stored, largest, signed=signed) if isinstance(largest, Tensor) else stored
-    return plain | {side: plain_basis(rule, state, shape, side) for side in rule.sides(shape)}
+    return plain | {side: fp32_basis(rule, state, shape, side) for side in rule.sides(shape)}
 
 
-def plain_basis(rule: ProjectedRule, state: State, shape: Shape, side: Side) -> Tensor:
+def fp32_basis(rule: ProjectedRule, state: State, shape: Shape, side: Side) -> Tensor:
     """P, (m, r), or Q, (n, r), in fp32."""
     if f"{side}_step" not in state:
         return tensor(state, side)

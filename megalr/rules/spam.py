@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megalr.errors import UserError
-from megalr.rules.adam import adam_state
+from megalr.rules.adam_moments import adam_state
 from megalr.rules.base import Basis, Rule, Shape, State, count, tensor
 from megalr.rules.checks import require_at_least
 from megalr.seeding import generator

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megalr.errors import UserError
 from megalr.ops import momentum_reset, stable_spam_adam
-from megalr.rules.adam import adam_state
+from megalr.rules.adam_moments import adam_state
 from megalr.rules.base import Basis, Rule, Shape, State, count, tensor
 from megalr.rules.checks import require_at_least, require_decay
 

@@ -13,7 +13,7 @@ from torch import Tensor, is_tensor
 import megalr
 from megalr.checkpoint.manifest import read_manifest
 from megalr.checkpoint.reading import read_tensor
-from megalr.rules.quantized_state import plain_state
+from megalr.rules.quantized_state import fp32_state
 from tests.deepspeed import rule_training
 from tests.deepspeed.rule_training import everything
 from tests.deepspeed.tensor_training import (
@@ -176,7 +176,7 @@ def load_stored(method: str, stage: int, folder: str, params: dict[str, Any]) ->
         now, fresh = updater.states[m.name], m.rule.init_state(m.shape)
         assert {key: _kind(value) for key, value in now.items()} == {key: _kind(value) for key, value in fresh.items()}
         assert [now[key] for key in ("step", "refreshes")] == [saved[key] for key in ("step", "refreshes")]
-        before, after = (plain_state(m.rule, state, m.shape) for state in (saved, now))
+        before, after = (fp32_state(m.rule, state, m.shape) for state in (saved, now))
         errors[m.name] = max(
             float((after[k] - v).abs().max() / v.abs().max()) for k, v in before.items() if is_tensor(v)
         )

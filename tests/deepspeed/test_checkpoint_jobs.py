@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import pytest
 
+from tests.covering import in_turn
+
 pytestmark = pytest.mark.distributed
 MODULE = "tests.deepspeed.checkpoint_jobs"
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-@pytest.mark.parametrize(
-    ("saved", "now", "dropped", "said"),
-    [
-        ("StepLR", "StepLR", "", []),
-        ("WarmupLR", "WarmupLR", "", []),
-        (
-            "none",
-            "none",
-            "",
-            ["without a schedule, learning rates are the checkpoint's: trunk 0.03 -> 0.01, norm "],
-        ),
-        (
-            "StepLR",
-            "WarmupLR",
-            "the state of the learning-rate schedule StepLR",
-            ["dropped of ", "the learning-rate schedule WarmupLR is not the checkpoint's: it stays where it is"],
-        ),
-        ("none", "StepLR", "", ["the learning-rate schedule StepLR is not the checkpoint's: it stays where it is"]),
-        ("WarmupLR", "none", "the state of the learning-rate schedule WarmupLR", ["dropped of "]),
-    ],
-)
+SCHEDULES = [
+    ("StepLR", "StepLR", "", []),
+    ("WarmupLR", "WarmupLR", "", []),
+    (
+        "none",
+        "none",
+        "",
+        ["without a schedule, learning rates are the checkpoint's: trunk 0.03 -> 0.01, norm "],
+    ),
+    (
+        "StepLR",
+        "WarmupLR",
+        "the state of the learning-rate schedule StepLR",
+        ["dropped of ", "the learning-rate schedule WarmupLR is not the checkpoint's: it stays where it is"],
+    ),
+    ("none", "StepLR", "", ["the learning-rate schedule StepLR is not the checkpoint's: it stays where it is"]),
+    ("WarmupLR", "none", "the state of the learning-rate schedule WarmupLR", ["dropped of "]),
+]
+
+
+@pytest.mark.parametrize(("saved", "now", "dropped", "said", "stage"), in_turn(SCHEDULES, [0, 3]))
 def test_schedules_go_on_or_begin_anew(ranks, tmp_path, saved, now, dropped, said, stage):
     for rank, found in enumerate(ranks(2).run(f"{MODULE}:other_schedule", stage, str(tmp_path), saved, now)):
         assert found["dropped"] == dropped
@@ -60,17 +61,16 @@ def test_what_cannot_be_kept_is_refused_on_all_ranks(ranks, tmp_path, what, word
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize(
-    ("rule", "saved", "now"),
-    [
-        ("GaLoreAdamW", ["layers"], ["layers.0"]),
-        ("GaLoreAdamW", ["layers.1"], ["layers"]),
-        ("GaLoreAdamW", ["layers.0"], ["layers.1"]),
-        ("BAdam", ["layers"], ["layers.0"]),  # one of the layers rests, and has no state
-        ("BAdam", ["layers"], ["layers.1"]),
-    ],
-)
+OTHER_LAYERS = [
+    ("GaLoreAdamW", ["layers"], ["layers.0"]),
+    ("GaLoreAdamW", ["layers.1"], ["layers"]),
+    ("GaLoreAdamW", ["layers.0"], ["layers.1"]),
+    ("BAdam", ["layers"], ["layers.0"]),  # one of the layers rests, and has no state
+    ("BAdam", ["layers"], ["layers.1"]),
+]
+
+
+@pytest.mark.parametrize(("rule", "saved", "now", "stage"), in_turn(OTHER_LAYERS, [2, 3]))
 def test_a_rule_for_other_layers_is_refused_on_all_ranks(ranks, tmp_path, rule, saved, now, stage):
     for message, unchanged in ranks(2).run(f"{MODULE}:other_targets", stage, str(tmp_path), saved, now, rule):
         assert "by another rule than the configuration has for them: resume with the target_modules" in message
@@ -104,8 +104,10 @@ def test_buffers_are_the_first_processs(ranks, tmp_path, stage):
     assert ranks(3).run(f"{MODULE}:own_statistics", stage, str(tmp_path)) == [[1.0, 1.0, 1.0]] * 3
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("method", ["low-rank", "projected", "SLTrain", "ReLoRA", "GaLore", "Muon"])
+CONVERTED = [("low-rank",), ("projected",), ("SLTrain",), ("ReLoRA",), ("GaLore",), ("Muon",)]
+
+
+@pytest.mark.parametrize(("method", "stage"), in_turn(CONVERTED, [1, 2, 3]))
 def test_deepspeed_converts_its_own_checkpoints(ranks, tmp_path, method, stage):
     assert ranks(2).run(f"{MODULE}:converted_by_deepspeed", method, stage, str(tmp_path)) == [[], []]
 

@@ -10,6 +10,7 @@ import torch
 
 from megalr.checkpoint.manifest import read_manifest
 from megalr.checkpoint.reading import read_tensor
+from tests.covering import in_turn
 from tests.deepspeed.checkpointing import BEFORE, METHODS
 from tests.deepspeed.test_rules import assert_same_weights
 
@@ -25,15 +26,22 @@ TOLERANCE = {"Q-GaLore": 1e-2}
 STAGES = [(0, 2), (1, 2), (2, 3), (3, 2)]  # and processes
 
 
-def is_daily(method: str, source: tuple[int, int, int], target: tuple[int, int, int]) -> bool:
-    """Each method from another source to two targets; all stages and world sizes are among them."""
-    i, j = MOVED.index(method), LAYOUTS.index(target)
-    return SOURCES.index(source) == i % len(SOURCES) and j in ((5 * i + 3) % len(LAYOUTS), (7 * i + 16) % len(LAYOUTS))
-
-
+# Each method, and every source, stage, number of processes and of tensor-parallel ranks; each stage to another.
+DAILY = [
+    ("low-rank", (0, 1, 1), (1, 3, 1)),
+    ("low-rank", (1, 4, 2), (3, 2, 1)),
+    ("projected", (3, 3, 1), (0, 4, 2)),
+    ("GaLore", (2, 2, 1), (3, 2, 2)),
+    ("Fira", (3, 3, 1), (2, 2, 1)),
+    ("Muon", (0, 1, 1), (1, 2, 2)),
+]
 MOVES = [
-    pytest.param(*row, marks=[] if is_daily(*row) else [pytest.mark.slow])
-    for row in itertools.product(MOVED, SOURCES, LAYOUTS)
+    *DAILY,
+    *(
+        pytest.param(*row, marks=pytest.mark.slow)
+        for row in itertools.product(MOVED, SOURCES, LAYOUTS)
+        if row not in DAILY
+    ),
 ]
 
 
@@ -71,12 +79,18 @@ def test_other_methods_move(ranks, saved, method, source, target, tmp_path):
     check_move(ranks, saved, method, source, target, tmp_path)
 
 
-@pytest.mark.parametrize(("source", "target"), [((0, 2, 2), (3, 2, 1)), ((2, 3, 1), (3, 4, 2)), ((1, 2, 2), (0, 4, 2))])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [((0, 2, 2), (3, 2, 1)), ((2, 3, 1), (3, 4, 2)), pytest.param((1, 2, 2), (0, 4, 2), marks=pytest.mark.slow)],
+)
 def test_sparse_values_move_between_tensor_parallel_sizes(ranks, saved, source, target, tmp_path):
     check_move(ranks, saved, "SLTrain", source, target, tmp_path)
 
 
-@pytest.mark.parametrize(("source", "target"), [((1, 2, 1), (3, 3, 1)), ((0, 2, 1), (2, 1, 1)), ((3, 2, 1), (0, 2, 1))])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [((1, 2, 1), (3, 3, 1)), pytest.param((0, 2, 1), (2, 1, 1), marks=pytest.mark.slow), ((3, 2, 1), (0, 2, 1))],
+)
 def test_moves_in_bf16(ranks, saved, source, target, tmp_path):
     """Masters, moments and bases are the same bits; training in bf16 is not exactly so at another layout."""
     check_move(ranks, saved, "low-rank", source, target, tmp_path, 5e-2, bf16={"enabled": True})
@@ -94,7 +108,7 @@ def test_random_states_are_those_of_who_reads_the_same_data(ranks, tmp_path):
     assert drawn_without == int(torch.randint(1 << 30, ()))  # one that the checkpoint has none for goes on with its own
 
 
-@pytest.mark.parametrize("target", [(0, 2, 1), (2, 3, 1), (3, 2, 1)])
+@pytest.mark.parametrize("target", [pytest.param((0, 2, 1), marks=pytest.mark.slow), (2, 3, 1), (3, 2, 1)])
 def test_what_rounding_has_cut_off_is_back_in_fp32(ranks, saved, target, tmp_path):
     folder, _ = saved("ReLoRA", (1, 2, 1), bf16={"enabled": True})
     stage, world, tensor = target
@@ -112,7 +126,7 @@ def test_what_rounding_has_cut_off_is_back_in_fp32(ranks, saved, target, tmp_pat
             assert torch.equal(read_tensor(first, key), read_tensor(second, key))
 
 
-@pytest.mark.parametrize(("before", "after"), [(3, 4), (4, 1), (1, 3)])
+@pytest.mark.parametrize(("before", "after"), [(3, 4), (4, 1), pytest.param(1, 3, marks=pytest.mark.slow)])
 def test_moves_to_another_gradient_accumulation(ranks, saved, before, after, tmp_path):
     check_move(ranks, saved, "low-rank", (1, 2, 1), (2, 1, 1), tmp_path, accumulations=(before, after))
 
@@ -133,9 +147,11 @@ def check_move(ranks, saved, method, source, target, tmp_path, tolerance=1e-5, a
     assert_same_weights(got, expected, 1e-30 if source == target else max(tolerance, TOLERANCE.get(method, 0)))
 
 
+# Each stage once; tests/world has every method go on from a save, and here each one moves to another layout.
+ONCE = ["low-rank", "projected", "GaLore", "SwitchLoRA"]
 SAME = [
-    pytest.param(method, stage, world, marks=[] if i % len(STAGES) == stage else [pytest.mark.slow])
-    for i, method in enumerate(METHODS)
+    pytest.param(method, stage, world, marks=[] if ONCE[stage] == method else [pytest.mark.slow])
+    for method in METHODS
     for stage, world in STAGES
 ]
 
@@ -145,7 +161,7 @@ def test_at_the_same_layout_every_bit_is_the_same(ranks, method, stage, world, t
     assert ranks(world).run(f"{MODULE}:lost", method, 1, stage, str(tmp_path)) == [[]] * world
 
 
-@pytest.mark.parametrize(("stage", "world"), [(0, 1), (2, 2), (3, 3)])
+@pytest.mark.parametrize(("stage", "world"), [pytest.param(0, 1, marks=pytest.mark.slow), (2, 2), (3, 3)])
 def test_with_another_rule_weights_stay_and_moments_begin_anew(ranks, saved, stage, world):
     folder, _ = saved("GaLore", (0, 1, 1))
     for dropped, left, weights in ranks(world).run(f"{MODULE}:load_other", "Muon", stage, folder):
@@ -157,17 +173,17 @@ def test_with_another_rule_weights_stay_and_moments_begin_anew(ranks, saved, sta
             assert torch.equal(weight.view(-1), read_tensor(manifest, f"weights/{name}").view(-1))
 
 
-@pytest.mark.parametrize(("stage", "world"), [(1, 2), (3, 3)])
-@pytest.mark.parametrize(
-    ("source", "target", "changes", "tolerance"),
-    [
-        ("GaLore", "Q-GaLore", {}, 0.1),  # half a level of a basis's 15 is the most
-        ("Q-GaLore", "GaLore", {}, 1e-30),
-        ("Q-GaLore", "Q-GaLore", {"min_8bit_size": 10**6, "queue_size": 3}, 1e-30),
-    ],
-)
-def test_a_rules_states_go_on_in_another_dtype(ranks, saved, source, target, changes, tolerance, stage, world):
+STORED = [
+    ("GaLore", "Q-GaLore", {}, 0.1),  # half a level of a basis's 15 is the most
+    ("Q-GaLore", "GaLore", {}, 1e-30),
+    ("Q-GaLore", "Q-GaLore", {"min_8bit_size": 10**6, "queue_size": 3}, 1e-30),
+]
+
+
+@pytest.mark.parametrize(("source", "target", "changes", "tolerance", "layout"), in_turn(STORED, [(3, 3), (1, 2)]))
+def test_a_rules_states_go_on_in_another_dtype(ranks, saved, source, target, changes, tolerance, layout):
     folder, _ = saved(source, (0, 1, 1))
+    stage, world = layout
     errors = {}
     for dropped, of_rank in ranks(world).run(f"{MODULE}:load_stored", target, stage, folder, changes):
         assert dropped == ""

@@ -265,7 +265,7 @@ def test_damage_is_named_and_changes_nothing(ranks, tmp_path, method, stage):
             said = re.escape(SAID[name]).replace(r"\{bytes\}", r"[\d,]+").replace(r"\{names\}", ".+")
             said = said.replace(r"\{name\}", r"\S+")
             assert re.search(said, message), (name, message)
-            assert message.endswith('Nothing was loaded; load tag="step2" instead, the newest that can be')
+            assert message.endswith('the newest that is whole is "step2"')
             assert unchanged, name
             assert folder == "step2"
             assert [bool(re.search(said, line)) for line in skipped] == [True], (name, skipped)

@@ -22,22 +22,22 @@ FINITE = "nan, finite gradients"
         ("GaLoreAdamW", 1, 3, "spike", {}),
         ("GaLoreAdamW", 2, 2, FINITE, {"accumulation": 4}),
         ("GaLoreAdamW", 3, 3, "gradient", {}),
-        ("low_rank", 0, 3, "spike", {}),
+        ("low_rank", 0, 2, "spike", {}),
         ("low_rank", 1, 2, "gradient", {}),
-        ("low_rank", 2, 3, "nan", {}),
+        ("low_rank", 2, 2, "nan", {}),
         ("low_rank", 3, 2, FINITE, {}),
         ("projected", 0, 2, FINITE, {}),
-        ("projected", 1, 3, "nan", {}),
+        ("projected", 1, 2, "nan", {}),
         ("projected", 2, 2, "spike", {}),
-        ("projected", 3, 3, "spike", {}),
-        ("Muon", 0, 3, "gradient", {}),
+        ("projected", 3, 2, "spike", {}),
+        ("Muon", 0, 2, "gradient", {}),
         ("Muon", 1, 2, FINITE, {}),
-        ("Muon", 2, 3, "spike", {"accumulation": 4}),
+        ("Muon", 2, 2, "spike", {"accumulation": 4}),
         ("Muon", 3, 2, "nan", {}),
         ("GaLoreAdamW", 0, 2, "spike", BF16),
         ("low_rank", 2, 2, "nan", UNCHECKED),
         ("projected", 3, 2, "nan", BF16),
-        ("Muon", 1, 3, FINITE, BF16),
+        ("Muon", 1, 2, FINITE, BF16),
         ("Muon", 1, 2, "spike", {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
     ],
 )
@@ -76,7 +76,7 @@ def test_too_many_in_a_row_end_the_run_on_all_ranks(ranks, stage, kind):
     [("GaLoreAdamW", 0), ("GaLoreAdamW", 3), ("low_rank", 1), ("projected", 2), ("projected", 3), ("Muon", 2)],
 )
 def test_healthy_ranks_agree(ranks, method, stage):
-    assert ranks(3).run(f"{GUARDING}:healthy", method, stage) == [5] * 3
+    assert ranks(2).run(f"{GUARDING}:healthy", method, stage) == [5] * 2
     assert ranks(3).run(f"{GUARDING}:healthy", method, stage, **BF16) == [5] * 3
 
 
@@ -84,7 +84,7 @@ def test_healthy_ranks_agree(ranks, method, stage):
     ("stage", "parametrization"),
     [
         (0, None),
-        (1, {"type": "low_rank", "rank": 5}),
+        pytest.param(1, {"type": "low_rank", "rank": 5}, marks=pytest.mark.slow),
         (2, {"type": "sltrain", "rank": 5, "density": 0.1}),
         (3, {"type": "projected", "rank": 5, "update_proj_gap": 2}),
     ],

@@ -146,15 +146,25 @@ def test_a_single_call():
     assert run_ranks(f"{HERE}:environment", 1, "WORLD_SIZE") == ["1"]
 
 
-def test_ranks_end_with_the_process_that_started_them(fifo):
+def test_nothing_outlives_the_process_that_started_it(fifo):
+    """Neither a pool's ranks nor those of a launcher, which a launcher's own death would leave."""
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    program = (
-        "import os, signal; from tests.deepspeed.harness import RankPool\n"
-        f"pool = RankPool(1); pool.run('{HERE}:hold_open', {str(fifo)!r})\n"
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
+    holds = f"import time; from {HERE} import hold_open; hold_open({str(fifo)!r}); print('held', flush=True); "
+    script = fifo.with_name("script.py")
+    script.write_text(holds + "time.sleep(600)")
+    program = f"""
+import os, signal, subprocess, sys
+from tests import warm
+from tests.deepspeed.harness import RankPool
+pool = RankPool(1)
+pool.run("{HERE}:hold_open", {str(fifo)!r})
+words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", "0", {str(script)!r}]
+launcher = warm.start(words, cwd=".", env=dict(os.environ), stdout=subprocess.PIPE)
+assert launcher.stdout.read(4) == b"held"
+os.kill(os.getpid(), signal.SIGKILL)
+"""
     assert run(python(program), check=False).code == -signal.SIGKILL
-    assert read_to_end(reader) == b"alive\n"
+    assert read_to_end(reader) == 2 * b"alive\n"
 
 
 def read_to_end(reader: int, timeout: float = 30.0) -> bytes:

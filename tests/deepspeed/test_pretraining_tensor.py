@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tests.deepspeed.test_rules import assert_same_weights
 from tests.end_to_end.commands import EVALUATE, ROOT, losses, perplexity, plain, run, small_run
 
+pytestmark = pytest.mark.distributed
 TRAIN = "tests.deepspeed.pretraining:train"
 CONFIGS = ["zero1_lowrank_tp2.json", "zero2_galore_tp2.json"]
 STEPS = 8

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import megalr
+from tests.covering import daily_and_slow, in_turn
 from tests.deepspeed import rule_training, tensor_training
 from tests.deepspeed.harness import RankPool
 from tests.deepspeed.test_rules import assert_same_weights, largest_error
@@ -32,19 +33,30 @@ LAYERS = {"low-rank layers": tensor_training.LOW_RANK, "SLTrain": tensor_trainin
 KINDS = [*RULES, *LAYERS, *PROJECTED]
 
 
-def is_daily(kind: str, layout: tuple[int, int], stage: int) -> bool:
-    """Each kind at one layout and stage, some at more; all layouts and stages are among them."""
-    i, j = KINDS.index(kind), LAYOUTS.index(layout)
-    if kind == "low-rank layers":
-        return j == stage
-    if kind == "projected layers, input" and (layout, stage) == ((2, 2), 0):  # replicas that have other data
-        return True
-    return j == i % len(LAYOUTS) and stage == (i + i // len(LAYOUTS)) % len(STAGES)
-
-
+# Every layout that cuts layers at every stage, and each of these kinds once. How a rule gets its matrices together is
+# the same for all of them: tests/world holds every rule at every way of cutting.
+DAILY = [
+    ("low-rank layers", (2, 1), 0),
+    ("projected layers, output", (2, 1), 1),
+    ("Muon", (2, 1), 2),
+    ("SLTrain", (2, 1), 3),
+    ("projected layers, input", (2, 2), 0),  # replicas that have other data
+    ("QGaLoreAdamW", (2, 2), 1),
+    ("projected layers, std", (2, 2), 2),
+    ("GaLoreAdamW", (2, 2), 3),
+    ("BAdam", (4, 1), 0),
+    ("projected layers, power", (4, 1), 1),
+    ("SCALE", (4, 1), 2),
+    ("projected layers, random", (4, 1), 3),
+    ("AdamW", (1, 4), 3),
+]
 COMBINATIONS = [
-    pytest.param(*row, marks=[] if is_daily(*row) else [pytest.mark.slow])
-    for row in itertools.product(KINDS, LAYOUTS, STAGES)
+    *DAILY,
+    *(
+        pytest.param(*row, marks=pytest.mark.slow)
+        for row in itertools.product(KINDS, LAYOUTS, STAGES)
+        if row not in DAILY
+    ),
 ]
 
 
@@ -92,7 +104,7 @@ def expected(kind: str) -> dict[str, torch.Tensor]:
     return plain_factors(model, data, section, params, clip=CLIPPING)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_groups_of_the_users_own(ranks, stage):
     """An ``mpu`` object, as Megatron-LM has one."""
     assert_same_weights(ranks(4).run(f"{MODULE}:train_with_units", stage)[0], expected("low-rank layers"))
@@ -106,33 +118,44 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("kind", "stage"), [("full", 0), ("low_rank", 3)])
-def test_variants_of_models_and_cuts(ranks, variant, kind, stage):
+@pytest.mark.parametrize(
+    ("variant", "what"), in_turn([(variant,) for variant in VARIANTS], [("low_rank", 3), ("full", 0)])
+)
+def test_variants_of_models_and_cuts(ranks, variant, what):
+    kind, stage = what
     one, two = (ranks(t).run(f"{MODULE}:train_variant", t, stage, kind, *VARIANTS[variant])[0] for t in (1, 2))
     assert_same_weights(two, one)
 
 
-DAILY = [("low_rank", 2, {"accumulation": 4}), ("projected, input", 1, {"accumulation": 4})]
-DAILY += [
-    (kind, stage, {"frozen": ("embed_tokens", "0.self_attn.q_proj")}) for kind, stage in [("full", 1), ("low_rank", 2)]
-]
+FROZEN = {"frozen": ("embed_tokens", "0.self_attn.q_proj")}
 
 
-@pytest.mark.parametrize(("kind", "stage", "changes"), DAILY)
+@pytest.mark.parametrize(
+    ("kind", "stage", "changes"),
+    [
+        ("low_rank", 2, {"accumulation": 4}),
+        ("projected, input", 1, {"accumulation": 4}),
+        ("full", 1, FROZEN),
+        ("low_rank", 2, FROZEN),
+    ],
+)
 def test_accumulation_and_frozen_parameters(ranks, kind, stage, changes):
     one = ranks(1).run(f"{MODULE}:train_variant", 1, stage, kind, frozen=changes.get("frozen", ()))[0]
     assert_same_weights(ranks(2).run(f"{MODULE}:train_variant", 2, stage, kind, **changes)[0], one)
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("low_rank", 1), ("projected, input", 2), ("low_rank", 3)])
+@pytest.mark.parametrize(
+    ("kind", "stage"), [pytest.param("low_rank", 1, marks=pytest.mark.slow), ("projected, input", 2), ("low_rank", 3)]
+)
 def test_bf16_stays_close(ranks, kind, stage):
     one = ranks(1).run(f"{MODULE}:train_variant", 1, stage, kind)[0]
     assert_same_weights(ranks(2).run(f"{MODULE}:train_variant", 2, stage, kind, bf16={"enabled": True})[0], one, 5e-2)
 
 
-@pytest.mark.parametrize("kind", ["full", "low_rank"])
-@pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, False), (2, False), (3, False), (0, True), (1, True)])
+@pytest.mark.parametrize(
+    ("stage", "bf16", "kind"),
+    in_turn([(0, False), (1, False), (2, False), (3, False), (0, True), (1, True)], ["full", "low_rank"]),
+)
 def test_the_norm_for_clipping_is_that_of_one_process(ranks, kind, stage, bf16):
     """DeepSpeed computes it, from the marks of what is cut; AdamW's weights hardly depend on it."""
     changes = {"bf16": {"enabled": bf16}, "model": {"initializer_range": tensor_training.SPREAD}}
@@ -206,17 +229,28 @@ def test_low_rank_layers_send_what_is_as_wide_as_the_rank(ranks):
     assert {width for width, _ in each} == {rank}
 
 
-@pytest.mark.parametrize("optimizer", ["GaLoreAdamW", "Muon"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("only_rank", [None, 1])
+@pytest.mark.parametrize(
+    ("optimizer", "stage", "only_rank"), daily_and_slow(["GaLoreAdamW", "Muon"], [1, 2, 3], [None, 1])
+)
 def test_a_gradient_that_is_not_finite_changes_nothing(ranks, optimizer, stage, only_rank):
     where = "model.layers.1.mlp.down_proj.weight"
     for changed, unmoved, _ in ranks(2).run(f"{MODULE}:poison", stage, optimizer, where, only_rank):
         assert changed == [] and unmoved == []
 
 
-@pytest.mark.parametrize(("layout", "stage"), [((2, 1), 2), ((2, 2), 0), ((2, 2), 1), ((2, 2), 3)])
-@pytest.mark.parametrize("optimizer", [None, "GaLoreAdamW"])
+@pytest.mark.parametrize(
+    ("layout", "stage", "optimizer"),
+    [
+        ((2, 1), 2, "GaLoreAdamW"),
+        ((2, 1), 0, None),
+        ((2, 2), 1, "GaLoreAdamW"),
+        ((2, 2), 3, None),
+        *(
+            pytest.param((2, 2), *how, marks=pytest.mark.slow)
+            for how in [(0, None), (0, "GaLoreAdamW"), (1, None), (3, "GaLoreAdamW"), (2, None)]
+        ),
+    ],
+)
 def test_resume_is_bitwise(ranks, layout, stage, optimizer, tmp_path):
     tensor, data = layout
     different = ranks(tensor * data).run(f"{MODULE}:resume", tensor, stage, str(tmp_path / "a b"), optimizer)

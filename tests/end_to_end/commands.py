@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from megalr.checkpoint.manifest import read_manifest
 from megalr.checkpoint.reading import read_tensor
-from megalr.train.ranks import free_port
+from megalr.processes import free_port
 from tests import processes
 from tests.processes import ROOT, Finished, Running
 
@@ -35,7 +35,7 @@ SMALL_MODEL = {
 SHORT_TEXT = ["--sequence-length", "32", "--max-train-tokens", "20000", "--max-eval-tokens", "2000"]
 
 # What the user's own launchers would set, and nothing of this test's own process group.
-_NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE")
+_NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "MAKEFLAGS")
 
 
 def small_run(folder: Path) -> list[str]:
@@ -52,6 +52,15 @@ def write_config(path: Path, stage: int = 2, **sections: Any) -> Path:
         content[name] = {**content.get(name, {}), **section} if isinstance(section, dict) else section
     path.write_text(json.dumps(content))
     return path
+
+
+def make_pretrain(folder: Path, flags: Sequence[str | Path]) -> list[str]:
+    """What `make pretrain` starts, without the installation, where ``folder`` is a clone's."""
+    for name in ("launchers", "ds_configs"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    makefile, installed = str(ROOT / "Makefile"), ".venv/.installed"
+    return ["make", "-f", makefile, "-o", installed, "pretrain", f"ARGS={' '.join(map(str, flags))}"]
 
 
 def plain() -> list[str]:
@@ -85,24 +94,28 @@ def torchrun(count: int) -> list[str]:
     ]
 
 
-def run(command: Sequence[str | Path], folder: Path, *, warm: bool = True) -> Finished:
+def run(
+    command: Sequence[str | Path], folder: Path, *, warm: bool = True, env: Mapping[str, str] | None = None
+) -> Finished:
     """Run a command in ``folder`` to its end.
 
     Args:
         command: its words.
         folder: where.
-        warm: whether its processes are forked from one that has imported everything; a few tests start them anew.
+        warm: whether its processes are forked from one that has imported everything; a few tests start them anew, as
+            users do.
+        env: variables to set.
     """
-    with started(command, folder, warm=warm) as process:
+    with started(command, folder, warm=warm, env=env) as process:
         return process.wait()
 
 
 def started(
-    command: Sequence[str | Path], folder: Path, *, warm: bool = True
+    command: Sequence[str | Path], folder: Path, *, warm: bool = True, env: Mapping[str, str] | None = None
 ) -> contextlib.AbstractContextManager[Running]:
     """A command whose output is one stream, and which is killed at the end with all its children; see :func:`run`."""
-    alone = {name: None for name in _NOT_INHERITED}
-    env = {**alone, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    alone: dict[str, str | None] = dict.fromkeys(_NOT_INHERITED)
+    env = {**alone, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
     return processes.started(command, cwd=folder, env=env, limit=LIMIT, one_stream=True, warm=warm)
 
 

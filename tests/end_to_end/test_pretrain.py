@@ -14,13 +14,14 @@ from tests.end_to_end.commands import (
     EVALUATE,
     PRETRAIN,
     SHORT_TEXT,
-    deepspeed,
     losses,
+    make_pretrain,
     metrics,
     perplexity,
     plain,
     run,
     small_run,
+    torchrun,
 )
 
 STEPS = 30
@@ -28,11 +29,11 @@ STEPS = 30
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One run under DeepSpeed's launcher: two processes, stage 2, an export."""
+    """`make pretrain`, hence DeepSpeed's launcher, as a user starts it: two processes, stage 2, an export."""
     folder = tmp_path_factory.mktemp("pretrain")
-    command = [*deepspeed(2), PRETRAIN, "--deepspeed", CONFIGS / "zero2_lowrank.json", *small_run(folder)]
-    command += ["--steps", str(STEPS), "--eval-every", "15", "--save-every", "20", "--export", "dense"]
-    result = run([*command, "--galore-compatible-eval"], folder)
+    flags = [*small_run(folder), "--steps", str(STEPS), "--eval-every", "15", "--save-every", "20"]
+    flags += ["--export", "dense", "--galore-compatible-eval"]
+    result = run(make_pretrain(folder, flags), folder, warm=False, env={"LOCAL_SIZE": "2"})
     assert result.code == 0, result.output
     return folder, result.output
 
@@ -118,7 +119,7 @@ def test_a_run_a_checkpoint_and_the_export_score_the_same(finished, summary):
     made = "runs/zero2_lowrank"
     text = [*SHORT_TEXT[:2], *SHORT_TEXT[4:]]
     for what in ([made], [f"{made}/checkpoints/step{STEPS}"], ["dense", *text]):
-        result = run([*plain(), EVALUATE, *what], folder)
+        result = run([*plain(), EVALUATE, *what], folder, warm=what != [made])
         assert result.code == 0, result.output
         assert perplexity(result.output) == pytest.approx(summary["perplexity"], rel=1e-5)
 
@@ -132,6 +133,17 @@ def test_another_number_of_processes_and_stage_go_on(finished):
     assert result.code == 0, result.output
     assert "processes: 2 -> 1" in result.output and "zero_optimization.stage: 2 -> 3" in result.output
     assert [row["step"] for row in metrics(folder / "copy") if "loss" in row] == list(range(1, STEPS + 6))
+
+
+def test_torchrun_as_a_user_starts_it_goes_on(finished):
+    folder, _ = finished
+    shutil.copytree(folder / "runs/zero2_lowrank", folder / "under torchrun")
+    flags = ["--deepspeed", CONFIGS / "zero1_lowrank.json", *small_run(folder), "--steps", str(STEPS + 2)]
+    flags += ["--output", "under torchrun", "--resume"]
+    result = run([*torchrun(2), PRETRAIN, *flags], folder, warm=False)
+    assert result.code == 0, result.output
+    assert "zero_optimization.stage: 2 -> 1" in result.output and "processes:" not in result.output
+    assert [row["step"] for row in metrics(folder / "under torchrun") if "loss" in row] == list(range(1, STEPS + 3))
 
 
 def test_another_batch_cannot_go_on(finished):

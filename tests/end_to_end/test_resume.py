@@ -31,6 +31,23 @@ LAUNCHERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """By the processes that train: flags of a run, and the folder of one that nobody has stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    flags = ["--deepspeed", CONFIGS / "zero2_lowrank.json", *small_run(folder), "--steps", str(STEPS)]
+    flags += ["--eval-every", str(STEPS)]
+    starts = {"plain": plain, "two processes": lambda: deepspeed(2)}
+
+    def of(processes):
+        if not (folder / processes).exists():
+            whole = run([*starts[processes](), PRETRAIN, *flags, "--output", processes], folder)
+            assert whole.code == 0, whole.output
+        return flags, folder / processes
+
+    return of
+
+
 def stop_launcher(process):
     process.send_signal(signal.SIGTERM)
 
@@ -79,12 +96,8 @@ def press_ctrl_c(process):
         pytest.param("torchrun", press_ctrl_c, 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, launcher, stop, code):
-    flags = ["--deepspeed", CONFIGS / "zero2_lowrank.json", *small_run(tmp_path), "--steps", str(STEPS)]
-    flags += ["--eval-every", str(STEPS)]
-    whole = run([*LAUNCHERS[launcher](), PRETRAIN, *flags, "--output", "whole"], tmp_path)
-    assert whole.code == 0, whole.output
-
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, undisturbed, launcher, stop, code):
+    flags, whole = undisturbed("plain" if launcher == "plain" else "two processes")
     with started([*LAUNCHERS[launcher](), PRETRAIN, *flags, "--output", "stopped"], tmp_path) as process:
         process.read_until("| 0/40")  # the bar: from here on a signal is a request
         stop(process)
@@ -100,9 +113,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, launcher, stop, c
 
     rest_of_it = run([*LAUNCHERS[launcher](), *shlex.split(words.group(1))], tmp_path)
     assert rest_of_it.code == 0, rest_of_it.output
-    assert without_time(metrics(tmp_path / "stopped")) == without_time(metrics(tmp_path / "whole"))
+    assert without_time(metrics(tmp_path / "stopped")) == without_time(metrics(whole))
     last = f"checkpoints/step{STEPS}"
-    assert_same_checkpoints(tmp_path / "stopped" / last, tmp_path / "whole" / last)
+    assert_same_checkpoints(tmp_path / "stopped" / last, whole / last)
 
 
 def test_a_run_that_was_stopped_before_its_first_update_begins_anew(tmp_path):

@@ -238,7 +238,9 @@ def test_a_decomposition_that_does_not_converge_is_the_status_of_its_pair(tmp_pa
         ("svd", ["[4, 4, 1] True", "[0, 4, 1] True"]),
         ("eigh svd", ["[4, 4, 1] True"] * 2),
     ):
-        done = processes.run(processes.python(NOT_CONVERGING, failing), env={"FAIL": fail, "MEGALR_OPS": "compiled"})
+        done = processes.run(
+            processes.python(NOT_CONVERGING, failing), warm=True, env={"FAIL": fail, "MEGALR_OPS": "compiled"}
+        )
         assert done.stdout.splitlines() == expected, done.stderr
 
 

@@ -44,7 +44,7 @@ from tests.mutants.mutant import Mutant
 ROOT = Path(__file__).parents[2]
 IGNORED = ("*.pyc", "__pycache__", ".git", ".venv", ".venv-cuda", "runs", "build", "dist", "*_cache", "*.egg-info")
 PYTEST = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow")
-FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", re.MULTILINE)
+FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 NOTHING_SELECTED = (4, 5)  # pytest's exit codes: no such file, no such test
 LIMIT = {"first": 600.0, "daily": 3000.0}  # seconds; a fault that makes ranks wait for each other has been noticed
 
@@ -56,13 +56,11 @@ class Outcome:
     Attributes:
         mutant: which.
         noticed_by: the test, and in which selection; empty for a survivor.
-        why: the test's message.
         seconds: of all its runs.
     """
 
     mutant: Mutant
     noticed_by: str
-    why: str
     seconds: float
 
 
@@ -152,7 +150,7 @@ def run(mutant: Mutant, steps: tuple[str, ...], copy: Path, logs: Path | None) -
     path = copy / mutant.file
     before = path.read_text()
     write(path, before.replace(mutant.find, mutant.replace))
-    began, name, why, printed = time.monotonic(), "", "", ""
+    began, name, printed = time.monotonic(), "", ""
     try:
         for step in steps:
             selection = mutant.first if step == "first" else AREAS[mutant.area]
@@ -160,18 +158,18 @@ def run(mutant: Mutant, steps: tuple[str, ...], copy: Path, logs: Path | None) -
             printed += text
             if code in NOTHING_SELECTED:
                 printed += f"\nnothing selected by {selection}\n"
+                print(f"{mutant.area}: {mutant.name}: no test is selected by {selection}", file=sys.stderr)
             elif code:
                 found = FAILED.search(text)
                 ended = "a run that hangs" if code == -signal.SIGKILL else f"pytest ended with {code}"
                 name = f"{found[1] if found else ended} ({step})"
-                why = (found[2] or "") if found else ""
                 break
     finally:
         write(path, before)
     if logs is not None:
         logs.mkdir(parents=True, exist_ok=True)
         (logs / f"{re.sub(r'[^A-Za-z0-9]+', '-', f'{mutant.area} {mutant.name}')}.log").write_text(printed)
-    return Outcome(mutant, name, why, time.monotonic() - began)
+    return Outcome(mutant, name, time.monotonic() - began)
 
 
 def write(path: Path, text: str) -> None:

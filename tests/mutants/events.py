@@ -12,13 +12,18 @@ MERGING = "megalr/optim/frozen_weights.py"
 MERGES = "megalr/optim/events/relora.py"
 SWITCHES = "megalr/optim/events/switchlora.py"
 LORO = "megalr/optim/events/loro.py"
-TRAINING = "tests/deepspeed/test_training.py -k 'test_equals_one_plain_process and 2- or test_reset_of_all'"
-PROJECTED = "tests/deepspeed/test_projected.py -k 'test_equals_one_plain_process and 2-1 or test_settings'"
+PARAMETRIZATIONS = "tests/world/test_parametrizations.py"
+REFACTORIZATION = "megalr/optim/events/refactorization.py"
+RESET = "megalr/optim/events/momentum_reset.py"
+BASES = "megalr/optim/events/bases.py"
+REFRESH = "megalr/optim/events/refresh.py"
+TRAINING = f"{PARAMETRIZATIONS} -k 'low-rank and (test_equals_one_plain_process or reset)'"
+PROJECTED = f"{PARAMETRIZATIONS} -k 'projected and (test_equals_one_plain_process or test_settings)'"
 
 
 def factors(case: str) -> str:
     """Runs of one parametrization against one plain process."""
-    return f"tests/deepspeed/test_factors.py -k 'test_equals_one_plain_process and {case}'"
+    return f"{PARAMETRIZATIONS} -k 'test_equals_one_plain_process and {case}'"
 
 
 EVENTS = [
@@ -26,16 +31,16 @@ EVENTS = [
         "refactorization",
         (
             "moments of refactorized factors stay",
-            OPTIMIZER,
-            'due |= {"factors"} if updates % refactorization.interval == 0 else set()',
-            "due |= set()",
+            REFACTORIZATION,
+            'return {"factors"} if self._config.moments == "reset" and self.due(updates) else set()',
+            "return set()",
             TRAINING,
         ),
         (
             "it comes one update late",
-            OPTIMIZER,
-            "if refactorization and self._pairs and self.updates % refactorization.interval == 0:",
-            "if refactorization and self._pairs and self.updates % refactorization.interval == 1:",
+            REFACTORIZATION,
+            "        if not self.due(updates):\n            return []\n        zeroed",
+            "        if not self.due(updates - 1):\n            return []\n        zeroed",
             TRAINING,
         ),
         (
@@ -62,15 +67,15 @@ EVENTS = [
         (
             "moments of a pair are handed over in the wrong order",
             "megalr/optim/events/refactorization.py",
-            "for names in own for name in names for moment in whole[name][1:]",
-            "for names in own for name in names for moment in whole[name][:0:-1]",
-            "tests/deepspeed/test_training.py -k test_moments_of_refactorized",
+            "for names in _names(own) for name in names for moment in whole[name][1:]]",
+            "for names in _names(own) for name in names for moment in whole[name][:0:-1]]",
+            f"{PARAMETRIZATIONS} -k 'moments transported'",
         ),
         (
             "the new factors are not published",
-            OPTIMIZER,
-            "        for buffer in self._factor_buffers:\n            shard.publish(buffer)\n",
-            "",
+            REFACTORIZATION,
+            "        return self._buffers\n",
+            "        return []\n",
             "tests/deepspeed/test_training.py -k 'test_refactorization_changes or test_refactorization_of_bf16'",
         ),
     ),
@@ -92,16 +97,16 @@ EVENTS = [
         ),
         (
             "a reset of the factors resets all",
-            OPTIMIZER,
-            'due |= {"factors", "dense"} if reset.scope == "all" else {"factors"}',
-            'due |= {"factors", "dense"}',
+            RESET,
+            '{"factors", "dense"} if config.scope == "all" else {"factors"}',
+            '{"factors", "dense"}',
             TRAINING,
         ),
         (
             "a reset of all has the factors' learning rate alone warm up",
-            OPTIMIZER,
-            'for name in ("factors", "dense") if reset.scope == "all" else ("factors",):',
-            'for name in ("factors",):',
+            RESET,
+            "return self.resets_due(updates)",
+            'return self.resets_due(updates) & {"factors"}',
             TRAINING,
         ),
         (
@@ -109,13 +114,13 @@ EVENTS = [
             OPTIMIZER,
             "        if self.matrices is not None:\n            self.matrices.reset(",
             "        if False:\n            self.matrices.reset(",
-            "tests/deepspeed/test_factor_rules.py",
+            f"{PARAMETRIZATIONS} -k 'test_settings and low-rank'",
         ),
         (
             "the moments' zeros come one update late",
             OPTIMIZER,
-            "reset=clock in self._resets_due(self.updates + 1)",
-            "reset=clock in self._resets_due(self.updates)",
+            "reset=name in self._resets_due(self.updates + 1)",
+            "reset=name in self._resets_due(self.updates)",
             TRAINING,
         ),
     ),
@@ -138,13 +143,13 @@ EVENTS = [
         (
             "the gradient in the new basis is not scaled",
             PROJECTION,
-            "self._low(grad, new, basis.side).mul_(scale)",
-            "self._low(grad, new, basis.side)",
+            "self._low(summed.whole, new, basis.side).mul_(scale)",
+            "self._low(summed.whole, new, basis.side)",
             PROJECTED,
         ),
         (
             "bases are refreshed one update late",
-            PROJECTION,
+            BASES,
             "basis.due |= updates % self._config.update_proj_gap == basis.phase",
             "basis.due |= (updates - 1) % self._config.update_proj_gap == basis.phase",
             PROJECTED,
@@ -152,37 +157,37 @@ EVENTS = [
         (
             "moments turn the other way",
             PROJECTION,
-            "self._carry_moments(name, own, new.T @ old, left=not right)",
-            "self._carry_moments(name, own, old.T @ new, left=not right)",
+            "self._carry_moments(name, own, turn, left=not right)",
+            "self._carry_moments(name, own, turn.T, left=not right)",
             PROJECTED,
         ),
         (
             "moments that are reset keep their count",
-            PROJECTION,
-            '        if self._config.moments == "reset":\n            basis.count = 0\n',
+            BASES,
+            "        self.count = 0 if resets_moments else self.count\n",
             "",
             PROJECTED,
         ),
         (
             "the gradient of a skipped update stays",
-            PROJECTION,
-            "layer.collecting, layer.full_gradient = collecting, None",
-            "layer.collecting = collecting",
-            "tests/deepspeed/test_projected.py -k test_a_skipped_update",
+            BASES,
+            "layer.full_gradient = FullGradientSum() if self.due else None",
+            "layer.full_gradient = (layer.full_gradient or FullGradientSum()) if self.due else None",
+            "tests/world/test_skipping.py -k projected",
         ),
         (
             "a gradient that is delivered in the old basis is turned back",
             PROJECTION,
-            "self._turned[name] = new.T @ old",
-            "self._turned[name] = old.T @ new",
+            'new = low @ turn.T if side == "right" else turn @ low',
+            'new = low @ turn if side == "right" else turn.T @ low',
             "tests/unit/test_projection.py",
         ),
         (
             "a shared basis comes from the first layer's gradient alone",
-            PROJECTION,
-            "        stack = _stack([grad for grad, _ in parts])\n        return leading_basis(",
-            "        stack = parts[0][0]\n        return leading_basis(",
-            "tests/deepspeed/test_projected.py -k test_llama",
+            REFRESH,
+            "    stack = _stack([each.whole for each in due.gradients])\n",
+            "    stack = due.gradients[0].whole\n",
+            "tests/world/test_parametrizations.py -k 'test_equals_one_plain_process and shared and projected'",
         ),
     ),
     *mutants(

@@ -8,11 +8,12 @@ EXCHANGE = "megalr/layout/exchange.py"
 PLACEMENT = "megalr/layout/placement.py"
 LAYOUT = "megalr/layout/layout.py"
 PLANNED = "megalr/layout/planned.py"
-READING = "megalr/hosts/reading.py"
+READING = "megalr/hosts/zero_layouts.py"
 PIECES = "megalr/layout/rectangles.py"
 JOINING = "megalr/layout/tensor_parallel.py"
 TENSOR_PARALLEL = "megalr/hosts/tensor_parallel.py"
 ROUND_TRIP = "tests/deepspeed/test_exchange.py"
+ROUNDS = "megalr/layout/rounds.py"
 OWNERS = "tests/unit/test_partition.py tests/unit/test_placement.py"
 RULE_LAYOUTS = "tests/deepspeed/test_rules.py -k 'test_layout_variants or test_bf16'"
 RANK_1 = '__import__("torch").distributed.is_initialized() and __import__("torch").distributed.get_rank() == 1'
@@ -62,8 +63,8 @@ LAYOUTS = [
         (
             "a scatter leaves copies on other ranks as they were",
             EXCHANGE,
-            "moves = [(f, item.owner, f.rank) for item in items for f in self.layout.of(item.name)]",
-            "moves = [(f, item.owner, f.rank) for item in items for f in self.layout.cover(item.name, item.owner)]",
+            "moves = [(f, owner, f.rank) for name, owner in _owned(units) for f in self.layout.of(name)]",
+            "moves = [(f, owner, f.rank) for name, owner in _owned(units) for f in self.layout.cover(name, owner)]",
             ROUND_TRIP,
         ),
         (
@@ -71,7 +72,7 @@ LAYOUTS = [
             EXCHANGE,
             "dist.broadcast(message, group=group, group_src=source)",
             "dist.broadcast(message, group=group, group_src=0)",
-            "tests/deepspeed/test_rules.py -k 'test_equals_one_plain_process and GaLore or test_fast_projectors'",
+            "tests/world/test_rules.py -k 'test_equals_one_plain_process and (-0-2- or -0-3- or -0-4-)'",
         ),
         (
             "a sum over all is one over the own replica",
@@ -86,7 +87,7 @@ LAYOUTS = [
         ),
         (
             "a round holds more than its bound",
-            EXCHANGE,
+            ROUNDS,
             "if load and load + size > limit:",
             "if load and load > limit:",
             "tests/unit/test_partition.py",
@@ -99,19 +100,19 @@ LAYOUTS = [
             PLACEMENT,
             "key=lambda rank: (load[rank], -held[rank], rank))",
             f"key=lambda rank: (load[rank], -held[rank], -rank if {RANK_1} else rank))",
-            "tests/deepspeed/test_rules.py -k 'test_equals_one_plain_process or test_fewer_matrices'",
+            "tests/world/test_rules.py -k 'test_equals_one_plain_process and (GaLore or Fira or APOLLO)'",
         ),
         (
             "what a rank owns already does not count",
             PLACEMENT,
-            "        owners[i] = owner\n        load[owner] += units[i].cost\n",
-            "        owners[i] = owner\n",
+            "        load[owners[names]] += costs[names]\n",
+            "",
             OWNERS,
         ),
         (
             "what lies whole on a rank may go to another",
             PLACEMENT,
-            "candidates = homes[i] or range(layout.world_size)",
+            "candidates = homes[names] or range(layout.world_size)",
             "candidates = range(layout.world_size)",
             OWNERS,
         ),
@@ -125,16 +126,15 @@ LAYOUTS = [
         (
             "the cheapest units are placed first",
             PLACEMENT,
-            "key=lambda i: (-units[i].cost, i))",
-            "key=lambda i: (units[i].cost, i))",
+            "key=lambda names: -costs[names])",
+            "key=lambda names: costs[names])",
             OWNERS,
         ),
         (
             "what does not lie whole is placed before what does",
             PLACEMENT,
-            "for i in [i for i in largest_first if len(homes[i]) == 1] + "
-            "[i for i in largest_first if len(homes[i]) != 1]:",
-            "for i in largest_first:",
+            "for names in sorted(largest_first, key=lambda names: len(homes[names]) != 1):",
+            "for names in largest_first:",
             OWNERS,
         ),
     ),
@@ -192,7 +192,7 @@ LAYOUTS = [
         (
             "stage 0 in bf16: the call that makes states counts as an update",
             READING,
-            "dry_run=separate",
+            "dry_run=True",
             "dry_run=False",
             "tests/deepspeed/test_training.py -k test_updates_are_counted",
         ),

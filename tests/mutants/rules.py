@@ -172,14 +172,14 @@ RULES = [
         ),
         (
             "moments that are reset at a refresh keep their count",
-            f"{RULES_FOLDER}/adam.py",
+            f"{RULES_FOLDER}/adam_moments.py",
             '    state["step"] = 0\n',
             "",
             of("frugal or full"),
         ),
         (
             "second moments are carried with the rotation, not its square",
-            f"{RULES_FOLDER}/adam.py",
+            f"{RULES_FOLDER}/adam_moments.py",
             '("exp_avg_sq", turn.square())',
             '("exp_avg_sq", turn.abs())',
             of("GoLore or full"),

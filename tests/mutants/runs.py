@@ -8,21 +8,25 @@ OPTIMIZER = "megalr/optim/optimizer.py"
 PORTABLE = "megalr/optim/state.py"
 CONTENTS = "megalr/checkpoint/contents.py"
 MATRICES = "megalr/optim/matrices.py"
-PROJECTION = "megalr/optim/events/projected.py"
+BASES = "megalr/optim/events/bases.py"
+ENGINE_STATE = "megalr/optim/engine_state.py"
+PROGRESS = "megalr/optim/progress.py"
+DEEPSPEED = "megalr/hosts/deepspeed.py"
 SWITCHES = "megalr/optim/events/switchlora.py"
 GUARD = "megalr/guards/guard.py"
 LOSSES = "megalr/guards/losses.py"
 EXCHANGE = "megalr/layout/exchange.py"
-READING = "megalr/hosts/reading.py"
 TENSOR_PARALLEL = "megalr/hosts/tensor_parallel.py"
-LAYERS = "megalr/layers/tensor_parallel/layers.py"
+LOW_RANK = "megalr/layers/low_rank.py"
+PROJECTED = "megalr/layers/projected.py"
 MESSAGES = "megalr/layers/tensor_parallel/messages.py"
-SAME = "tests/deepspeed/test_checkpoints.py -k test_at_the_same_layout"
-OWN = "tests/deepspeed/test_training.py -k test_resume_is_bitwise"
+WORLD = "tests/world/test_rules.py tests/world/test_parametrizations.py -k"
+SAME = f"{WORLD} 'test_equals_one_plain_process and entries'"
+OWN = f"{WORLD} 'test_equals_one_plain_process and state_dict'"
 NORM = "tests/deepspeed/test_tensor_parallel.py -k test_the_norm_for_clipping"
 LOGITS = "tests/deepspeed/test_tensor_parallel.py -k 'test_logits_loss_and_gradients'"
 NEVER_WAS = "tests/deepspeed/test_guards.py -k test_a_bad_update_never_was"
-POISON = "tests/deepspeed/test_skipping.py"
+POISON = "tests/world/test_skipping.py"
 
 RUNS = [
     *mutants(
@@ -50,42 +54,42 @@ RUNS = [
         ),
         (
             "DeepSpeed's checkpoints: updates are not counted on",
-            OPTIMIZER,
-            '        self.updates = state_dict["megalr"]["updates"]\n',
+            ENGINE_STATE,
+            '    optimizer.updates = saved["updates"]\n',
             "",
             OWN,
         ),
         (
             "DeepSpeed's checkpoints: clocks begin again",
-            OPTIMIZER,
-            '{name: Clock(**values) for name, values in state_dict["megalr"]["clocks"].items()}',
-            '{name: Clock() for name in state_dict["megalr"]["clocks"]}',
+            ENGINE_STATE,
+            '{name: Clock(**values) for name, values in saved["clocks"].items()}',
+            '{name: Clock() for name in saved["clocks"]}',
             OWN,
         ),
         (
             "DeepSpeed's checkpoints: a rule's counts are lost",
-            MATRICES,
-            "                else:\n                    state[key] = value\n            self.states[name] = state",
-            "            self.states[name] = state",
-            "tests/deepspeed/test_rules.py -k 'test_resume_is_bitwise and (GaLore or Muon or AdamMini)'",
+            ENGINE_STATE,
+            "optimizer.matrices.make_room(loaded.matrices, {})",
+            "optimizer.matrices.make_room({name: {} for name in loaded.matrices}, {})",
+            OWN,
         ),
         (
             "DeepSpeed's checkpoints: what layers keep is lost",
-            OPTIMIZER,
-            '            events.load_state_dict(state_dict["megalr"][events.key])\n',
-            "            pass\n",
-            "tests/deepspeed/test_projected.py -k test_resume_is_bitwise",
+            ENGINE_STATE,
+            '    load_event_numbers(optimizer, saved["events"])\n',
+            "",
+            OWN,
         ),
         (
             "W0's decay since the last refresh is lost",
-            PROJECTION,
+            BASES,
             'COUNTS = ("refreshes", "count", "decay", "due")',
             'COUNTS = ("refreshes", "count", "due")',
             SAME,
         ),
         (
             "a refresh that is due is forgotten",
-            PROJECTION,
+            BASES,
             'COUNTS = ("refreshes", "count", "decay", "due")',
             'COUNTS = ("refreshes", "count", "decay")',
             SAME,
@@ -102,11 +106,11 @@ RUNS = [
             CONTENTS,
             "            set_random_states(self._targets[self._random_key].pieces[0].data)\n",
             "            pass\n",
-            SAME,
+            "tests/deepspeed/test_checkpoints.py -k 'test_random_states'",
         ),
         (
             "micro-batches are not counted on",
-            CONTENTS,
+            DEEPSPEED,
             "engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()",
             "engine.micro_steps = engine.global_steps",
             "tests/deepspeed/test_checkpoints.py -k test_moves_to_another_gradient_accumulation",
@@ -184,7 +188,7 @@ RUNS = [
         (
             "gradients of copies are marked as cut: their norm is counted on every rank",
             TENSOR_PARALLEL,
-            'if parameter.grad is not None and getattr(parameter, "tensor_model_parallel", False):',
+            "if parameter.grad is not None and is_marked(parameter):",
             "if parameter.grad is not None:",
             NORM,
         ),
@@ -207,24 +211,24 @@ RUNS = [
         ),
         (
             "row-parallel low-rank layers forget their scale",
-            LAYERS,
+            LOW_RANK,
             "return functional.linear(latent * self.scale, self.B, self.bias)",
             "return functional.linear(latent, self.B, self.bias)",
             LOGITS,
         ),
         (
             "every rank adds the bias of a row-parallel layer",
-            LAYERS,
-            "y: Tensor = Sum.apply(self._product(x, r, None), self.group)\n"
+            PROJECTED,
+            "y = self.split.sum(self._product(x, r, None))\n"
             "        return y if self.bias is None else y + self.bias.to(y.dtype)",
-            "y: Tensor = Sum.apply(self._product(x, r, self.bias), self.group)\n        return y",
+            "y = self.split.sum(self._product(x, r, self.bias))\n        return y",
             "tests/deepspeed/test_tensor_parallel.py -k 'test_biases or test_logits'",
         ),
         (
             "R of a row-parallel layer is summed on the wrong side",
-            LAYERS,
-            'r: Tensor = self.R if self.side == "left" else SumGradient.apply(self.R, self.group)',
-            'r: Tensor = self.R if self.side == "right" else SumGradient.apply(self.R, self.group)',
+            PROJECTED,
+            'r = self.R if self.side == "left" else self.split.sum_gradient(self.R)',
+            'r = self.R if self.side == "right" else self.split.sum_gradient(self.R)',
             LOGITS,
         ),
         (
@@ -261,9 +265,8 @@ RUNS = [
         (
             "a rule runs in a skipped update",
             OPTIMIZER,
-            "            if self._skipping or not here:\n                continue\n            if group",
-            '            if (self._skipping and not group["by_rule"]) or not here:\n'
-            "                continue\n            if group",
+            "if here and not progress.skipping:",
+            'if here and (group["by_rule"] or not progress.skipping):',
             POISON,
         ),
         (
@@ -275,23 +278,23 @@ RUNS = [
         ),
         (
             "gradients of other groups are not looked at",
-            OPTIMIZER,
-            "for grad in own + shard.unseen_gradients() if grad.numel()]",
-            "for grad in own if grad.numel()]",
+            PROGRESS,
+            "for grad in gradients_in(groups) + shard.unseen_gradients() if grad.numel()]",
+            "for grad in gradients_in(groups) if grad.numel()]",
             POISON,
         ),
         (
             "fp32 parameters at stage 0 are not looked at",
-            READING,
-            "unseen = None if separate else list",
-            "unseen = None",
+            "megalr/hosts/plain.py",
+            "unseen_gradients=list",
+            "unseen_gradients=None",
             POISON,
         ),
         (
             "the update after a skipped one is skipped as well",
             OPTIMIZER,
-            "        self._skip_asked = False\n        for events in self.all_events:",
-            "        for events in self.all_events:",
+            "        self._progress.skip_asked = False\n        for event in self.events:",
+            "        for event in self.events:",
             "tests/deepspeed/test_guards.py -k test_a_bad_update_never_was",
         ),
     ),

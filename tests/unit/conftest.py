@@ -1,12 +1,21 @@
 """What tests share: checkpoints, and the comparison of methods."""
 
 import json
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from tests import known_state
+from tests import known_state, warm
 from tests.unit.comparison_recipes import FAKE, SHAPE, content
+
+
+@pytest.fixture
+def forked_programs(monkeypatch):
+    """Programs that megalr.processes starts are forked from one that has imported everything."""
+    forking = SimpleNamespace(Popen=warm.popen, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr("megalr.processes.subprocess", forking)
 
 
 @pytest.fixture

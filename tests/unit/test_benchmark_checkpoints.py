@@ -25,7 +25,7 @@ def arguments(*flags):
     return parser.parse_args(list(flags))
 
 
-def test_times_and_sizes_of_two_processes(tmp_path, capsys):
+def test_times_and_sizes_of_two_processes(forked_programs, tmp_path, capsys):
     shape, output = tmp_path / "a shape.json", tmp_path / "raw.json"
     shape.write_text(json.dumps(SHAPE))
     flags = ["--model", str(shape), "--methods", "AdamW", "--saves", "2", "--folder", str(tmp_path)]

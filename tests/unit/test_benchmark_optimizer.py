@@ -173,7 +173,7 @@ def test_galore_torch_takes_part_without_bitsandbytes(shape_file, tmp_path, caps
 
 
 @pytest.mark.slow
-def test_bytes_of_stage_3_on_four_processes():
+def test_bytes_of_stage_3_on_four_processes(forked_programs):
     counted = traffic.measure()
     own = {title: sum(traffic.own_bytes(counted, title)) for title in counted}
     # Three quarters of every matrix travel to its owner and back; votes on gradients are a few bytes.

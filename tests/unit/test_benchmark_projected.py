@@ -191,6 +191,6 @@ def test_peak_of_a_fresh_process(shape_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_processes_send_what_the_formula_says():
+def test_four_processes_send_what_the_formula_says(forked_programs):
     said = projected_traffic.check(projected_traffic.measure(("galore", "shared")))
     assert "matrices that are cut have travelled, too" in said

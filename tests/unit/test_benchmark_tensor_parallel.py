@@ -26,7 +26,7 @@ def arguments(*flags):
     return parser.parse_args(list(flags))
 
 
-def test_counts_and_times_of_two_processes(tmp_path, capsys):
+def test_counts_and_times_of_two_processes(forked_programs, tmp_path, capsys):
     shape, output = tmp_path / "a shape.json", tmp_path / "raw.json"
     shape.write_text(json.dumps(SHAPE))
     flags = ["--models", str(shape), "--model", str(shape), "--steps", "3", "--tokens", "8", "--output", str(output)]

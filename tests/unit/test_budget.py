@@ -26,7 +26,7 @@ def test_quick(i):
 
 
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]])
-@pytest.mark.parametrize(("limit", "code"), [("60", 0), ("0.5", 1)])
+@pytest.mark.parametrize(("limit", "code"), [("1000", 0), ("0.5", 1)])
 def test_a_session_is_summed_up_and_limited(tmp_path, workers, limit, code):
     (tmp_path / "test_it.py").write_text(TESTS)
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.budget", *workers, tmp_path]

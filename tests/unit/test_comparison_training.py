@@ -1,9 +1,8 @@
 """The comparison of methods trains what is missing, also after runs have failed or the comparison was killed."""
 
 import json
-import os
 import shutil
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,11 +13,10 @@ from megalr.comparison.results import Results
 from megalr.comparison.runs import Recipe
 from megalr.comparison.table import COLUMNS, memory_of
 from megalr.errors import UserError
-from megalr.processes import python_path
+from tests.processes import run, started
 from tests.unit.comparison_recipes import compare, content, method, running, starts
 
 ROOT = Path(__file__).parents[2]
-OURS = {**os.environ, "PYTHONPATH": python_path()}  # the copied launcher imports this megalr
 
 
 def test_a_comparison_from_start_to_end(write, launchers, capsys):
@@ -112,22 +110,22 @@ def test_a_run_with_a_checkpoint_is_continued_and_no_other(write, launchers, cap
     path = write(methods={"a": {**method(), "learning_rates": [0.01, 7]}}, seeds=[0])
     recipe = Recipe(path, launchers / "models")
     runs = path.parent / "out put" / "runs"
-    for run in recipe.grid(recipe.methods[0]):
-        (runs / run.folder / "checkpoints").mkdir(parents=True)
-        (runs / run.folder / "checkpoints" / "latest").write_text("step2")
-        (runs / run.folder / "summary.json").write_text("{}")  # of its end, which was not noted
-    (runs / run.folder / "checkpoints" / "latest").unlink()  # killed before it was whole
+    for one in recipe.grid(recipe.methods[0]):
+        (runs / one.folder / "checkpoints").mkdir(parents=True)
+        (runs / one.folder / "checkpoints" / "latest").write_text("step2")
+        (runs / one.folder / "summary.json").write_text("{}")  # of its end, which was not noted
+    (runs / one.folder / "checkpoints" / "latest").unlink()  # killed before it was whole
     with pytest.raises(SystemExit):
         compare(path, launchers)
     assert starts(launchers) == ["0.01 0 resumed", "7 0"]
     (row,) = Results(path.parent / "out put" / "results.jsonl").rows().values()
     assert row["resumed"] is True
     assert "to train it from its start, delete" not in capsys.readouterr().out
-    (runs / run.folder / "checkpoints" / "latest").write_text("step2")
+    (runs / one.folder / "checkpoints" / "latest").write_text("step2")
     with pytest.raises(SystemExit):
         compare(path, launchers)
     assert starts(launchers)[2:] == ["7 0 resumed"]
-    assert f"to train it from its start, delete {runs / run.folder}\n" in capsys.readouterr().out
+    assert f"to train it from its start, delete {runs / one.folder}\n" in capsys.readouterr().out
 
 
 def test_the_text_is_tokenised_before_runs_of_several_processes(write, launchers, tmp_path, monkeypatch, capsys):
@@ -161,16 +159,14 @@ def test_a_killed_comparison_continues_inside_a_run_to_the_same_numbers(write, l
     path = write(**settings, save_every=20)
     killed, whole = path.parent / "killed", path.parent / "whole"
     command = [sys.executable, launchers / "compare.py", "--recipe", path]
-    with subprocess.Popen([*command, "--output", killed], stdout=subprocess.DEVNULL, env=OURS) as process:
-        try:
-            _wait_for(lambda: [*killed.glob("runs/*/checkpoints/latest")], process)
-        finally:
-            process.kill()
+    with started([*command, "--output", killed]) as process:
+        process.wait_for(lambda: [*killed.glob("runs/*/checkpoints/latest")])
+        process.send_signal(signal.SIGKILL)
     assert not (killed / "results.jsonl").exists()
-    again = subprocess.run([*command, "--output", killed], capture_output=True, text=True, check=True, env=OURS)
+    again = run([*command, "--output", killed])
     assert "a, learning rate 0.01, seed 0: goes on from its checkpoint" in again.stdout
     write(**settings)
-    subprocess.run([*command, "--output", whole], capture_output=True, check=True, env=OURS)
+    run([*command, "--output", whole])
     rows = [json.loads((folder / "results.jsonl").read_text()) for folder in (killed, whole)]
     assert [row["resumed"] for row in rows] == [True, False]
     for key in ("key", "perplexity", "test_perplexity", "curve"):
@@ -182,15 +178,17 @@ def test_a_killed_comparison_takes_its_runs_with_it_and_keeps_others_out(write, 
     path = write(methods=slow, seeds=[0])
     shutil.copy(ROOT / "launchers" / "compare.py", launchers)
     command = [sys.executable, launchers / "compare.py", "--recipe", path, "--output", path.parent / "out"]
-    with subprocess.Popen(command, env=OURS) as process:
-        try:
-            _wait_for((launchers / "starts").exists, process)
-            again = subprocess.run(command, capture_output=True, text=True, check=False, env=OURS)
-            assert again.returncode == 2
-            assert "another comparison is writing" in again.stderr
-        finally:
-            process.kill()
-    _wait_for(lambda: not running("--output", str(path.parent / "out" / "runs")))
+    with started(command, warm=True) as process:
+        process.wait_for((launchers / "starts").exists)
+        again = run(command, check=False, warm=True)
+        assert again.code == 2
+        assert "another comparison is writing" in again.stderr
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    end = time.monotonic() + 60
+    while running("--output", str(path.parent / "out" / "runs")):
+        assert time.monotonic() < end
+        time.sleep(0.05)
     assert not (path.parent / "out" / "results.jsonl").exists()
 
 
@@ -217,12 +215,3 @@ def test_every_method_of_the_smoke_recipe_trains(launchers, tmp_path):
         assert row["perplexity"] < 2500  # an untrained model has 4,100 or more
         assert sum(row["bytes_per_rank"].values()) == memory_of(one, recipe).largest
     assert len({row["perplexity"] for row in rows.values()}) == len(recipe.methods)
-
-
-def _wait_for(condition, process=None, seconds=120):
-    """Wait until the condition holds; fail at once if the process that is to bring it about has ended."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process is None or process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.05)

@@ -44,7 +44,7 @@ def check_passed_over(folder, reason):
     """An explicit load is refused and offers the one before, and without a tag that one is taken."""
     message = refusal(folder)
     assert reason in message
-    assert message.endswith('Nothing was loaded; load tag="step2" instead, the newest that can be')
+    assert message.endswith(f'Nothing was loaded; of the checkpoints in {folder} the newest that is whole is "step2"')
     manifest, skipped = _find(folder, None)
     assert manifest.folder == folder / "step2"
     assert known_state.wrong(manifest) == []
@@ -227,7 +227,7 @@ def test_nothing_there(tmp_path):
         with pytest.raises(UserError, match=re.escape(message)):
             _find(place, None)
         assert "is missing" in refusal(place)
-        assert refusal(place).endswith("Nothing was loaded; there is no other")
+        assert refusal(place).endswith("no other is whole")
     (tmp_path / "step3").write_text("a file")
     assert "is damaged: [Errno 20] Not a directory" in refusal(tmp_path)
 
@@ -263,4 +263,4 @@ def test_all_damaged(folder):
     message = str(caught.value)
     assert re.findall(r"/(step\d)/", message) == ["step3", "step2", "step1"]
     assert message.count("is missing; it holds") == 3
-    assert refusal(folder).endswith("there is no other")
+    assert refusal(folder).endswith("no other is whole")

@@ -9,8 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megalr.config.settings import LowRankConfig
 from megalr.layers import parametrize
+from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.memory.formulas import paper_bytes, records
-from megalr.memory.table import main
+from megalr.memory.table import ALWAYS, main
 from megalr.rules.registry import RULES
 from tests.processes import run
 
@@ -169,12 +170,14 @@ def test_plan_names_what_it_takes(tmp_path):
         "    type: str = 'own_lora'\n"
     )
 
-    def plan(*flags):
+    def plan(*flags, warm=True):
         command = [sys.executable, str(MODELS.parent / "plan.py"), "--models", "9m", "--ranks", "32", *flags]
-        return run(command, check=False)
+        return run(command, check=False, warm=warm)
 
-    words = " ".join(plan("--help").stdout.split())
-    assert "others to add to full, low_rank, projected, at the same r: cola, lora, loro, mora" in words
+    words = " ".join(plan("--help", warm=False).stdout.split())
+    ours = [name for name, kind in PARAMETRIZATIONS.items() if kind.__module__.startswith("megalr.")]
+    others = [name for name in ours if name not in ALWAYS]
+    assert f"others to add to {', '.join(ALWAYS)}, at the same r: {', '.join(others)}" in words
     lines = plan("--plugins", str(plugin), "--parametrizations", "own_lora", "lora", "--optimizers", "OwnMuon", "Muon")
     own_lora, lora, own_muon, muon = (line.split(" | ") for line in lines.stdout.splitlines()[7:])
     assert (own_lora[1], own_muon[1]) == ("own_lora 32", "OwnMuon")

@@ -59,10 +59,11 @@ def test_all_ranks_together_have_each_element_once(stage, world):
         assert torch.equal(assembled(folded(shape), pieces), whole.view(folded(shape)))
 
 
-def test_a_matrix_that_is_counted_block_by_block():
+@pytest.mark.parametrize("blocks", [(1, 3), (1, 2, 1), (2, 1, 1)])
+def test_a_matrix_that_is_counted_block_by_block(blocks):
     whole = torch.arange(12.0).view(3, 4)
     fragments = [Fragment("w", 0, 2, 0, 0, 0), Fragment("w", 2, 7, 1, 0, 0), Fragment("w", 9, 3, 2, 0, 0)]
-    layout = Layout(3, {"w": (3, 4)}, fragments, {"w": (1, 3)})
+    layout = Layout(3, {"w": (3, 4)}, fragments, {"w": blocks})
     flat = layout.flat("w", whole)
     pieces = []
     for f in fragments:

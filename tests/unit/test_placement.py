@@ -13,11 +13,13 @@ from megalr.optim.groups import parameter_groups
 from megalr.optim.matrices import choose_owners, matrix_shapes
 from megalr.rules.registry import RULES
 from megalr.train.models import empty_model, read_model_config
+from tests.covering import daily_and_slow
 from tests.unit.rule_runs import needed
 
 MODELS = Path(__file__).parents[2] / "launchers" / "models"
 SIZES = ("60m", "130m", "350m", "1b", "7b")
 WORLDS = (2, 3, 4, 8, 16, 64)
+ASKED_AGAIN = 4  # ranks, of whom each chooses the same owners from a layout of its own
 WELL_BALANCED = 1.15
 # What lies fixed leaves little to choose, and matrices of almost one size are packed in an order that misses the bound
 # by less than a thousandth: 1.1861 and 1.1851, where 1.1854 and 1.1849 are the bounds.
@@ -34,6 +36,11 @@ def shapes_of(size):
     return {name: tuple(p.shape) for name, p in groups["matrices"].parameters.items()}
 
 
+@functools.cache
+def layout_of(size, stage, world):
+    return planned_layout([shapes_of(size)], stage=stage, world_size=world)
+
+
 def rule_of(name, hidden):
     kind = RULES[name]
     return kind(**needed(name), **({"rank": hidden // 4} if getattr(kind, "rank", 1) > 1 else {}))
@@ -47,24 +54,24 @@ def balance_of(rule, layout):
     return imbalance(units, layout), least_imbalance(units, layout), owners
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("optimizer", [name for name, kind in RULES.items() if kind])
+@pytest.mark.parametrize(
+    ("optimizer", "size", "stage"), daily_and_slow([name for name, kind in RULES.items() if kind], SIZES, (2, 3))
+)
 def test_state_is_spread_as_evenly_as_the_shapes_allow(optimizer, size, stage):
     shapes = shapes_of(size)
     rule = rule_of(optimizer, min(min(s) for s in shapes.values()))
     allowed = COMPROMISES.get((optimizer, size, stage), WELL_BALANCED)
     for world in WORLDS:
-        layout = planned_layout([shapes], stage=stage, world_size=world)
-        found, least, owners = balance_of(rule, layout)
+        found, least, owners = balance_of(rule, layout_of(size, stage, world))
         assert least - 1e-9 <= found <= max(allowed, least) + 1e-9, f"{world} ranks: {found:.3f}, {least:.3f}"
-        assert owners == choose_owners(rule, planned_layout([shapes], stage=stage, world_size=world))
+        if world == ASKED_AGAIN:
+            assert owners == choose_owners(rule, planned_layout([shapes], stage=stage, world_size=world))
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("size", SIZES)
 def test_what_lies_whole_stays(size, world):
-    layout = planned_layout([shapes_of(size)], stage=2, world_size=world)
+    layout = layout_of(size, 2, world)
     for name, owner in zip(layout.shapes, choose_owners(RULES["Muon"](), layout), strict=True):
         homes = [rank for rank in range(world) if layout.is_whole_on(name, rank)]
         assert not homes or homes == [owner]

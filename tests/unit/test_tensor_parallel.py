@@ -70,11 +70,32 @@ def test_cuts_are_read_from_the_marks_of_autotp_and_of_megatron():
     assert tensor_parallel_cuts(given) == {"ours": 1, "autotp": 0, "megatron": 1}
 
 
-def test_fused_projections_are_refused():
+@pytest.mark.parametrize(
+    "mark",
+    [
+        {"sub_param_shape": (3, 2)},
+        {"sub_param_shard_widths": [[1, 2]]},
+        {"conversion": {"unsupported_reason": "heads of a rank are not behind each other"}},
+        {"conversion": {"affine_map": {"pieces": []}}, "partition_sizes": None},
+    ],
+)
+def test_fused_projections_are_refused(mark):
     fused = torch.nn.Parameter(torch.zeros(6, 2))
-    fused.ds_autotp_universal_checkpoint_meta = {"partition_dim": 0, "sub_param_shape": (3, 2)}
+    fused.ds_autotp_universal_checkpoint_meta = {"partition_dim": 0, **mark}
     with pytest.raises(UserError, match="several pieces of qkv.weight, .* separate projections"):
         tensor_parallel_cuts({"qkv.weight": fused})
+
+
+def test_a_cut_in_one_piece_may_be_described_as_well():
+    part = torch.nn.Parameter(torch.zeros(6, 2))
+    conversion = {"affine_map": {"pieces": []}, "unsupported_reason": None}
+    part.ds_autotp_universal_checkpoint_meta = {
+        "partition_dim": 0,
+        "partition_sizes": (6, 6),
+        "sub_param_shape": None,
+        "conversion": conversion,
+    }
+    assert tensor_parallel_cuts({"weight": part}) == {"weight": 0}
 
 
 def test_a_part_and_its_place_in_the_whole():

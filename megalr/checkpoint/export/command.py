@@ -48,10 +48,7 @@ def export(
         print(f"passed over: {line}", file=sys.stderr)
     weights, name = Weights(manifest), dtype or _computed_with(manifest)
     as_dtype = getattr(torch, name)
-    real, source = out.resolve(), manifest.folder.resolve()
-    if real == source or source in real.parents:
-        raise UserError(f"{out} is, or is in, a checkpoint: name a folder elsewhere to write to")
-    check_output(out, may_replace=overwrite)
+    check_output(out, may_replace=overwrite, checkpoint=manifest.folder)
     with output_folder(out) as folder:
         # Each form imports other libraries, which are slow to import.
         if form == "hf":

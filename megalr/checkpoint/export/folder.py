@@ -18,22 +18,24 @@ MARKS = ("config.json", "model.safetensors", ADAPTERS)
 REPLACED = ("model*.safetensors*", "pytorch_model*", "adapter_*", "config.json", "generation_config.json")
 
 
-def check_output(out: Path, *, may_replace: bool, flag: str = "") -> None:
+def check_output(out: Path, *, may_replace: bool, flag: str = "", checkpoint: Path | None = None) -> None:
     """Refuse a folder that an export must not be written to.
 
     Args:
         out: where the export is to be.
         may_replace: whether an earlier export may be there.
         flag: the flag that names the folder, for error messages.
+        checkpoint: what is exported, if it is one.
 
     Raises:
-        UserError: it is a file, or not empty, or not an export, or a checkpoint.
+        UserError: it is a file, or not empty, or not an export, or of a checkpoint.
     """
     shown = f"{flag} {out}".strip()
     if out.exists() and not out.is_dir():
         raise UserError(f"{shown} is a file: name a folder to write to")
-    if (out / MANIFEST).exists():
-        raise UserError(f"{shown} is a checkpoint: name a folder elsewhere to write to")
+    inside = checkpoint is not None and checkpoint.resolve() in (out.resolve(), *out.resolve().parents)
+    if inside or (out / MANIFEST).exists():
+        raise UserError(f"{shown} is, or is in, a checkpoint: name a folder elsewhere to write to")
     if not out.is_dir() or all(path.name == PART for path in out.iterdir()):
         return
     if not may_replace:

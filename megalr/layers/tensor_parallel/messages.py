@@ -58,7 +58,7 @@ class Gather(torch.autograd.Function):
         return grad.narrow(-1, ctx.first, ctx.width), None, None
 
 
-class SharedLatents:
+class StackedLatents:
     """x @ A.T of layers that get the same x, such as q, k and v, in one product and one message.
 
     The first layer that is called computes all of them; the others take theirs when they are called with the same x.

@@ -36,7 +36,7 @@ from megalr.optim.events.base import LayerEvents, Moments, Step
 from megalr.optim.events.bases import Basis, BasisSchedule, bases_of
 from megalr.optim.events.refresh import SKETCHING, FullGradient, Refresh, project, refresh
 from megalr.optim.frozen_weights import FrozenWeights
-from megalr.rules.adam import rotate_moments
+from megalr.rules.adam_moments import rotate_moments
 from megalr.rules.base import State, tensor
 from megalr.rules.bases import Side
 from megalr.seeding import generator

@@ -1,4 +1,4 @@
-"""Adam's direction inside a subspace: what the projected rules have in common."""
+"""Adam's moments as the state of a rule: their start, the direction that they give, resets and rotations."""
 
 from __future__ import annotations
 

@@ -1,0 +1,88 @@
+"""What DeepSpeed's host makes of an engine's answers, on engines that are nothing but these."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megalr.hosts.choice import host_of
+from megalr.hosts.deepspeed import DeepSpeedEngine
+from megalr.hosts.deepspeed_pipeline import DeepSpeedPipeline
+
+SCALE = {"cur_scale": 1024.0, "cur_iter": 7, "last_overflow_iter": 3}
+
+
+def counting(micro_steps, *, told=None, managed=True):
+    """An engine with four micro-batches an update."""
+    return SimpleNamespace(
+        basic_optimizer=None,
+        micro_steps=micro_steps,
+        gradient_accumulation_steps=lambda: 4,
+        managed_gradient_accumulation=lambda: managed,
+        _is_gradient_accumulation_boundary=told,
+        is_gradient_accumulation_boundary=lambda: told if told is not None else (micro_steps + 1) % 4 == 0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("engine", "progress", "ends"),
+    [
+        (counting(8), (0, 4), False),
+        (counting(9), (1, 4), False),
+        (counting(11), (3, 4), True),
+        (counting(9, told=True), (0, 4), True),
+        (counting(11, told=False), (0, 4), False),
+        (counting(9, managed=False), (0, 4), True),
+    ],
+)
+def test_where_an_update_is(engine, progress, ends):
+    host = host_of(engine)
+    assert host.progress() == progress
+    assert host.ends_update() is ends
+
+
+def test_a_pipeline_is_told_by_its_engine():
+    assert isinstance(host_of(SimpleNamespace(basic_optimizer=None, pipeline_parallelism=True)), DeepSpeedPipeline)
+    assert type(host_of(SimpleNamespace(basic_optimizer=None, pipeline_parallelism=False))) is DeepSpeedEngine
+
+
+def test_counters_put_the_next_micro_batch_at_the_start_of_an_update():
+    engine = counting(9)
+    host_of(engine).set_counters({"global_steps": 5, "global_samples": 80, "skipped_steps": 2})
+    assert host_of(engine).counters() == {"global_steps": 5, "global_samples": 80, "skipped_steps": 2}
+    assert engine.micro_steps == 20
+
+
+@pytest.mark.parametrize(
+    ("holder", "kept"),
+    [
+        ("loss_scaler", {**SCALE, "cur_hysteresis": 2}),  # ZeRO's wrappers
+        ("loss_scale_config", SCALE),  # the wrapper of stage 0
+    ],
+)
+def test_a_loss_scale_is_kept_wherever_the_wrapper_has_it(holder, kept):
+    def engine(state):
+        wrapper = SimpleNamespace(**{holder: SimpleNamespace(**state)})
+        return SimpleNamespace(basic_optimizer=None, fp16_enabled=lambda: True, optimizer=wrapper)
+
+    assert host_of(engine(kept)).loss_scale() == kept
+    resumed = engine(dict.fromkeys(kept, 0))
+    host_of(resumed).set_loss_scale(kept)
+    assert vars(getattr(resumed.optimizer, holder)) == kept
+
+
+def test_without_fp16_there_is_no_loss_scale():
+    engine = SimpleNamespace(basic_optimizer=None, fp16_enabled=lambda: False, optimizer=torch.optim.SGD)
+    assert host_of(engine).loss_scale() == {}
+    host_of(engine).set_loss_scale({})
+
+
+def test_rates_are_made_again_where_a_schedule_of_deepspeeds_stands():
+    seen = []
+    schedule = SimpleNamespace(last_batch_iteration=12, step=seen.append)
+    host_of(SimpleNamespace(basic_optimizer=None, lr_scheduler=schedule)).refresh_rates()
+    host_of(SimpleNamespace(basic_optimizer=None, lr_scheduler=SimpleNamespace(step=seen.append))).refresh_rates()
+    host_of(SimpleNamespace(basic_optimizer=None, lr_scheduler=None)).refresh_rates()
+    assert seen == [12]
