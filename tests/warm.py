@@ -118,13 +118,16 @@ def start(
     stdout: int | IO[bytes] | None = None,
     stderr: int | IO[bytes] | None = None,
     pass_fds: Sequence[int] = (),
-) -> WarmProcess:
+) -> WarmProcess | subprocess.Popen[bytes]:
     """Start a program in a session of its own; it is killed at the latest when this process ends.
 
     Args:
         words: this interpreter, and what follows it on a command line.
-        cwd, env, stdin, stdout, stderr, pass_fds: as for ``subprocess.Popen``.
+        cwd, env, stdin, stdout, stderr, pass_fds: as for ``subprocess.Popen``, which does it where there is no Linux.
     """
+    if not sys.platform.startswith("linux"):
+        streams = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
+        return subprocess.Popen(words, cwd=cwd, env=env, pass_fds=pass_fds, start_new_session=True, **streams)
     global _client  # noqa: PLW0603  (one server serves the process)
     if _client is None or not _client.alive():
         _client = _Client()
@@ -152,7 +155,7 @@ def start(
         return WarmProcess(_client, _client.ask("start", request, [*fds, *pass_fds]), *streams)
 
 
-def popen(words: Sequence[str], **options: Any) -> WarmProcess:
+def popen(words: Sequence[str], **options: Any) -> WarmProcess | subprocess.Popen[bytes]:
     """:func:`start` with the options of a ``subprocess.Popen`` that begins a session and dies with this process."""
     assert options.pop("start_new_session")
     options.pop("preexec_fn", None)
@@ -361,8 +364,6 @@ def _end_as_a_program(program: Callable[[], object]) -> None:
 
 def _set_title(words: Sequence[str]) -> None:
     """Show a program's words as those of this process, where the server's were."""
-    if not sys.platform.startswith("linux"):
-        return
     first, last = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:47])
     title = "".join(f"{word}\0" for word in words).encode()[: last - first - 1]
     ctypes.memset(first, 0, last - first)

@@ -171,7 +171,7 @@ class _Rank:
     """One process: its end of the connection, its output, its last answer."""
 
     number: int
-    process: WarmProcess
+    process: WarmProcess | subprocess.Popen[bytes]
     connection: Connection[bytes, bytes]
     log: BinaryIO
     log_start: int = 0
