@@ -212,7 +212,7 @@ class Exchange:
         return tensor
 
     def sum_all(self, tensor: Tensor) -> Tensor:
-        """:meth:`add_up` of what each replica has seen other data for: over them, too."""
+        """:meth:`sum` over this group and over the replicas, each of which has seen other data."""
         self.sum(tensor)
         if self._replicas is not None:
             message = tensor if self._device is None else tensor.to(self._device)

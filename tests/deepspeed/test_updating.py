@@ -130,7 +130,7 @@ def test_computed_state_of_other_forms(ranks, case, stage):
     for _, _, _, measured, computed in results:
         assert measured == computed
     whole = sum(kept for kept, *_ in results) // (3 if stage == 0 else 1)
-    share = 4 if optimizer == "BAdam" else 1  # of the blocks, all of one size
+    share = 4 if REFERENCES[optimizer].rests else 1  # of the blocks, all of one size
     assert all(share * whole == by_rule for _, by_rule, *_ in results)
 
 

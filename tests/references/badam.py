@@ -25,6 +25,7 @@ class BAdam(Reference):
     }
     short = {"switch_interval": 4}
     on_factors = {"switch_interval": 4}  # either layer's turn has two resets in it
+    rests = True
     permutation_key = "badam"  # an order of blocks is the run's, not a matrix's
 
     def __init__(

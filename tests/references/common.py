@@ -35,6 +35,7 @@ class Reference(ABC):
             what it does now and then, apart from the optimizer's own resets after 7, 9, 14 and 18.
         tensor_parallel_bound: of the relative error where tensor-parallel ranks share the forward pass.
         dtypes: of the rule's state.
+        rests: whether there are updates in which the rule leaves a matrix alone.
         permutation_key: key of the rule's random permutations; empty: the matrix's name.
     """
 
@@ -45,6 +46,7 @@ class Reference(ABC):
     on_factors: ClassVar[Mapping[str, Any] | None] = None
     tensor_parallel_bound: ClassVar[float] = 1e-4
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32})
+    rests: ClassVar[bool] = False
     permutation_key: ClassVar[str] = ""
 
     @staticmethod
