@@ -109,9 +109,8 @@ def refactorize_once(stage: int, **changes: Any) -> dict[str, float | int] | Non
     ids = batches(1)[0][: SEQUENCES // dist.get_world_size()]
     before = megalr.consolidated_state_dict(engine)
     logits_before = _logits(engine, ids)
-    cut = sum(
-        len(engine.basic_optimizer.prepare().layout.of(n)) > 1 for pair in engine.basic_optimizer._pairs for n in pair
-    )
+    layout = engine.basic_optimizer.prepare().layout
+    cut = sum(len(layout.of(name)) > 1 for name in layout.shapes if name.endswith((".A", ".B")))
     loss = engine(input_ids=ids, labels=ids).loss
     engine.backward(loss)
     engine.step()

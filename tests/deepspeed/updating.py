@@ -165,8 +165,9 @@ def events(stage: int, bucket_bytes: int) -> tuple[list[Any], list[Any], int]:
 
     with mock.patch.object(dist, "all_to_all_single", spied):
         updater.update([0], gradients, lr=0.1, weight_decay=0.0, updates=0)
-    local = sum(m.owner == shard.rank for m in updater._plan((0,), frozenset())[1])
-    return rule.events, sizes, local
+    layout = shard.layout
+    whole = [m for m in updater.matrices if m.owner == shard.rank and layout.is_whole_on(m.name, shard.rank)]
+    return rule.events, sizes, len(whole)
 
 
 def state_bytes(stage: int, optimizer: str, **params: Any) -> tuple[int, int, str, RankBytes, RankBytes]:
@@ -218,9 +219,9 @@ def traffic(stage: int) -> Traffic:
     run_steps(engine, batches(1))
     moved = optimizer.bytes_moved - before
     shard, updater = optimizer.prepare(), optimizer.matrices
-    layout = shard.layout.matrices([n for g in optimizer._groups if g.rule for n in g.parameters])
+    layout = shard.layout.matrices([n for g in optimizer.groups if g.rule for n in g.parameters])
     away = sum(f.length for m in updater.matrices for f in layout.cover(m.name, m.owner) if f.rank != m.owner)
-    shapes = [{n: tuple(shard.layout.shapes[n]) for n in g.parameters} for g in optimizer._groups]
+    shapes = [{n: tuple(shard.layout.shapes[n]) for n in g.parameters} for g in optimizer.groups]
     planned = planned_layout(shapes, stage=stage, world_size=dist.get_world_size())
     same = planned.shapes == shard.layout.shapes and sorted(planned.fragments) == sorted(shard.layout.fragments)
     engine.destroy()
