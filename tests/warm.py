@@ -217,10 +217,10 @@ def serve(connection: socket.socket) -> Callable[[], object]:
         else:
             answer = os.fork()
             if not answer:
+                connection.close()
                 words, folder, env, numbers = about
                 os.setsid()
                 _place(fds, numbers)
-                _hide_open_files(numbers)
                 return _program(words, folder, env)
         for fd in fds:
             os.close(fd)
