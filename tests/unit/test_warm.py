@@ -22,7 +22,7 @@ print(json.dumps({
     "environment": {key: value for key, value in os.environ.items() if key != "LC_CTYPE"},
     "group": (os.getpgid(0) == os.getpid(), os.getsid(0) == os.getpid()),
     "handlers": {int(number): str(signal.getsignal(number)) for number in signal.valid_signals()},
-    "files": sorted(int(fd) for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}"))[:4],
+    "files": sorted(int(fd) for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}"))[:3],
     "encodings": [stream.encoding for stream in streams],
     "input": sys.stdin.read(),
 }))
