@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megalr.hosts import autotp, deepspeed, deepspeed_pipeline, tensor_parallel, zero_layouts
+from tests.deepspeed.harness import run_ranks
 from tests.structure import tables
 
 pytestmark = pytest.mark.distributed
@@ -94,7 +95,9 @@ def test_marks_mean_what_megalr_takes_them_for():
 
 @pytest.mark.parametrize("name", ZERO)
 def test_an_engine_has_what_is_read(ranks, name, tmp_path):
-    answers = ranks(2).run("tests.deepspeed.contract:zero", name, str(tmp_path))
+    call = ("tests.deepspeed.contract:zero", name, str(tmp_path))
+    # DeepSpeed keeps hpZ's groups for the life of a process, and every later engine in it takes them over.
+    answers = run_ranks(call[0], 2, *call[1:]) if "hpZ" in name else ranks(2).run(*call)
     assert answers[0].missing == answers[1].missing == []
     expected = {*EVERY, "a schedule of DeepSpeed's", *ZERO[name]}
     assert expected <= answers[0].met | answers[1].met
