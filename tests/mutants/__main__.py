@@ -180,7 +180,11 @@ def write(path: Path, text: str) -> None:
 
 
 def pytest(copy: Path, selection: list[str], limit: float) -> tuple[int, str]:
-    """Run some tests in a copy; the exit code, -9 if the time was up, and what was printed."""
+    """Run some tests in a copy; the exit code, -9 if the time was up, and what was printed.
+
+    Raises:
+        RuntimeError: somebody else has ended pytest, which says nothing about the mutant.
+    """
     process = subprocess.Popen(
         [sys.executable, *PYTEST, *selection],
         cwd=copy,
@@ -197,6 +201,9 @@ def pytest(copy: Path, selection: list[str], limit: float) -> tuple[int, str]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the processes of its tests end with it
         text, _ = process.communicate()
+        return -signal.SIGKILL, text
+    if process.returncode < 0:
+        raise RuntimeError(f"pytest {shlex.join(selection)} was ended from outside, by signal {-process.returncode}")
     return process.returncode, text
 
 

@@ -21,7 +21,8 @@ AREAS: dict[str, str] = {
     f"{D}/test_old_checkpoints.py {D}/test_checkpoint_tool.py",
     "rules": f"{U}/test_rules.py {U}/test_spam.py {U}/test_bases.py {U}/test_quantization.py {U}/test_galore_torch.py "
     f"{U}/test_rules_external.py {W}/test_rules.py {D}/test_rules.py",
-    "refactorization": f"{U}/test_refactorize.py {W}/test_parametrizations.py {D}/test_training.py {D}/test_factors.py "
+    "refactorization": f"{U}/test_refactorize.py tests/kernels/test_refactorize_op.py {W}/test_parametrizations.py "
+    f"{D}/test_training.py {D}/test_factors.py "
     f"{D}/test_updating.py",
     "momentum reset": f"{W}/test_parametrizations.py {D}/test_training.py {D}/test_factors.py {D}/test_factor_rules.py",
     "projected refresh": f"{U}/test_projection.py {U}/test_projected_layer.py {W}/test_parametrizations.py "
