@@ -7,6 +7,7 @@ import sys
 import psutil
 import pytest
 
+from megalr.processes import free_port
 from tests.processes import ProcessError, python, run, started
 
 FACTS = """
@@ -85,17 +86,20 @@ def test_everything_is_imported_and_what_it_changes_is_forgotten():
 
 
 LAUNCHED = """
-import json, os, pathlib, sys, psutil
+import json, os, pathlib, sys, time, psutil
 parents = [parent.cmdline() for parent in psutil.Process().parents()]
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 ranks = [os.environ[name] for name in names]
 found = {"argv": sys.argv[1:], "ranks": ranks, "parent": parents[0][:4]}
-pathlib.Path(ranks[0]).write_text(json.dumps(found))
+pathlib.Path(ranks[0] + ".new").write_text(json.dumps(found))
+os.replace(ranks[0] + ".new", ranks[0])
+while not pathlib.Path("0").exists():  # a launcher ends the other rank when this one fails
+    time.sleep(0.01)
 sys.exit(int(os.environ["RANK"]) * 5)
 """
 RUNNERS = {
-    "deepspeed": ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29555"],
-    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29556"],
+    "deepspeed": ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port"],
+    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
 }
 
 
@@ -103,10 +107,11 @@ RUNNERS = {
 def test_launchers_start_ranks_that_are_their_children(tmp_path, launcher):
     script = tmp_path / "a script.py"
     script.write_text(LAUNCHED)
-    words = [sys.executable, "-m", *RUNNERS[launcher], script, "--flag"]
+    words = [sys.executable, "-m", *RUNNERS[launcher]]
     found = {}
     for warm in (False, True):
-        done = run(words, warm=warm, check=False, cwd=tmp_path, one_stream=True, env={"CUDA_VISIBLE_DEVICES": ""})
+        start = [*words, str(free_port()), script, "--flag"]
+        done = run(start, warm=warm, check=False, cwd=tmp_path, one_stream=True, env={"CUDA_VISIBLE_DEVICES": ""})
         assert done.code, done.output
         ranks = [tmp_path / rank for rank in "01"]
         found[warm] = done.code, [json.loads(file.read_text()) for file in ranks]
