@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,6 +72,15 @@ def test_every_rule_skips_a_gradient_that_is_not_finite(type_name, stage, looks,
         assert changed == []
         assert still == [] or REFERENCES[type_name].rests  # a rank may hold nothing of what is active
         assert skipped == ((1, 0) if looks else (0, 1))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("value", BAD)
+def test_in_the_last_group_and_without_clipping(stage, value):
+    """The engine steps group by group: the first must not move before the last has been looked at."""
+    case = replace(rule_case("GaLoreAdamW"), clip=0.0)
+    results = world(2, poison, case, case.model(), stage, GOOD, GOOD + 2, "norm.weight", 0, BAD[value], False)
+    assert [result[:3] for result in results] == [([], [], (0, 1))] * 2
 
 
 # What has events, and a parameter of it.
