@@ -3,6 +3,7 @@
 PYTHON ?= python3
 CONFIG ?= ds_configs/zero2_lowrank.json
 ARGS ?=
+PORT ?= 29500
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -24,12 +25,12 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with the versions of requirements.txt
 
-pretrain: $(STAMP) ## pretrain the default model; ARGS="--steps 100 ..." adds flags, CONFIG=... takes another JSON
+pretrain: $(STAMP) ## pretrain the default model; ARGS="--steps 100 ..." adds flags, CONFIG=... takes another JSON, PORT=... another port
 	$(info deepspeed launchers/pretrain.py --deepspeed $(CONFIG) $(ARGS))
-	@$(ON_CPU) $(DEEPSPEED) launchers/pretrain.py --deepspeed "$(CONFIG)" $(ARGS)
+	@$(ON_CPU) $(DEEPSPEED) --master_port $(PORT) launchers/pretrain.py --deepspeed "$(CONFIG)" $(ARGS)
 
-# Two workers, each of which takes from the other's end when it has none left; a test may have four processes itself.
-PYTEST = $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
+# Two workers, each of which takes the next file, in the order of tests/conftest.py; a test may have four processes itself.
+PYTEST = $(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 TEST_WORKERS ?= 2
 
 test test-all: export OMP_NUM_THREADS ?= 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,12 +54,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def engine_of(method: str, tensor: int, stage: int, **changes: Any) -> Any:
-    """A fresh model under a fresh engine."""
+def engine_of(method: str, tensor: int, stage: int, frozen: tuple[str, ...] = (), **changes: Any) -> Any:
+    """A fresh model under a fresh engine; parameters with one of these parts in their names are not trained."""
     optimizer, section = METHODS[method]
     config = tensor_configuration(tensor, stage, optimizer, megalr=section, scheduler=WARMUP_COSINE, **changes)
-    spread = 0.02 if method in ("low-rank", "SLTrain") else SPREAD
-    return megalr.initialize(model=dense_model(spread), config=config)[0]
+    model = dense_model(0.02 if method in ("low-rank", "SLTrain") else SPREAD)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in frozen))
+    return megalr.initialize(model=model, config=config)[0]
 
 
 def save(method: str, tensor: int, stage: int, folder: str, **changes: Any) -> dict[str, Tensor] | None:
@@ -152,12 +153,6 @@ def drawn(tensor: int, folder: str, save: bool) -> tuple[int, int]:
         found = random.getrandbits(30), int(torch.randint(1 << 30, ()))
         engine.destroy()
     return found
-
-
-def rank_files(folder: str) -> list[str]:
-    """Of a checkpoint, the same on every rank."""
-    dist.barrier()
-    return sorted(path.name for path in Path(folder).iterdir())
 
 
 def load_stored(method: str, stage: int, folder: str, params: dict[str, Any]) -> tuple[str, dict[str, float]]:

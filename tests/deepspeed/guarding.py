@@ -156,7 +156,7 @@ def flip(method: str, stage: int, where: str, rank: int, every: int = 2) -> tupl
     run_steps(engine, data[:every])
     if dist.get_rank() == rank:
         weight = dict(engine.module.named_parameters())[where].data.view(-1)
-        weight.view(torch.int32)[3] ^= 1
+        weight.view(torch.int32)[3] ^= 1 << 12  # the last may be rounded away
     for count in range(1, every + 1):
         try:
             run_steps(engine, data[every : every + 1])

@@ -87,6 +87,13 @@ def test_sparse_values_move_between_tensor_parallel_sizes(ranks, saved, source, 
     check_move(ranks, saved, "SLTrain", source, target, tmp_path)
 
 
+@pytest.mark.parametrize(("source", "target"), [((0, 2, 2), (3, 2, 1)), ((3, 3, 1), (1, 4, 2))])
+def test_frozen_weights_move_between_tensor_parallel_sizes(ranks, saved, source, target, tmp_path):
+    """Of layers that are cut by rows and by columns, and of one that is not cut."""
+    frozen = ("embed_tokens", "0.self_attn.q_proj", "1.self_attn.o_proj")
+    check_move(ranks, saved, "GaLore", source, target, tmp_path, frozen=frozen)
+
+
 @pytest.mark.parametrize(
     ("source", "target"),
     [((1, 2, 1), (3, 3, 1)), pytest.param((0, 2, 1), (2, 1, 1), marks=pytest.mark.slow), ((3, 2, 1), (0, 2, 1))],

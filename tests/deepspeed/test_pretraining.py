@@ -80,7 +80,7 @@ def test_activation_checkpointing_changes_nothing(train):
     check_same(train(3, 2, "--activation-checkpointing"), train(0, 1), rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", daily([(0,), (2,), (3,)], (0, 1, 2, 3)))
+@pytest.mark.parametrize("stage", daily([(0,), (3,)], (0, 1, 2, 3)))
 def test_bf16_stays_close(train, stage):
     check_same(train(stage, 2, bf16={"enabled": True}), train(0, 1), rel=2e-3)
 
@@ -106,7 +106,7 @@ def test_uneven_padding_changes_nothing(train, tmp_path):
         pytest.param(2, {}, marks=pytest.mark.slow),
         (3, {}),
         (0, {"bf16": {"enabled": True}}),
-        (2, {"bf16": {"enabled": True}}),
+        pytest.param(2, {"bf16": {"enabled": True}}, marks=pytest.mark.slow),
     ],
 )
 def test_resume_is_bitwise(ranks, train, stage, sections):

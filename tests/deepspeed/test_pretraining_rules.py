@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from tests.covering import in_turn
+from megalr.config.settings import MegalrConfig
+from tests.covering import in_turn, slow_but
 from tests.end_to_end.commands import ROOT, assert_same_checkpoints, losses, metrics, small_run
 
 pytestmark = pytest.mark.distributed
@@ -38,13 +39,36 @@ def test_the_promised_configurations_are_there():
     assert set(CONFIGS) == galore | others
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_ready_configuration_is_what_its_name_says(name):
+    content = json.loads((ROOT / "ds_configs" / name).read_text())
+    stage, method = name.removesuffix(".json").split("_")
+    config = MegalrConfig.from_json(content)
+    assert content["zero_optimization"]["stage"] == int(stage.removeprefix("zero"))
+    if method == "projected":
+        assert config.optimizer.rule is None and config.parametrization.type == method
+    else:
+        assert config.optimizer.rule.name == method and config.parametrization is None
+
+
 def routes(run):
     """The columns of the routing table's lines about matrices, or about R of projected layers."""
     lines = (run / "routing.txt").read_text().splitlines()
     return [line.split() for line in lines if " matrices " in line or " projected " in line]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# Every stage and every method.
+DAILY = [
+    "zero0_galore.json",
+    "zero1_galore.json",
+    "zero2_apollo.json",
+    "zero2_muon.json",
+    "zero3_fira.json",
+    "zero3_projected.json",
+]
+
+
+@pytest.mark.parametrize("name", slow_but(CONFIGS, DAILY))
 def test_ready_configuration_learns(train, name):
     run = train(name)
     assert losses(run)[-1] < losses(run)[0]

@@ -60,7 +60,8 @@ def make_pretrain(folder: Path, flags: Sequence[str | Path]) -> list[str]:
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv").symlink_to(sys.prefix)
     makefile, installed = str(ROOT / "Makefile"), ".venv/.installed"
-    return ["make", "-f", makefile, "-o", installed, "pretrain", f"ARGS={' '.join(map(str, flags))}"]
+    words = ["make", "-f", makefile, "-o", installed, "pretrain"]
+    return [*words, f"PORT={free_port()}", f"ARGS={' '.join(map(str, flags))}"]
 
 
 def plain() -> list[str]:

@@ -81,7 +81,7 @@ def test_nothing_to_evaluate(tmp_path):
 
 def test_a_refused_resume_leaves_the_finished_run_as_it_is(tmp_path):
     flags = ["--deepspeed", CONFIGS / "zero1_lowrank.json", *small_run(tmp_path), "--output", "done"]
-    assert run([*plain(), PRETRAIN, *flags, "--steps", "2"], tmp_path, warm=False).code == 0  # as a user starts it
+    assert run([*plain(), PRETRAIN, *flags, "--steps", "2"], tmp_path).code == 0
     files = [tmp_path / "done" / name for name in ("run.json", "summary.json", "metrics.jsonl")]
     before = [file.read_bytes() for file in files]
 

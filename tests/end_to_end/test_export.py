@@ -1,4 +1,4 @@
-"""Each parametrization that has dense weights, trained by the program and exported with an event behind it."""
+"""Parametrizations that have dense weights, trained by the program and exported with an event behind them."""
 
 import json
 

@@ -224,6 +224,7 @@ for op in (REFERENCE, torch.ops.megalr.refactorize.default):
 """
 
 
+@pytest.mark.slow  # it compiles against torch's headers
 @pytest.mark.skipif(toolchain.cxx() is None, reason="no C++ compiler")
 def test_a_decomposition_that_does_not_converge_is_the_status_of_its_pair(tmp_path):
     """Other pairs are done, or told so; with torch's own decompositions replaced, in a process of its own."""

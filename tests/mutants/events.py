@@ -180,7 +180,7 @@ EVENTS = [
             PROJECTION,
             'new = low @ turn.T if side == "right" else turn @ low',
             'new = low @ turn if side == "right" else turn.T @ low',
-            "tests/unit/test_projection.py",
+            "tests/unit/test_projected_events.py",
         ),
         (
             "a shared basis comes from the first layer's gradient alone",
@@ -255,14 +255,14 @@ EVENTS = [
             MERGING,
             "            total.add_(self.remainders[name].to(total.device), alpha=decay)\n",
             "            pass\n",
-            "tests/unit/test_merging.py",
+            "tests/unit/test_frozen_weights.py",
         ),
         (
             "stochastic rounding draws the same noise at every merge",
             MERGING,
             'generator(self._seed, name, "merge", count)',
             'generator(self._seed, name, "merge", 0)',
-            "tests/unit/test_merging.py",
+            "tests/unit/test_frozen_weights.py",
         ),
     ),
 ]

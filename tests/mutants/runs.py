@@ -243,7 +243,7 @@ RUNS = [
             "megalr/layout/tensor_parallel.py",
             "copies += 1 + max(f.copy for f in layout.of(name))",
             "copies += 0",
-            "tests/unit/test_joining.py",
+            "tests/unit/test_joined_layouts.py",
         ),
         (
             "a layer that gets another input uses the first one's latent",

@@ -16,7 +16,8 @@ class FRUGAL(Reference):
 
     type_name = "FRUGAL"
     trained_with = {**MATRICES, "update_proj_gap": 5, "lr": 3e-3}
-    options = {"a basis and the signs of the rest": {"projector": "svd", "density": 0.4}}
+    # The signs count little: of what is nearly zero they turn with the order of a sum.
+    options = {"a basis and the signs of the rest": {"projector": "svd", "density": 0.4, "state_free_scale": 0.01}}
     short = {"update_proj_gap": 6}
     dtypes = frozenset({torch.float32, torch.int32})
 

@@ -15,6 +15,7 @@ from benchmarks.timing import Summary
 from megalr.memory.formulas import RankBytes
 from megalr.rules.galore import GaLore
 from megalr.train.models import build_model
+from tests.covering import slow_but
 
 HIDDEN, WIDE, LAYERS, VOCABULARY = 16, 40, 3, 50
 SHAPE = {
@@ -102,7 +103,7 @@ def test_what_ranks_hold():
     assert whole.weights == ours.weights + 4 * REST
 
 
-@pytest.mark.parametrize("method", TITLES)
+@pytest.mark.parametrize("method", slow_but(TITLES, ["shared", "std"]))
 def test_activations_of_all_layers_follow_from_two(method):
     model = build_model(config(), seed=0)
     prepare(model, method, RANK, GAP)
@@ -123,6 +124,7 @@ def test_saved_bytes_of_one_layer():
     assert projected_counts.saved_bytes(Squares(), torch.ones(2, 3)) == 6 * 4
 
 
+@pytest.mark.slow
 def test_activations_shrink_with_the_input_side():
     saved = {m: projected_counts.saved_activations(config(), m, RANK, 2, 8) for m in TITLES}
     assert saved["shared"] < saved["input"] < saved["std"] <= saved["adamw"] == saved["galore"]
@@ -185,6 +187,7 @@ def test_both_parts_on_a_tiny_shape(shape_file, tmp_path, capsys):
         assert {method: len(taken) for method, taken in raw["seconds"][kind].items()} == dict.fromkeys(TITLES, 3)
 
 
+@pytest.mark.slow
 def test_peak_of_a_fresh_process(shape_file, tmp_path):
     measured = projected.peak_memory(str(shape_file), tmp_path, "shared", 1, 8, GAP)
     assert 0 < measured["start"] <= measured["peak"]

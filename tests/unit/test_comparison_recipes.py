@@ -117,8 +117,8 @@ def test_numbers_without_a_dot_are_numbers(write, launchers):
         ("paper_tiny_long", 2, {32}),
         ("paper_smoke", 8, {None, 32}),
         ("paper_60m", 19, {None, 1, 128}),
-        ("paper_130m", 19, {None, 1, 256}),
-        ("paper_350m", 19, {None, 1, 256}),
+        pytest.param("paper_130m", 19, {None, 1, 256}, marks=pytest.mark.slow),
+        pytest.param("paper_350m", 19, {None, 1, 256}, marks=pytest.mark.slow),
         ("paper_1b", 19, {None, 1, 512}),
     ],
 )

@@ -24,7 +24,7 @@ PAPERS = {
 }
 
 
-@pytest.mark.parametrize(("size", "column"), [("60m", 0), ("350m", 1)])
+@pytest.mark.parametrize(("size", "column"), [("60m", 0), pytest.param("350m", 1, marks=pytest.mark.slow)])
 def test_the_papers_recipes_have_the_papers_memory(size, column):
     recipe = Recipe(ROOT / "launchers" / "recipes" / f"paper_{size}.yaml", ROOT / "launchers" / "models")
     methods = {method.name: method for method in recipe.methods}

@@ -98,8 +98,8 @@ class Event(ABC):
         """A line on what there is; empty where the rest says it."""
         return ""
 
-    # What it keeps. entries() and numbers() are all of its state; a load calls load_numbers(), make_room(), reads into
-    # entries(), and calls settle().
+    # What it keeps. entries() and numbers() are all of its state; numbers() of layers' events alone are saved. A load
+    # calls load_numbers(), make_room(), reads into entries(), and calls settle().
 
     def numbers(self) -> dict[str, Any]:
         """Counts, as JSON has them; the same on every rank."""

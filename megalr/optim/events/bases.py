@@ -9,7 +9,7 @@ from typing import Any
 from megalr.layers.projected import FullGradientSum, ProjectedConfig, ProjectedLinear
 from megalr.rules.bases import Projector, Side
 
-COUNTS = ("refreshes", "count", "decay", "due")
+COUNTS = ("refreshes", "count", "decay", "due", "waits")
 
 
 @dataclass(eq=False)
@@ -103,8 +103,9 @@ class BasisSchedule:
     def load_numbers(self, numbers: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over what :meth:`numbers` gave."""
         for basis in self.bases:
+            counts = {"waits": 0, **numbers[basis.name]}  # which older checkpoints do not have
             for key in COUNTS:
-                setattr(basis, key, numbers[basis.name][key])
+                setattr(basis, key, counts[key])
         self.collect()
 
 

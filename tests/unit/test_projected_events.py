@@ -12,8 +12,11 @@ from megalr.optim.events import projected as projection
 PARAMETRIZATION = {"type": "projected", "rank": 3, "update_proj_gap": 10, "projector": "power", "stagger": False}
 
 
-def trained(side, steps, change):
-    """A model of two layers whose gradients of R pass through ``change``; what AdamW was given, by update."""
+def trained(side, steps, change, state=None):
+    """A model of two layers whose gradients of R pass through ``change``; what AdamW was given, by update.
+
+    ``state`` is the optimizer's that it goes on with.
+    """
     torch.manual_seed(0)
     config = {
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
@@ -22,6 +25,8 @@ def trained(side, steps, change):
     model = nn.Sequential(nn.Linear(9, 7, bias=False), nn.Tanh(), nn.Linear(7, 5, bias=False))
     megalr.parametrize(model, config)
     optimizer = megalr.build_optimizer(model, config)
+    if state is not None:
+        optimizer.load_state_dict(state)
     for layer in (model[0], model[2]):
         layer.R.register_hook(change)
     for _ in range(steps):
@@ -60,6 +65,16 @@ def test_a_gradient_that_is_changed_delays_a_refresh_and_does_not_prevent_it(sid
         turn = layer.basis.T @ old
         torch.testing.assert_close(got.view_as(low), low @ turn.T if side == "input" else turn @ low)
         assert (layer.basis - old).abs().max() > 1e-2
+
+
+def test_a_refresh_goes_on_waiting_after_a_load():
+    def clamped(grad):
+        return grad.clamp(-1e-3, 1e-3)
+
+    optimizer, *_ = trained("input", projection.PATIENCE, clamped)
+    assert optimizer.refreshes == 0
+    optimizer, *_ = trained("input", 1, clamped, optimizer.state_dict())
+    assert optimizer.refreshes == 2
 
 
 def test_a_gradient_that_is_scaled_delays_nothing():
