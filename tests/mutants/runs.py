@@ -83,16 +83,23 @@ RUNS = [
         (
             "W0's decay since the last refresh is lost",
             BASES,
-            'COUNTS = ("refreshes", "count", "decay", "due")',
-            'COUNTS = ("refreshes", "count", "due")',
+            'COUNTS = ("refreshes", "count", "decay", "due", "waits")',
+            'COUNTS = ("refreshes", "count", "due", "waits")',
             SAME,
         ),
         (
             "a refresh that is due is forgotten",
             BASES,
-            'COUNTS = ("refreshes", "count", "decay", "due")',
-            'COUNTS = ("refreshes", "count", "decay")',
+            'COUNTS = ("refreshes", "count", "decay", "due", "waits")',
+            'COUNTS = ("refreshes", "count", "decay", "waits")',
             SAME,
+        ),
+        (
+            "a refresh that waits begins to wait anew",
+            BASES,
+            'COUNTS = ("refreshes", "count", "decay", "due", "waits")',
+            'COUNTS = ("refreshes", "count", "decay", "due")',
+            "tests/unit/test_projected_events.py",
         ),
         (
             "waiting rows are read by ranks that do not keep them",
