@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,6 +115,7 @@ def zero(name: str, folder: str) -> Answer:
     facts["held"] = _held_in_all(host)
     facts["written"] = _writes_frozen_weights(engine, x)
     facts["published"] = _publishes(engine)
+    facts["files"] = _unknown_files(engine, folder)
     host.set_counters({"global_steps": 5, "global_samples": 3, "skipped_steps": 1})
     facts["set counters"] = (host.counters(), host.progress())
     engine.destroy()
@@ -156,6 +158,7 @@ def pipeline(folder: str) -> Answer:
         engine.train_batch(iter([(ids, ids)] * ACCUMULATION))
         answer.facts["counters"] = hosts.host_of(engine).counters()
         answer.facts["ends update"] = hosts.host_of(engine).ends_update()
+        answer.facts["files"] = _unknown_files(engine, folder)
         engine.destroy()
     return answer
 
@@ -257,6 +260,14 @@ def _writes_frozen_weights(engine: Any, x: Tensor) -> tuple[bool, bool]:
 
 
 @torch.no_grad()
+def _unknown_files(engine: Any, folder: str) -> tuple[int, list[str]]:
+    """How many files a checkpoint of DeepSpeed's own has, and those that megalr would not take for such."""
+    engine.save_checkpoint(folder, tag="own")
+    dist.barrier()
+    names = [path.name for path in Path(folder, "own").rglob("*.pt")]
+    return len(names), [name for name in names if not any(fnmatch(name, one) for one in deepspeed.CHECKPOINT_FILES)]
+
+
 def _publishes(engine: Any) -> bool:
     """Whether the model computes with what was written into the masters."""
     host = hosts.host_of(engine)

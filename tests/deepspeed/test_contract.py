@@ -122,6 +122,7 @@ def test_an_engine_has_what_is_read(ranks, name, tmp_path):
         assert all(held == whole for held, whole in facts["held"].values())
         assert facts["written"] == (False, True)
         assert facts["published"]
+        assert facts["files"][0] > 0 and facts["files"][1] == []
         assert facts["set counters"] == ({"global_steps": 5, "global_samples": 3, "skipped_steps": 1}, (0, 2))
     (written,) = answers[0].facts["report"]
     assert written.splitlines()[-1] == "8,7.0"
@@ -143,6 +144,7 @@ def test_a_pipeline_has_what_is_read(ranks, tmp_path):
         assert answer.facts["class"] == "DeepSpeedPipeline" and answer.facts["groups"] == (1, 1)
         assert answer.facts["trained"] == answer.facts["in model"]
         assert answer.facts["counters"]["global_steps"] == 1 and answer.facts["ends update"]
+        assert answer.facts["files"][0] > 0 and answer.facts["files"][1] == []
 
 
 def test_a_line_for_what_is_missing():
