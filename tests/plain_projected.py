@@ -110,8 +110,8 @@ class _Basis:
             side = G.T if self.right else G
             Q = leading_singular_vectors(side, self.rank, self.Q if self.refreshes else None)
         for i, R in enumerate(self.R):
-            learnt = R @ self.Q.T
-            self.W0[i] = self.owed * self.W0[i] + (learnt if self.right else learnt.T)
+            learned = R @ self.Q.T
+            self.W0[i] = self.owed * self.W0[i] + (learned if self.right else learned.T)
             self.R[i] = torch.zeros_like(R)
             self.matrices[i].copy_(self.W0[i])
             adam, turn = self.adams[i], self.Q.T @ Q
@@ -126,8 +126,8 @@ class _Basis:
         lr, decay = self.params["lr"], self.params.get("weight_decay", 0.0)
         for i, low in enumerate(lows):
             self.R[i] = self.R[i] - lr * (self.adams[i].direction(low) + decay * self.R[i])
-            learnt = self.R[i] @ self.Q.T
-            self.matrices[i].copy_(self.W0[i] + (learnt if self.right else learnt.T))
+            learned = self.R[i] @ self.Q.T
+            self.matrices[i].copy_(self.W0[i] + (learned if self.right else learned.T))
         self.owed *= 1 - lr * decay
 
     def _random(self) -> Tensor:

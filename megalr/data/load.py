@@ -39,7 +39,7 @@ def load_data(
 ) -> Data:
     """The examples of a run; collective, to be called by every process.
 
-    Rank 0 tokenises what the cache does not hold yet, the others wait and map the same files.
+    Rank 0 tokenizes what the cache does not hold yet, the others wait and map the same files.
 
     Where the held-out text is not a text of its own, it is the end of the training text and taken out of it:
     the last ``eval_fraction`` of the documents if there is more than one, of the tokens if there is one. A
@@ -106,7 +106,7 @@ def _prepare(cache: TokenCache, rank: int) -> str:
         return ""
     cache.write()
     store = _stored(cache)
-    return f"tokenised in {store.seconds:.1f} s into {store.folder}"
+    return f"tokenized in {store.seconds:.1f} s into {store.folder}"
 
 
 def _stored(cache: TokenCache) -> TokenStore:

@@ -95,7 +95,7 @@ def _from_pretrained(name: str, *, local: bool) -> PreTrainedTokenizerFast:
         raise UserError(f"cannot load the tokenizer {name} {where}: {reason}. {LOCAL_OPTIONS}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
-            f"the tokenizer {name} has no fast version, which tokenising a whole text needs; convert it to a "
+            f"the tokenizer {name} has no fast version, which tokenizing a whole text needs; convert it to a "
             "tokenizer.json first"
         )
     return tokenizer

@@ -1,4 +1,4 @@
-"""Text is tokenised once, into a memory-mapped cache that exists whole or not at all."""
+"""Text is tokenized once, into a memory-mapped cache that exists whole or not at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-_FORMAT = 1  # raise it when the files or the way of tokenising change
+_FORMAT = 1  # raise it when the files or the way of tokenizing change
 _BATCH_PIECES, _BATCH_CHARACTERS = 4096, 1 << 21
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -39,7 +39,7 @@ class TokenStore:
         tokens: (tokens,) uint16 or uint32; each document is followed by the end-of-text token.
         ends: (documents,) int64; where each document, its end-of-text token included, ends in ``tokens``.
         digest: hash of both, the text's identity as far as training is concerned.
-        seconds: how long tokenising took.
+        seconds: how long tokenizing took.
         folder: where they lie.
     """
 
@@ -84,7 +84,7 @@ class TokenCache:
         return TokenStore(tokens, ends, meta["digest"], meta["seconds"], self.folder)
 
     def write(self) -> None:
-        """Tokenises the text and puts the result in place; harmless where another process does the same.
+        """Tokenizes the text and puts the result in place; harmless where another process does the same.
 
         Raises:
             UserError: the text cannot be read, or the folder cannot be written.
@@ -120,7 +120,7 @@ class TokenCache:
             (folder / "tokens.bin").open("wb") as token_file,
             (folder / "ends.bin").open("wb") as end_file,
             tqdm(
-                desc=f"tokenising {self._source.label}",
+                desc=f"tokenizing {self._source.label}",
                 unit=" tokens",
                 unit_scale=True,
                 delay=3,

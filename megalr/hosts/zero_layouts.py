@@ -153,7 +153,7 @@ def _read_stage_3(named_groups: Sequence[NamedGroup], first: Any) -> Shard:
             chunk = parameter.partition_numel()
             cut = chunks(name, parameter.ds_numel, chunk, buffer, offset)
             fragments += cut
-            # The padding is uninitialised memory, perhaps NaN: nothing reads it today, and nothing ever should.
+            # The padding is uninitialized memory, perhaps NaN: nothing reads it today, and nothing ever should.
             length = sum(f.length for f in cut if f.rank == rank)
             buffers[buffer].data[offset + length : offset + chunk].zero_()
             offset += chunk

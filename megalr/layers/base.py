@@ -84,7 +84,7 @@ class Parametrization(ABC):
         """The layer's replacement.
 
         Args:
-            layer: real, or on the meta device, where nothing is initialised; what the replacement keeps of it is
+            layer: real, or on the meta device, where nothing is initialized; what the replacement keeps of it is
                 taken over, not copied.
             seed: the run's seed.
             name: the layer's qualified name; with the seed the key of any random number.

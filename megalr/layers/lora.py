@@ -18,7 +18,7 @@ class LoraConfig(ScaledParametrization):
     """W = W0 + (alpha / rank) B A in place of every linear layer that ``target_modules`` names.
 
     W0 (m, n) is the layer's own weight, frozen, in the model's dtype: random in a model that starts from nothing, and
-    what was learnt in one that starts from dense weights. B (m, r) starts at zero and A (r, n) as
+    what was learned in one that starts from dense weights. B (m, r) starts at zero and A (r, n) as
     U(-1/sqrt(n), 1/sqrt(n)), so that W starts as W0. Source: arXiv 2106.09685.
 
     Floats of an m x n layer: m n of W0, which counts as a weight, without gradient or state; (m + n) r trained, and

@@ -220,7 +220,7 @@ def root_mean_square(weight: Tensor, name: str) -> float:
     """Of a dense weight: rather than the configuration's nominal value it is right for any model and any start."""
     size = torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).item() / weight.numel() ** 0.5
     if size == 0:
-        raise UserError(f"{name}.weight is all zeros, so there is no variance to match: initialise the model first")
+        raise UserError(f"{name}.weight is all zeros, so there is no variance to match: initialize the model first")
     return size
 
 

@@ -94,8 +94,8 @@ class MoraLinear(FactorizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (..., in_features)."""
-        learnt = square_map(x, self.M, self.out_features, self.mora_type)
-        return functional.linear(x, self.weight, self.bias) + learnt
+        learned = square_map(x, self.M, self.out_features, self.mora_type)
+        return functional.linear(x, self.weight, self.bias) + learned
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this layer."""

@@ -17,7 +17,7 @@ from megalr.layers.projected import ProjectedLinear
 def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 0) -> nn.Module:
     """Replace every ``nn.Linear`` that ``config.target_modules`` names, in place, and return the model.
 
-    Works on real tensors and on the meta device (where nothing is initialised). What a layer does not need of its
+    Works on real tensors and on the meta device (where nothing is initialized). What a layer does not need of its
     dense weight is freed at once, so that the peak is the dense model's size.
 
     Args:

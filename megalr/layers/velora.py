@@ -84,7 +84,7 @@ def _compressed(model: nn.Module) -> Iterator[tuple[str, VeloraLinear]]:
 class VeloraLinear(nn.Linear):
     """``nn.Linear`` that saves ``groups`` numbers for each token, once it has a direction.
 
-    v is the mean of the sub-tokens of the first update, over all ranks and micro-batches, normalised; the published
+    v is the mean of the sub-tokens of the first update, over all ranks and micro-batches, normalized; the published
     code takes the first micro-batch of each process. Until then x is saved whole.
 
     Attributes:

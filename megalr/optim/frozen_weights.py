@@ -1,4 +1,4 @@
-"""A frozen W0 takes over what was learnt beside it: the sum in fp32, and how it becomes of the model's dtype."""
+"""A frozen W0 takes over what was learned beside it: the sum in fp32, and how it becomes of the model's dtype."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class FrozenWeights:
         self._rounding, self._seed = rounding, seed
         self._shard, self._exchange, self._trained = shard, exchange, trained
 
-    def take(self, name: str, weight: Tensor, learnt: Tensor, *, decay: float, count: int) -> None:
-        """W0 <- decay · W0 + learnt, in place, wherever this rank holds a part of it; collective.
+    def take(self, name: str, weight: Tensor, learned: Tensor, *, decay: float, count: int) -> None:
+        """W0 <- decay · W0 + learned, in place, wherever this rank holds a part of it; collective.
 
         Args:
             name: the layer's.
             weight: W0, frozen, perhaps cut by ZeRO-3.
-            learnt: (m, n), fp32, the same on every rank; modified.
+            learned: (m, n), fp32, the same on every rank; modified.
             decay: what weight decay leaves.
             count: of earlier calls for this weight.
 
@@ -56,7 +56,7 @@ class FrozenWeights:
             UserError: stochastic rounding of a dtype other than bf16.
         """
         parts = copies(weight)
-        delta = own_part(weight, learnt).reshape(-1)
+        delta = own_part(weight, learned).reshape(-1)
         if weight.dtype == torch.float32 or self._rounding == "nearest":
             for start, part in parts:
                 part.copy_(torch.add(delta[start : start + part.numel()].to(part.device), part, alpha=decay))
@@ -67,14 +67,14 @@ class FrozenWeights:
             )
         elif self._rounding == "stochastic":
             noise = torch.randint(
-                2**DROPPED_BITS, learnt.shape, generator=generator(self._seed, name, "merge", count), dtype=torch.int32
+                2**DROPPED_BITS, learned.shape, generator=generator(self._seed, name, "merge", count), dtype=torch.int32
             )
             noise = own_part(weight, noise).reshape(-1)
             for start, part in parts:
                 run = slice(start, start + part.numel())
                 total = torch.add(delta[run].to(part.device), part, alpha=decay)
                 part.copy_(_stochastically(total, noise[run].to(part.device)))
-        elif delta.numel() < learnt.numel():
+        elif delta.numel() < learned.numel():
             raise UserError(
                 'megalr.parametrization.merge_rounding is "remainder", which tensor-parallel ranks cannot share: write '
                 '"nearest" or "stochastic"'

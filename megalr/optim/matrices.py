@@ -59,7 +59,7 @@ def papers_floats(rule: Rule, shape: Shape) -> int:
 def choose_owners(rules: Rule | Mapping[str, Rule], layout: Layout) -> list[int]:
     """The owner of each matrix of a layout, in the layout's order; a pure function of both arguments.
 
-    By two costs, each normalised: the bytes to keep and the operations of an average update.
+    By two costs, each normalized: the bytes to keep and the operations of an average update.
 
     Args:
         rules: one for all, or one for each parameter, by name.

@@ -1,4 +1,4 @@
-"""SCALE: the gradient with normalised columns, and momentum for the last layer alone, arXiv 2506.16659."""
+"""SCALE: the gradient with normalized columns, and momentum for the last layer alone, arXiv 2506.16659."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from megalr.processes import free_port
 
 T = TypeVar("T")
 
-# Rank 0 may read and tokenise a large text while the others wait.
+# Rank 0 may read and tokenize a large text while the others wait.
 _PATIENCE = timedelta(hours=1)
 
 

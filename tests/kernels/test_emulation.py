@@ -158,7 +158,7 @@ SPAM = StableSpam(gamma1=0.85, gamma2=0.999, theta=0.99, norm_eps=1e-8)
 
 
 def spam64(grad, statistics, k, spam):
-    """The clipped and normalised gradient, and the new statistics M, a, b."""
+    """The clipped and normalized gradient, and the new statistics M, a, b."""
     largest, (mean, a, b) = grad.abs().max(), statistics.double()
     mean = spam.theta * mean + (1 - spam.theta) * largest
     threshold = mean / (1 - spam.theta**k)

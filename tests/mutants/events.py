@@ -129,8 +129,8 @@ EVENTS = [
         (
             "W0 takes R with the new basis",
             PROJECTION,
-            "learnt = r @ old.T if right else old @ r",
-            "learnt = r @ new.T if right else new @ r",
+            "learned = r @ old.T if right else old @ r",
+            "learned = r @ new.T if right else new @ r",
             PROJECTED,
         ),
         (

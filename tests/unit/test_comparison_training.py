@@ -128,7 +128,7 @@ def test_a_run_with_a_checkpoint_is_continued_and_no_other(write, launchers, cap
     assert f"to train it from its start, delete {runs / one.folder}\n" in capsys.readouterr().out
 
 
-def test_the_text_is_tokenised_before_runs_of_several_processes(write, launchers, tmp_path, monkeypatch, capsys):
+def test_the_text_is_tokenized_before_runs_of_several_processes(write, launchers, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MEGALR_CACHE", str(tmp_path / "cache"))
     path = write(text={"train": ["words.txt"], "max_eval_tokens": 100})
     (path.parent / "words.txt").write_text("some words. " * 500)

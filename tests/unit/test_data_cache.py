@@ -53,8 +53,8 @@ def test_the_second_run_reuses_the_cache(
     file: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = read(file, tokenizer)
-    assert "tokenised in" in first.description
-    monkeypatch.setattr(TokenCache, "write", lambda self: pytest.fail("tokenised again"))
+    assert "tokenized in" in first.description
+    monkeypatch.setattr(TokenCache, "write", lambda self: pytest.fail("tokenized again"))
     os.utime(file, (1, 1))  # a fresh clone has other times and the same text
     for settings in ({}, {"eval_fraction": 0.5}, {"seed": 3}, {"pack": False}):
         second = read(file, tokenizer, **settings)
@@ -62,7 +62,7 @@ def test_the_second_run_reuses_the_cache(
     assert read(file, tokenizer).train.fingerprint == first.train.fingerprint
 
 
-def test_a_changed_file_or_tokenizer_is_tokenised_anew(
+def test_a_changed_file_or_tokenizer_is_tokenized_anew(
     file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     first = read(file, tokenizer)
@@ -70,11 +70,11 @@ def test_a_changed_file_or_tokenizer_is_tokenised_anew(
     file.write_text(file.read_text().replace("truth", "quest"))
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # even with its old size and time
     second = read(file, tokenizer)
-    assert "tokenised in" in second.description
+    assert "tokenized in" in second.description
     assert second.train.fingerprint != first.train.fingerprint
     other = load_tokenizer(None)
     other.add_tokens(["universally"])
-    assert "tokenised in" in read(file, other).description
+    assert "tokenized in" in read(file, other).description
     assert len(names(file)) == 3
 
 
@@ -85,7 +85,7 @@ def test_large_texts_are_known_by_path_size_and_time(
     read(file, tokenizer)
     assert "reused" in read(file, tokenizer).description
     os.utime(file, (1, 1))
-    assert "tokenised" in read(file, tokenizer).description
+    assert "tokenized" in read(file, tokenizer).description
 
 
 def test_small_vocabularies_take_two_bytes_a_token_and_large_ones_four(

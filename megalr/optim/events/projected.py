@@ -1,4 +1,4 @@
-"""Refreshes of projected layers' bases from full gradients, with W0 taking over what R has learnt; and AdamW on R.
+"""Refreshes of projected layers' bases from full gradients, with W0 taking over what R has learned; and AdamW on R.
 
 A refresh at update t gives what GaLore's gives, and no other update has the gradient of a whole matrix:
 
@@ -177,8 +177,8 @@ class Projections(LayerEvents):
         if not due:
             return
         full = {basis: {name: _take_gradient(layer) for name, layer in basis.layers.items()} for basis in due}
-        spoilt = [not all(bool(torch.isfinite(grad).all()) for grad in parts.values()) for parts in full.values()]
-        agreed = self._exchange.sum_all(torch.tensor(spoilt, dtype=torch.float32)) == 0
+        spoiled = [not all(bool(torch.isfinite(grad).all()) for grad in parts.values()) for parts in full.values()]
+        agreed = self._exchange.sum_all(torch.tensor(spoiled, dtype=torch.float32)) == 0
         if self._config.projector not in SKETCHING:
             for grad in (grad for parts in full.values() for grad in parts.values()):
                 self._exchange.sum_all(grad)
@@ -265,8 +265,8 @@ class Projections(LayerEvents):
         right = basis.side == "right"
         for name, layer in basis.layers.items():
             r = self._exchange.everywhere(f"{name}.R", self._shard.buffers).to(old.device).float()
-            learnt = r @ old.T if right else old @ r
-            self.frozen_weights.take(name, layer.weight, learnt, decay=basis.decay, count=basis.refreshes)
+            learned = r @ old.T if right else old @ r
+            self.frozen_weights.take(name, layer.weight, learned, decay=basis.decay, count=basis.refreshes)
             own = self._own(name)
             for fragment in own:
                 run_of(self._shard.buffers, fragment).zero_()
