@@ -53,7 +53,7 @@ def test_settings_equal_one_plain_process(title, stage, size):
 
 # Frozen W0 in bf16, and how it takes over what was learned: the first case of each type that adds to it.
 FIRST = {case.megalr.get("parametrization", {}).get("type"): title for title, case in reversed(CASES.items())}
-ROUNDED = [FIRST[name] for name, kind in PARAMETRIZATIONS.items() if hasattr(kind, "merge_rounding")]
+ROUNDED = [FIRST[name] for name, kind in PARAMETRIZATIONS.items() if hasattr(kind, "merge_rounding") and name in FIRST]
 BF16_BOUND = 0.05
 
 
