@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megalr.config import text
 from megalr.config.guards import GuardsConfig
 from megalr.config.sections import (
     GeneralConfig,
@@ -50,16 +51,13 @@ VALUES = tuple(field.name for field in dataclasses.fields(GeneralConfig))
 def read_json(config: Json | str | Path) -> dict[str, Any]:
     """The DeepSpeed configuration as a dictionary, from a path or as it is; a UserError when it cannot be read."""
     if isinstance(config, Mapping):
-        return dict(config)
-    path = Path(config)
-    if not path.is_file():
-        raise UserError(f"no DeepSpeed configuration at {path}; see ds_configs/ for ready ones")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+        content = dict(config)
+    else:
+        path = Path(config)
+        if not path.is_file():
+            raise UserError(f"no DeepSpeed configuration at {path}; see ds_configs/ for ready ones")
+        content = text.read(path)
+    text.check_values(content)
     return content
 
 

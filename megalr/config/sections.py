@@ -118,6 +118,8 @@ class GeneralConfig:
 
     def __post_init__(self) -> None:
         require(self.exchange_bucket_bytes >= 1, "megalr.exchange_bucket_bytes must be at least 1")
+        fits = -(2**63) <= self.seed < 2**63
+        require(fits, f"megalr.seed has {len(str(abs(self.seed)))} digits: write a number below 2**63")
 
 
 def _check_adam(

@@ -66,12 +66,21 @@ def check_deepspeed_config(config: Mapping[str, Any], data_size: int) -> None:
 def _check_scheduler(section: Mapping[str, Any]) -> None:
     from deepspeed.runtime import lr_schedules
 
-    name = str(section.get("type"))
     known = lr_schedules.VALID_LR_SCHEDULES
+    if "type" not in section:
+        raise UserError(f'scheduler needs a "type"; DeepSpeed has {", ".join(known)}')
+    name = str(section["type"])
     kind = getattr(lr_schedules if name in known else torch.optim.lr_scheduler, name, None)
     if kind is None:
         raise UserError(f"scheduler.type is {name!r}; DeepSpeed has {', '.join(known)}")
-    valid = [key for key in inspect.signature(kind).parameters if key != "optimizer"]
-    for key in section.get("params") or {}:
+    valid = [key for key in inspect.signature(kind).parameters if key not in ("self", "optimizer")]
+    params = {} if section.get("params") is None else section["params"]
+    if not isinstance(params, Mapping):
+        raise UserError(f"scheduler.params must be an object like {{...}}, not {params!r}")
+    for key in params:
         if key not in valid:
             raise UserError(f'scheduler.params has no "{key}" for {name}; valid: {", ".join(valid)}')
+    needed = [k for k, p in inspect.signature(kind).parameters.items() if p.default is p.empty and k in valid]
+    for key in needed:
+        if key not in params:
+            raise UserError(f'scheduler.params needs "{key}" for {name}')

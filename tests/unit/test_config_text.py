@@ -1,0 +1,89 @@
+"""The JSON as text: whatever is in it, the answer is a dictionary or a sentence with the key in it."""
+
+import json
+
+import pytest
+
+from megalr.config.settings import MegalrConfig, read_json
+from megalr.errors import UserError
+from megalr.hosts.deepspeed_config import check_deepspeed_config
+
+GOOD = {"train_batch_size": 4, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+
+
+def refused(text, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as caught:
+        MegalrConfig.from_json(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            '{"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "lr": 1.0}}}',
+            '"lr" twice in one object, 0.001 and 1.0',
+        ),
+        ('{"bf16": {"enabled": true}, "bf16": {"enabled": false}}', '"bf16" twice'),
+        ('{"gradient_clipping": NaN}', "gradient_clipping is NaN: write a finite number"),
+        (
+            '{"optimizer": {"type": "AdamW", "params": {"betas": [0.9, Infinity]}}}',
+            "optimizer.params.betas[1] is Infinity",
+        ),
+        ('{"gradient_clipping": 1e999}', "gradient_clipping is Infinity"),
+        ('{"gradient_clipping": -1.0}', "gradient_clipping is -1.0: write a number of at least 0"),
+        ('{"gradient_clipping": "1.0"}', 'gradient_clipping is "1.0": write a number'),
+        ('{"gradient_clipping": true}', "gradient_clipping is true: write a number"),
+        ('{"train_batch_size": 0}', "train_batch_size is 0: write a whole number of at least 1"),
+        ('{"train_batch_size": 1.5}', "train_batch_size is 1.5: write a whole number"),
+        ('{"bf16": {"enabled": "false"}}', 'bf16.enabled is "false", a string: write false'),
+        ('{"bf16": {"enabled": "True"}}', 'bf16.enabled is "True", a string: write true'),
+        ('{"zero_optimization": true}', '"zero_optimization" must be an object like {...}, not true'),
+        ('{"megalr": []}', '"megalr" must be an object'),
+        ('{"train_batch_size": ' + "9" * 5000 + "}", "is not valid JSON"),
+        ("[" * 100_000 + "]" * 100_000, "is not valid JSON: its brackets lie too deep"),
+        ('{"a": ' * 200 + "1" + "}" * 200, "deeper than 100 objects and lists"),
+        (b'{"a": "\xff"}', "byte 7 is not UTF-8"),
+        ("[]", "must hold a JSON object, not a list"),
+        ("{", "is not valid JSON"),
+    ],
+)
+def test_a_sentence_with_the_key(text, words, tmp_path):
+    assert words in refused(text, tmp_path)
+
+
+def test_the_same_of_a_dictionary():
+    with pytest.raises(UserError, match="gradient_clipping is NaN"):
+        MegalrConfig.from_json({**GOOD, "gradient_clipping": float("nan")})
+
+
+def test_a_mark_of_byte_order_is_no_mistake(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text("\ufeff" + json.dumps(GOOD), encoding="utf-8")
+    assert read_json(path) == GOOD
+
+
+def test_words_of_monitors_may_be_any(tmp_path):
+    content = {**GOOD, "tensorboard": {"enabled": True, "job_name": "on"}}
+    assert read_json(content) == content
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"type": "StepLR", "params": {"gamma": 0.5}}, 'scheduler.params needs "step_size"'),
+        ({"params": {}}, 'scheduler needs a "type"'),
+        ({"type": "WarmupLR", "params": []}, "scheduler.params must be an object"),
+        ({"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2}}, 'scheduler.params needs "total_num_steps"'),
+    ],
+)
+def test_a_schedule_is_complete(section, words):
+    with pytest.raises(UserError, match=words):
+        check_deepspeed_config({**GOOD, "scheduler": section}, 1)
+
+
+def test_a_seed_that_no_generator_takes():
+    with pytest.raises(UserError, match="megalr.seed has 22 digits: write a number below"):
+        MegalrConfig.from_json({**GOOD, "megalr": {"seed": 2**70}})
