@@ -15,6 +15,7 @@ from megalr.hosts import check_config
 from megalr.hosts.autotp import check_tensor_parallel, tensor_parallel_size
 from megalr.layers import parametrize
 from megalr.layers.velora import compress_activations
+from megalr.locks import FolderLock
 from megalr.optim.groups import parameter_groups
 from megalr.train.arguments import (
     DEFAULT_BATCH_SIZE,
@@ -28,7 +29,7 @@ from megalr.train.ds_config import Request, Resolved, resolve
 from megalr.train.export import check_export_folder
 from megalr.train.models import empty_model, fit_to_text, read_model_config
 from megalr.train.ranks import Ranks
-from megalr.train.run_folder import RunFolder, choose_run_folder
+from megalr.train.run_folder import RunFolder, take_run_folder
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -92,16 +93,19 @@ class Plan:
     noted: dict[str, Any]
 
 
-def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, screen: Screen) -> Plan:
+def make_plan(
+    arguments: PretrainArguments, ranks: Ranks, models_folder: Path, screen: Screen, lock: FolderLock
+) -> Plan:
     """Read everything, decide everything, refuse what cannot work. Collective.
 
-    Nothing is written but the cache of tokens.
+    Nothing is written but the cache of tokens and the lock.
 
     Args:
         arguments: the flags.
         ranks: this process among the others.
         models_folder: where the named model shapes are.
         screen: gets a line for each choice that was not the user's.
+        lock: takes the run's folder on the first rank.
 
     Raises:
         UserError: for whatever the user can mend, on all ranks.
@@ -115,7 +119,7 @@ def make_plan(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, s
         resolve(content, _request(arguments, model, ranks))  # its complaints come before those about folders and text
         if arguments.export is not None and ranks.is_first:
             check_export_folder(arguments.export, may_replace=arguments.overwrite)
-    folder, checkpoint, finished = ranks.from_first(lambda: _folder_and_checkpoint(arguments))
+    folder, checkpoint, finished = ranks.from_first(lambda: _folder_and_checkpoint(arguments, lock))
     for line in checkpoint.skipped if checkpoint is not None else ():
         screen.say(f"passed over: {line}")
     if arguments.resume and checkpoint is None:
@@ -213,10 +217,11 @@ def _request(arguments: PretrainArguments, model: LlamaConfig, ranks: Ranks, out
     return request_for(arguments, model, seed=arguments.seed, world_size=ranks.data_size, on_gpu=on_gpu, output=output)
 
 
-def _folder_and_checkpoint(arguments: PretrainArguments) -> tuple[RunFolder, Resumable | None, bool]:
+def _folder_and_checkpoint(arguments: PretrainArguments, lock: FolderLock) -> tuple[RunFolder, Resumable | None, bool]:
     """The run's folder; the checkpoint to go on from, if it is to go on; whether it is finished."""
     name = Path(arguments.deepspeed).stem
-    folder = choose_run_folder(name, arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
+    asked = {"resume": arguments.resume, "overwrite": arguments.overwrite}
+    folder = take_run_folder(name, arguments.output, **asked, lock=lock)
     # What a run has written before its first checkpoint is written again.
     checkpoint = find_checkpoint(folder) if arguments.resume and not folder.has_only_begun else None
     return folder, checkpoint, folder.summary.exists()

@@ -18,6 +18,7 @@ import torch
 
 from megalr.data import Batches, unigram_perplexity
 from megalr.hosts import host_of
+from megalr.locks import FolderLock
 from megalr.train.arguments import PretrainArguments, parse_arguments
 from megalr.train.console import Screen
 from megalr.train.evaluation import Evaluation, evaluate
@@ -59,15 +60,22 @@ def pretrain(arguments: PretrainArguments, ranks: Ranks, models_folder: Path) ->
     Raises:
         UserError: for whatever the user can mend.
     """
+    with FolderLock() as lock:
+        return _pretrain(arguments, ranks, models_folder, lock)
+
+
+def _pretrain(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, lock: FolderLock) -> int:
     screen = Screen(enabled=ranks.is_first)
-    plan = make_plan(arguments, ranks, models_folder, screen)
+    plan = make_plan(arguments, ranks, models_folder, screen, lock)
     ranks = plan.ranks
     unigram = ranks.from_first(lambda: _unigram(plan))
     ranks.from_first(lambda: _prepare_folder(plan))
+    if plan.checkpoint is None:
+        ranks.from_first(lambda: _write_settings(plan, ranks))  # first of all: it says that the rest is a run's
     loop = build_loop(plan, ranks, screen)
     if plan.checkpoint is not None:
         loop.resume(plan.checkpoint)  # the last that may refuse: a finished run stays as it is until then
-    ranks.from_first(lambda: _write_settings(plan, ranks))
+        ranks.from_first(lambda: _write_settings(plan, ranks))
     _introduce(plan, loop, ranks, screen)
     if plan.checkpoint is None:
         loop.evaluate()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megalr.errors import UserError
+from megalr.locks import FolderInUseError, FolderLock
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,19 @@ class RunFolder:
         files = [self.checkpoints / "latest", *self.checkpoints.glob("*/manifest.json")]
         return max((file.stat().st_mtime for file in files if file.is_file()), default=None)
 
+    @property
+    def written(self) -> list[Path]:
+        """Everything that a run writes."""
+        folders = [self.checkpoints, self.path / "tensorboard", self.path / "csv_monitor"]
+        return [*folders, self.metrics, self.plot, self.summary, self.routing, self.settings]
+
     def clear(self) -> None:
-        """Delete what a run writes."""
-        for folder in (self.checkpoints, self.path / "tensorboard", self.path / "csv_monitor"):
-            shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.metrics, self.plot, self.summary, self.routing, self.settings):
-            file.unlink(missing_ok=True)
+        """Delete what a run has written."""
+        for path in self.written:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def keep_metrics(self) -> Path | None:
         """Rename the metrics of a run that is to begin anew; the new name, None where there are none."""
@@ -85,8 +95,8 @@ class RunFolder:
         return self.metrics.rename(kept)
 
 
-def choose_run_folder(name: str, output: str | None, *, resume: bool, overwrite: bool) -> RunFolder:
-    """The folder of this run; deletes and creates nothing.
+def take_run_folder(name: str, output: str | None, *, resume: bool, overwrite: bool, lock: FolderLock) -> RunFolder:
+    """The folder of this run, held against other writers; deletes nothing.
 
     Args:
         name: the configuration's, for the default ``runs/<name>``, ``runs/<name>-2``, ...
@@ -94,12 +104,15 @@ def choose_run_folder(name: str, output: str | None, *, resume: bool, overwrite:
         resume: the run is to be continued: without ``output``, the one with the latest checkpoint; with it also one
             that has only begun.
         overwrite: a run in the folder may be deleted.
+        lock: takes the folder.
 
     Raises:
-        UserError: the folder is taken, is a file, or has nothing to resume from.
+        UserError: the folder is taken, is a file, is in use, or has nothing to resume from.
     """
     if output is not None:
         folder = RunFolder(Path(output).expanduser())
+        _check(folder, resume=resume, overwrite=overwrite)  # before anything is made there
+        lock.take(folder.path)
         _check(folder, resume=resume, overwrite=overwrite)
         return folder
     numbered = _default_folders(name)
@@ -107,8 +120,22 @@ def choose_run_folder(name: str, output: str | None, *, resume: bool, overwrite:
         candidates = [folder for folder in numbered if folder.can_resume]
         if not candidates:
             raise UserError(f"there is no checkpoint under {numbered[0].path}: name the run's folder with --output")
-        return max(candidates, key=lambda folder: folder.saved_at or 0.0)
-    return numbered[0] if overwrite or len(numbered) == 1 else numbered[-1]
+        folder = max(candidates, key=lambda folder: folder.saved_at or 0.0)
+        lock.take(folder.path)
+        return folder
+    if overwrite:
+        lock.take(numbered[0].path)
+        return numbered[0]
+    for number in itertools.count(1):
+        folder = _numbered(name, number)
+        if folder.is_taken:
+            continue
+        with contextlib.suppress(FolderInUseError):  # of a run that has written nothing yet
+            lock.take(folder.path)
+            if not folder.is_taken:
+                break
+            lock.release()  # that run has begun, and ended, meanwhile
+    return folder
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -120,10 +147,14 @@ def write_json(path: Path, content: Any) -> None:
 
 def _default_folders(name: str) -> list[RunFolder]:
     """``runs/<name>``, then those with a number, up to and including the first free one."""
-    found = [RunFolder(Path("runs") / name)]
+    found = [_numbered(name, 1)]
     while found[-1].is_taken:
-        found.append(RunFolder(Path("runs") / f"{name}-{len(found) + 1}"))
+        found.append(_numbered(name, len(found) + 1))
     return found
+
+
+def _numbered(name: str, number: int) -> RunFolder:
+    return RunFolder(Path("runs") / (name if number == 1 else f"{name}-{number}"))
 
 
 def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
@@ -131,6 +162,12 @@ def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
         raise UserError(f"--output {folder.path} is a file: name a folder")
     if resume and not (folder.can_resume or folder.has_only_begun):
         raise UserError(f"there is no checkpoint in {folder.checkpoints}, so there is nothing to resume")
+    strange = [] if folder.is_taken else [path.name for path in folder.written if path.exists()]
+    if strange:
+        raise UserError(
+            f"{folder.path} holds {', '.join(strange)}, which a run would write over, and holds no run: name another "
+            "folder with --output"
+        )
     if folder.is_taken and not (resume or overwrite):
         state = "a finished run" if folder.summary.exists() else "an unfinished run"
         raise UserError(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megalr.errors import UserError
-from megalr.train.run_folder import RunFolder, choose_run_folder, write_json
+from megalr.locks import FolderLock
+from megalr.train.run_folder import RunFolder, take_run_folder, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,8 @@ def make_run(path, *, finished, checkpoint=True, age=0):
 
 
 def choose(output=None, *, resume=False, overwrite=False):
-    return choose_run_folder("zero2", output, resume=resume, overwrite=overwrite).path
+    with FolderLock() as lock:
+        return take_run_folder("zero2", output, resume=resume, overwrite=overwrite, lock=lock).path
 
 
 def test_the_default_folder_is_named_after_the_configuration():
@@ -76,6 +78,37 @@ def test_a_folder_with_other_files_is_free():
     assert choose("mine") == Path("mine")
 
 
+def test_two_runs_that_start_together_get_a_folder_each():
+    with FolderLock() as first, FolderLock() as second:
+        held = [take_run_folder("zero2", None, resume=False, overwrite=False, lock=lock) for lock in (first, second)]
+    assert [folder.path for folder in held] == [Path("runs/zero2"), Path("runs/zero2-2")]
+
+
+@pytest.mark.parametrize("first", [{}, {"overwrite": True}, {"resume": True}])
+@pytest.mark.parametrize("second", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_second_run_in_the_folder_is_refused(first, second):
+    if first:
+        make_run("mine", finished=False)
+    how = [{"resume": False, "overwrite": False, **given} for given in (first, second)]
+    with FolderLock() as lock, FolderLock() as other:
+        folder = take_run_folder("zero2", "mine", **how[0], lock=lock)
+        if not folder.is_taken:
+            make_run("mine", finished=False)
+        words = "writes into mine" if second else "mine holds an unfinished run"
+        with pytest.raises(UserError, match=words):
+            take_run_folder("zero2", "mine", **how[1], lock=other)
+
+
+@pytest.mark.parametrize("name", ["loss.png", "routing.txt", "tensorboard", "csv_monitor"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_no_run_has_written_is_not_deleted(name, overwrite):
+    Path("mine").mkdir()
+    (Path("mine") / name).mkdir() if "." not in name else (Path("mine") / name).touch()
+    with pytest.raises(UserError, match=f"mine holds {name}, which a run would write over"):
+        choose("mine", overwrite=overwrite)
+    assert (Path("mine") / name).exists()
+
+
 def test_a_file_is_no_folder():
     Path("mine").write_text("")
     with pytest.raises(UserError, match="is a file"):
@@ -110,7 +143,7 @@ def test_a_run_that_begins_anew_keeps_its_metrics(tmp_path):
     folder.settings.write_text("{}")
     folder.metrics.write_text("a row\n")
     assert folder.has_only_begun
-    assert choose_run_folder("any", str(tmp_path), resume=True, overwrite=False) == folder
+    assert choose(str(tmp_path), resume=True) == folder.path
     kept = folder.keep_metrics()
     folder.clear()
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(kept.name, "a row\n")]

@@ -1,0 +1,98 @@
+"""A folder has one writer: the second is told who the first is, and a kill leaves nothing behind."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from megalr import locks
+from megalr.locks import NAME, FolderInUseError, FolderLock
+from tests.processes import python, started
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from megalr.locks import FolderLock
+FolderLock().take(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_second_writer_is_told_of_the_first(tmp_path):
+    with FolderLock() as first:
+        first.take(tmp_path / "run")
+        with pytest.raises(FolderInUseError) as caught, FolderLock() as second:
+            second.take(tmp_path / "run")
+    message = str(caught.value)
+    assert f"process {os.getpid()} on {socket.gethostname()}, started 2" in message
+    assert f"writes into {tmp_path / 'run'}" in message and "--output" in message
+
+
+def test_nothing_is_left_of_a_folder_that_was_made_for_it(tmp_path):
+    with FolderLock() as lock:
+        lock.take(tmp_path / "runs" / "one")
+        assert lock.held
+    assert list(tmp_path.iterdir()) == []
+    with FolderLock() as lock:
+        lock.take(tmp_path / "runs" / "one")
+        (tmp_path / "runs" / "one" / "a file").touch()
+    assert [path.name for path in (tmp_path / "runs" / "one").iterdir()] == ["a file"]
+
+
+def test_a_killed_holder_holds_nothing(tmp_path):
+    with started(python(HOLDING, tmp_path), warm=True) as process:
+        process.read_until("held")
+        pid = json.loads((tmp_path / NAME).read_text())["pid"]
+        with pytest.raises(FolderInUseError, match=f"process {pid} "):
+            FolderLock().take(tmp_path)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert (tmp_path / NAME).exists()
+    with FolderLock() as lock:
+        lock.take(tmp_path)
+
+
+def test_a_child_that_lives_on_does_not_hold_it(tmp_path):
+    lock = FolderLock()
+    lock.take(tmp_path)
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        lock.release()
+        FolderLock().take(tmp_path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_without_locks_the_process_is_looked_for(tmp_path, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(errno.EOPNOTSUPP, "no locks here")
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    first = FolderLock()
+    first.take(tmp_path)
+    assert "without locks" in caplog.text
+    with pytest.raises(FolderInUseError, match=f"process {os.getpid()} "):
+        FolderLock().take(tmp_path)
+    (tmp_path / NAME).write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0}))
+    FolderLock().take(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}', "[" * 4000, "\0"])
+def test_whatever_is_in_the_file(tmp_path, content):
+    (tmp_path / NAME).write_text(content)
+    with (tmp_path / NAME).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(FolderInUseError, match="another process writes into"):
+            FolderLock().take(tmp_path)
+    with FolderLock() as lock:
+        lock.take(tmp_path)
