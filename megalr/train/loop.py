@@ -128,6 +128,8 @@ class Loop:
             self._screen.start_bar(self.step, settings.steps)
             while self.step < settings.steps and reason is None:
                 self._train_step()
+                if self._ranks.is_first:
+                    self._folder.drop_replaced()
                 reason, save = self._what_next(request, time.monotonic() - saved_at)
                 if save:
                     self.save()

@@ -69,6 +69,15 @@ def _pretrain(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, l
     plan = make_plan(arguments, ranks, models_folder, screen, lock)
     ranks = plan.ranks
     unigram = ranks.from_first(lambda: _unigram(plan))
+    try:
+        return _run(plan, ranks, unigram, screen)
+    finally:
+        if ranks.is_first:
+            plan.folder.put_back()  # a run that was to be replaced, where no update has come of it
+
+
+def _run(plan: Plan, ranks: Ranks, unigram: float, screen: Screen) -> int:
+    arguments = plan.arguments
     ranks.from_first(lambda: _prepare_folder(plan))
     if plan.checkpoint is None:
         ranks.from_first(lambda: _write_settings(plan, ranks))  # first of all: it says that the rest is a run's
@@ -156,6 +165,8 @@ def _prepare_folder(plan: Plan) -> None:
     if plan.checkpoint is None:
         if plan.arguments.resume:
             plan.folder.keep_metrics()
+        if plan.arguments.overwrite and plan.folder.is_taken:
+            plan.folder.set_aside()
         plan.folder.clear()
     plan.folder.path.mkdir(parents=True, exist_ok=True)
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,33 @@ class RunFolder:
         folders = [self.checkpoints, self.path / "tensorboard", self.path / "csv_monitor"]
         return [*folders, self.metrics, self.plot, self.summary, self.routing, self.settings]
 
+    @property
+    def replaced(self) -> Path:
+        """Where a run is that is to be deleted, until the one in its place has made an update."""
+        return self.path / ".replaced"
+
+    def set_aside(self) -> None:
+        """Make room for a new run; what was written comes back unless :meth:`drop_replaced` is called."""
+        self.replaced.mkdir()
+        for path in self.written:
+            if path.exists():
+                path.rename(self.replaced / path.name)
+
+    def put_back(self) -> None:
+        """Undo :meth:`set_aside`, if it was called and nothing has come of it."""
+        if self.replaced.is_dir():
+            self.clear()
+            for path in self.replaced.iterdir():
+                path.rename(self.path / path.name)
+            self.replaced.rmdir()
+
+    def drop_replaced(self) -> None:
+        """Delete what was set aside."""
+        # A kill in mid-deletion must not have the rest come back as if it were a run.
+        if self.replaced.is_dir():
+            dropped = self.replaced.rename(self.path / f".deleted-{time.time_ns()}")
+            shutil.rmtree(dropped, ignore_errors=True)
+
     def clear(self) -> None:
         """Delete what a run has written."""
         for path in self.written:
@@ -111,8 +139,10 @@ def take_run_folder(name: str, output: str | None, *, resume: bool, overwrite: b
     """
     if output is not None:
         folder = RunFolder(Path(output).expanduser())
-        _check(folder, resume=resume, overwrite=overwrite)  # before anything is made there
+        if not folder.replaced.is_dir():
+            _check(folder, resume=resume, overwrite=overwrite)  # before anything is made there
         lock.take(folder.path)
+        folder.put_back()
         _check(folder, resume=resume, overwrite=overwrite)
         return folder
     numbered = _default_folders(name)
@@ -125,6 +155,8 @@ def take_run_folder(name: str, output: str | None, *, resume: bool, overwrite: b
         return folder
     if overwrite:
         lock.take(numbered[0].path)
+        numbered[0].put_back()
+        _check(numbered[0], resume=False, overwrite=True)
         return numbered[0]
     for number in itertools.count(1):
         folder = _numbered(name, number)
@@ -167,6 +199,12 @@ def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
         raise UserError(
             f"{folder.path} holds {', '.join(strange)}, which a run would write over, and holds no run: name another "
             "folder with --output"
+        )
+    links = [path for path in folder.written if path.is_symlink()]
+    if overwrite and links:
+        raise UserError(
+            f"{links[0]} is a symbolic link to {links[0].resolve()}, where --overwrite deletes nothing: delete what "
+            "is there and the link, or name another folder with --output"
         )
     if folder.is_taken and not (resume or overwrite):
         state = "a finished run" if folder.summary.exists() else "an unfinished run"

@@ -1,5 +1,6 @@
 """Which folder a run gets, and what may be deleted there."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -130,6 +131,44 @@ def test_clearing_deletes_what_a_run_writes_and_nothing_else():
 
     assert [file.name for file in folder.path.iterdir()] == ["notes.txt"]
     assert not folder.is_taken
+
+
+def test_a_run_that_is_to_be_replaced_comes_back_unless_something_has_come_of_the_new_one():
+    folder = make_run("mine", finished=True)
+    before = sorted(path.relative_to("mine") for path in Path("mine").rglob("*"))
+    folder.set_aside()
+    assert not folder.is_taken
+    make_run("mine", finished=False, checkpoint=False)
+    folder.put_back()
+    assert sorted(path.relative_to("mine") for path in Path("mine").rglob("*")) == before
+    folder.set_aside()
+    folder.settings.write_text("new")
+    folder.drop_replaced()
+    folder.put_back()
+    assert [path.name for path in Path("mine").iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("how", [{}, {"overwrite": True}, {"resume": True}])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_comes_back_whose_replacement_was_killed_before_it_had_made_an_update(how, begun):
+    folder = make_run("mine", finished=True)
+    folder.set_aside()
+    if begun:
+        folder.settings.write_text("new")
+    with contextlib.suppress(UserError):
+        choose("mine", **how)
+    assert folder.summary.exists() and folder.settings.read_text() == "{}"
+
+
+def test_links_are_not_overwritten(tmp_path):
+    folder = make_run("mine", finished=True)
+    folder.checkpoints.rename("elsewhere")
+    folder.checkpoints.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        UserError, match="checkpoints is a symbolic link to .*elsewhere, where --overwrite deletes noth"
+    ):
+        choose("mine", overwrite=True)
+    assert choose("mine", resume=True) == Path("mine")
 
 
 def test_json_is_written_whole():
