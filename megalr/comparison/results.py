@@ -13,6 +13,7 @@ from megalr.comparison.runs import Run
 from megalr.errors import UserError
 from megalr.processes import Ended
 from megalr.train.loss_curve import read_history
+from megalr.train.metrics import read_rows
 from megalr.train.run_folder import RunFolder
 from megalr.train.runner import USER_ERROR_CODE
 
@@ -133,8 +134,7 @@ def _losses(metrics: Path) -> tuple[list[tuple[float, float]], tuple[int, float,
         return [], None
     history = read_history(metrics)
     last = None
-    for line in metrics.read_text().splitlines():
-        row = json.loads(line)
+    for row in read_rows(metrics):
         last = (row["step"], row["loss"], "skipped" in row) if "loss" in row else last
     return list(zip(history.tokens.tolist(), history.losses.tolist(), strict=True)), last
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megalr.train.metrics import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +89,9 @@ def read_history(metrics_jsonl_path: str | Path) -> History:
     training: dict[int, dict[str, Any]] = {}
     evaluation: dict[int, dict[str, Any]] = {}
     last = -1
-    for row in _rows(Path(metrics_jsonl_path)):
+    for row in read_rows(Path(metrics_jsonl_path)):
+        if not isinstance(row.get("tokens"), int | float):
+            continue
         step = row["step"]
         if "loss" in row:
             if step <= last:
@@ -104,17 +106,6 @@ def read_history(metrics_jsonl_path: str | Path) -> History:
         for name in row.get("events") or ():
             events.setdefault(name, []).append(row["tokens"])
     return History(*_curve(training, "loss"), *_curve(evaluation, "eval_loss"), events)
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict) and "step" in row and "tokens" in row:
-                yield row
 
 
 def _curve(rows: dict[int, dict[str, Any]], key: str) -> tuple[Floats, Floats]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -14,32 +18,54 @@ class MetricsLog:
     def __init__(self, path: Path, *, enabled: bool) -> None:
         self._path = path
         self._enabled = enabled
+        self._unwritten = ""  # what a full disk has refused
 
     def untrained_perplexity(self) -> float | None:
         """What was measured before the first update, if it was noted; None on other ranks than 0."""
-        if not self._enabled or not self._path.exists():
+        if not self._enabled:
             return None
-        rows = (json.loads(line) for line in self._path.read_text().splitlines())
+        rows = read_rows(self._path)
         return next((row["eval_perplexity"] for row in rows if row["step"] == 0 and "eval_perplexity" in row), None)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row; it is on disk before the next step starts."""
-        if self._enabled:
+        """Write one row, and those that could not be written before.
+
+        A disk that is full ends no training, which has a checkpoint to write when there is room again.
+        """
+        if not self._enabled:
+            return
+        first = not self._unwritten
+        self._unwritten += json.dumps(row) + "\n"
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
             with self._path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(self._unwritten)
+        except OSError as error:
+            if self._path.exists():
+                os.truncate(self._path, size)  # half a row
+            if first:
+                logger.warning("%s cannot be written: %s. Rows are kept until it can be.", self._path, error.strerror)
+            return
+        self._unwritten = ""
 
     def cut(self, step: int) -> None:
-        """Drop rows beyond ``step``, which a resumed run writes again, and a line that a kill cut off."""
+        """Drop rows beyond ``step``, which a resumed run writes again, and lines that are no rows."""
         if not self._enabled or not self._path.exists():
             return
-        kept = []
-        for line in self._path.read_text().splitlines():
+        part = self._path.with_name(f".{self._path.name}.part")
+        part.write_text("".join(f"{json.dumps(row)}\n" for row in read_rows(self._path) if row["step"] <= step))
+        os.replace(part, self._path)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file, which need not exist; lines that a kill has cut off, or somebody else wrote, are left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
-            if row["step"] <= step:
-                kept.append(line)
-        part = self._path.with_name(f".{self._path.name}.part")
-        part.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(part, self._path)
+            if isinstance(row, dict) and isinstance(row.get("step"), int) and not isinstance(row["step"], bool):
+                yield row
