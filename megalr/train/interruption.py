@@ -1,8 +1,8 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C as a request to stop after the current step, and what launchers make of them.
+"""SIGTERM, SIGUSR1, SIGHUP and Ctrl-C as a request to stop after the current step, and what launchers make of them.
 
-SIGUSR1 is what queues such as SLURM send to warn of the end. A run that was stopped by it, by SIGTERM or because its
-launcher is gone ends with code 75, "try again"; after Ctrl-C with 0. What happens around a rank, with DeepSpeed 0.19
-and torch 2.13:
+SIGUSR1 is what queues such as SLURM send to warn of the end, SIGHUP what comes when a terminal is gone; under nohup it
+is ignored, and stays so. A run that was stopped by one of them, by SIGTERM or because its launcher is gone ends with
+code 75, "try again"; after Ctrl-C with 0. What happens around a rank, with DeepSpeed 0.19 and torch 2.13:
 
 - Ctrl-C reaches every process of ``deepspeed``: ranks get SIGINT from the terminal, and SIGTERM from their
   launcher on top. Under ``torchrun`` they have sessions of their own and get one SIGINT from it. So a SIGTERM
@@ -29,12 +29,16 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 TRY_AGAIN = os.EX_TEMPFAIL  # 75: the exit code of a run that was stopped and can go on
-_REQUESTS = (signal.SIGTERM, signal.SIGUSR1)
+_REQUESTS = tuple(
+    number
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+)
 _SAME_REQUEST = 1.0  # seconds
 
 
 def end_at_once_when_asked() -> None:
-    """Make SIGTERM and SIGUSR1 end this process with "try again" until there is something worth saving.
+    """Make SIGTERM, SIGUSR1 and SIGHUP end this process with "try again" until there is something worth saving.
 
     Also while it waits in a library for others, when no handler of Python's is called: a thread does it, which the
     interpreter tells of signals through a pipe. Processes that are forked off are as if this had not been called.
@@ -73,7 +77,7 @@ def _forget_requests() -> None:
 class StopRequest:
     """Notes a request to stop. A context manager: handlers are installed inside and put back afterwards.
 
-    A second Ctrl-C ends the process at once, with code 130. Once there was a request, later SIGTERMs and SIGUSR1s are
+    A second Ctrl-C ends the process at once, with code 130. Once there was a request, later ones but Ctrl-C are
     ignored to the end: launchers repeat them rank by rank, and ranks that were asked to stop end with their own code.
     """
 
@@ -92,7 +96,7 @@ class StopRequest:
         return self._reason
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (*_REQUESTS, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._note)
         self._wakeup = signal.set_wakeup_fd(-1)  # see end_at_once_when_asked
         return self

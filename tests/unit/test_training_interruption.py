@@ -9,16 +9,18 @@ from megalr.train import interruption
 from megalr.train.interruption import StopRequest, agreed_reason, exit_code
 from tests.processes import python, run, started
 
+REQUESTS = (*interruption._REQUESTS, signal.SIGINT)  # without SIGHUP where these tests run under nohup
+
 
 @pytest.fixture(autouse=True)
 def _handlers_as_before():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in REQUESTS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", REQUESTS)
 def test_a_signal_is_a_request(number):
     with StopRequest() as request:
         assert request.reason is None
@@ -97,7 +99,7 @@ end_at_once_when_asked()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", interruption._REQUESTS)
 def test_before_there_is_something_to_save_it_ends_at_once(number):
     """Also in a library that does not come back to Python, as others are waited for."""
     script = "print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)"
@@ -105,6 +107,20 @@ def test_before_there_is_something_to_save_it_ends_at_once(number):
         process.read_until("ready\n")
         process.send_signal(number)
         assert process.wait().code == 75
+
+
+def test_nohup_stays_nohup():
+    script = """
+import os, signal
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from megalr.train.interruption import StopRequest, end_at_once_when_asked
+end_at_once_when_asked()
+os.kill(os.getpid(), signal.SIGHUP)
+with StopRequest() as request:
+    os.kill(os.getpid(), signal.SIGHUP)
+    print(request.reason)
+"""
+    assert run(python(script)).stdout == "None\n"
 
 
 def test_requests_and_processes_that_are_forked_off_do_not_end_it():
