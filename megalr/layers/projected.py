@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from megalr.hosts.tensor_parallel import mark_replaced
 from megalr.layers.base import MergeRounding, Parametrization
 from megalr.layers.tensor_parallel.messages import SharedInput
 from megalr.layers.tensor_parallel.split import Split, become
@@ -258,7 +257,6 @@ class CutProjected(ProjectedLinear):
     def keep(self, split: Split) -> None:
         """Drop what other ranks have."""
         self.split, self.width = split, self.out_features
-        mark_replaced(self)
         split.keep(self, *(("weight", "bias") if split.rows else ("weight",)))
         # Of R and the basis, the one on the side that is cut.
         if split.rows == (self.side == "right"):

@@ -69,7 +69,7 @@ EVENTS = [
             "megalr/optim/events/refactorization.py",
             "for names in _names(own) for name in names for moment in whole[name][1:]]",
             "for names in _names(own) for name in names for moment in whole[name][:0:-1]]",
-            f"{PARAMETRIZATIONS} -k 'moments transported'",
+            "tests/unit/test_refactorize.py",
         ),
         (
             "the new factors are not published",

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
+import megalr
 from megalr.ops import refactorize, transport_moments
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 SHAPES = [(24, 16, 4), (16, 24, 16), (7, 5, 5), (33, 20, 1), (1, 9, 1), (64, 64, 32)]
 
 
@@ -61,10 +64,45 @@ def test_second_moment_of_uncorrelated_gradients_is_carried_in_expectation():
     b, a = pair(6, 5, 3)
     new = refactorize(b, a)
     scale = torch.tensor([0.5, 1.0, 3.0])
-    draws = torch.randn(200_000, 3, generator=torch.Generator().manual_seed(1)) * scale
-    carried = scale.double().square() @ new.map_B.square()
-    observed = (draws.double() @ new.map_B).square().mean(0)
-    torch.testing.assert_close(carried, observed, rtol=0.03, atol=0)
+    draws = (torch.randn(200_000, 3, generator=torch.Generator().manual_seed(1)) * scale).double()
+    squares = {"exp_avg_sq_B": scale.square().expand(6, 3), "exp_avg_sq_A": scale.square()[:, None].expand(3, 5)}
+    carried = transport_moments(new, {"exp_avg_B": b, "exp_avg_A": a, **squares})
+    for row in carried["exp_avg_sq_B"].double():
+        torch.testing.assert_close(row, (draws @ new.map_B).square().mean(0), rtol=0.03, atol=0)
+    for column in carried["exp_avg_sq_A"].T.double():
+        torch.testing.assert_close(column, (draws @ new.map_A.T).square().mean(0), rtol=0.03, atol=0)
+
+
+def after_two_updates(interval):
+    """Factors and moments of a layer by name, with a refactorization every so many updates."""
+    torch.manual_seed(0)
+    config = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "megalr": {
+            "parametrization": {"type": "low_rank", "rank": 3, "target_modules": ["0"]},
+            "refactorization": {"interval": interval, "moments": "transport"},
+        },
+    }
+    model = nn.Sequential(nn.Linear(9, 7, bias=False))
+    megalr.parametrize(model, config)
+    optimizer = megalr.build_optimizer(model, config)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(32, 9)).sub(1).square().sum().backward()
+        optimizer.step()
+    layer = model[0]
+    found = {"B": layer.B.detach(), "A": layer.A.detach()}
+    return found | {f"{key}_{n}": optimizer.state[getattr(layer, n)][key] for key in MOMENTS for n in ("B", "A")}
+
+
+def test_the_optimizer_carries_each_moment_by_its_own_map():
+    before, after = after_two_updates(3), after_two_updates(2)
+    new = refactorize(before["B"], before["A"])
+    expected = transport_moments(new, {name: value for name, value in before.items() if len(name) > 1})
+    for name, value in {"B": new.B, "A": new.A, **expected}.items():
+        # A pair of singular vectors has no sign of its own.
+        torch.testing.assert_close(after[name].abs(), value.abs(), rtol=1e-3, atol=1e-6)
+    assert all((after[f"exp_avg_sq_{n}"] >= 0).all() and (after[f"exp_avg_{n}"] < 0).any() for n in ("B", "A"))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

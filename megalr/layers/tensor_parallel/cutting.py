@@ -10,6 +10,7 @@ from torch import nn
 
 from megalr.errors import UserError
 from megalr.hosts.autotp import Cut
+from megalr.hosts.tensor_parallel import mark_replaced
 from megalr.layers.base import FullConfig, Parametrization, ParametrizationConfig
 from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.layers.replacement import replaced_layers
@@ -46,6 +47,7 @@ def cut_layers(
                 f'"type": {_one_of(types_that_are_cut())}, or leave out megalr.parametrization; a parametrization of '
                 "your own needs a method `cut`, see megalr.layers.base.Parametrization"
             ) from error
+        mark_replaced(layer)
         if split.rows:
             siblings.setdefault(name.rpartition(".")[0], []).append(layer)
     if isinstance(config, Parametrization):

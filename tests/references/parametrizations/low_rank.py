@@ -14,7 +14,7 @@ from megalr.layers import densify
 from tests.equality import Case
 from tests.odd_model import layered_model
 from tests.reference import Recipe, Reference
-from tests.references import REFERENCES
+from tests.references import REFERENCES, hyperparameters
 from tests.references.parametrizations.common import Adams, Plain
 from tests.small_llama import small_llama
 
@@ -69,6 +69,9 @@ def low_rank(
             which no theory fixes, so that there is no reference.
     """
     settings = dict(REFERENCES[rule].on_factors or {})
+    # A rule's own betas and epsilon serve what it does not train as well.
+    known = hyperparameters(REFERENCES[rule]) | settings
+    adam = {key: known[key] for key in ("betas", "eps") if key in known}
     megalr = {
         **MEGALR,
         "refactorization": {**MEGALR["refactorization"], "moments": moments},
@@ -80,6 +83,7 @@ def low_rank(
         rates = {"lr": settings.get("lr", ADAMW["lr"]), "embedding_lr": ADAMW["embedding"]["lr"]}
         recipe = Recipe(
             **{key: functools.partial(_constant, rate) for key, rate in rates.items()},
+            **adam,
             weight_decay=ADAMW["weight_decay"],
             clip=clip,
             refactorize_every=megalr["refactorization"]["interval"],
