@@ -18,6 +18,7 @@ from tests.structure import HOSTS, Module, attributes, imported, sources, tables
 ORDER = (
     "errors version",
     "schema seeding disk plugins discovery formatting processes",
+    "locks",
     "ops layout",
     "rules",
     "hosts",
