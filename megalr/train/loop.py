@@ -129,7 +129,7 @@ class Loop:
             while self.step < settings.steps and reason is None:
                 self._train_step()
                 if self._ranks.is_first:
-                    self._folder.drop_replaced()
+                    self._folder.drop_old_run()
                 reason, save = self._what_next(request, time.monotonic() - saved_at)
                 if save:
                     self.save()

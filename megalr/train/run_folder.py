@@ -81,30 +81,30 @@ class RunFolder:
         return [*folders, self.metrics, self.plot, self.summary, self.routing, self.settings]
 
     @property
-    def replaced(self) -> Path:
+    def old_run(self) -> Path:
         """Where a run is that is to be deleted, until the one in its place has made an update."""
         return self.path / ".replaced"
 
     def set_aside(self) -> None:
-        """Make room for a new run; what was written comes back unless :meth:`drop_replaced` is called."""
-        self.replaced.mkdir()
+        """Make room for a new run; what was written comes back unless :meth:`drop_old_run` is called."""
+        self.old_run.mkdir()
         for path in self.written:
             if path.exists():
-                path.rename(self.replaced / path.name)
+                path.rename(self.old_run / path.name)
 
     def put_back(self) -> None:
         """Undo :meth:`set_aside`, if it was called and nothing has come of it."""
-        if self.replaced.is_dir():
+        if self.old_run.is_dir():
             self.clear()
-            for path in self.replaced.iterdir():
+            for path in self.old_run.iterdir():
                 path.rename(self.path / path.name)
-            self.replaced.rmdir()
+            self.old_run.rmdir()
 
-    def drop_replaced(self) -> None:
+    def drop_old_run(self) -> None:
         """Delete what was set aside."""
         # A kill in mid-deletion must not have the rest come back as if it were a run.
-        if self.replaced.is_dir():
-            dropped = self.replaced.rename(self.path / f".deleted-{time.time_ns()}")
+        if self.old_run.is_dir():
+            dropped = self.old_run.rename(self.path / f".deleted-{time.time_ns()}")
             shutil.rmtree(dropped, ignore_errors=True)
 
     def clear(self) -> None:
@@ -139,7 +139,7 @@ def take_run_folder(name: str, output: str | None, *, resume: bool, overwrite: b
     """
     if output is not None:
         folder = RunFolder(Path(output).expanduser())
-        if not folder.replaced.is_dir():
+        if not folder.old_run.is_dir():
             _check(folder, resume=resume, overwrite=overwrite)  # before anything is made there
         lock.take(folder.path)
         folder.put_back()

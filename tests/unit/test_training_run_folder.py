@@ -143,7 +143,7 @@ def test_a_run_that_is_to_be_replaced_comes_back_unless_something_has_come_of_th
     assert sorted(path.relative_to("mine") for path in Path("mine").rglob("*")) == before
     folder.set_aside()
     folder.settings.write_text("new")
-    folder.drop_replaced()
+    folder.drop_old_run()
     folder.put_back()
     assert [path.name for path in Path("mine").iterdir()] == ["run.json"]
 
