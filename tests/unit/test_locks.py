@@ -6,13 +6,12 @@ import json
 import os
 import signal
 import socket
-import time
 
 import pytest
 
 from megalr import locks
 from megalr.locks import NAME, FolderInUseError, FolderLock
-from tests.processes import python, started
+from tests.processes import python, run, started
 
 HOLDING = """
 import sys, time
@@ -58,19 +57,23 @@ def test_a_killed_holder_holds_nothing(tmp_path):
         lock.take(tmp_path)
 
 
+FORKING = """
+import multiprocessing, sys, time
+from pathlib import Path
+from megalr.locks import FolderLock
+lock = FolderLock()
+lock.take(Path(sys.argv[1]))
+child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+child.start()
+lock.release()
+FolderLock().take(Path(sys.argv[1]))
+child.kill()
+print("taken again")
+"""
+
+
 def test_a_child_that_lives_on_does_not_hold_it(tmp_path):
-    lock = FolderLock()
-    lock.take(tmp_path)
-    child = os.fork()
-    if child == 0:
-        time.sleep(60)
-        os._exit(0)
-    try:
-        lock.release()
-        FolderLock().take(tmp_path)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    assert run(python(FORKING, tmp_path), warm=True).stdout == "taken again\n"
 
 
 def test_without_locks_the_process_is_looked_for(tmp_path, monkeypatch, caplog):
