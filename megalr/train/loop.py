@@ -128,7 +128,7 @@ class Loop:
             self._screen.start_bar(self.step, settings.steps)
             while self.step < settings.steps and reason is None:
                 self._train_step()
-                if self._ranks.is_first:
+                if self.step == 1 and self._ranks.is_first:
                     self._folder.drop_old_run()
                 reason, save = self._what_next(request, time.monotonic() - saved_at)
                 if save:

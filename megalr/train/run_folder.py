@@ -141,8 +141,7 @@ def take_run_folder(name: str, output: str | None, *, resume: bool, overwrite: b
         folder = RunFolder(Path(output).expanduser())
         if not folder.old_run.is_dir():
             _check(folder, resume=resume, overwrite=overwrite)  # before anything is made there
-        lock.take(folder.path)
-        folder.put_back()
+        _hold(folder, lock)
         _check(folder, resume=resume, overwrite=overwrite)
         return folder
     numbered = _default_folders(name)
@@ -151,11 +150,10 @@ def take_run_folder(name: str, output: str | None, *, resume: bool, overwrite: b
         if not candidates:
             raise UserError(f"there is no checkpoint under {numbered[0].path}: name the run's folder with --output")
         folder = max(candidates, key=lambda folder: folder.saved_at or 0.0)
-        lock.take(folder.path)
+        _hold(folder, lock)
         return folder
     if overwrite:
-        lock.take(numbered[0].path)
-        numbered[0].put_back()
+        _hold(numbered[0], lock)
         _check(numbered[0], resume=False, overwrite=True)
         return numbered[0]
     for number in itertools.count(1):
@@ -163,10 +161,10 @@ def take_run_folder(name: str, output: str | None, *, resume: bool, overwrite: b
         if folder.is_taken:
             continue
         with contextlib.suppress(FolderInUseError):  # of a run that has written nothing yet
-            lock.take(folder.path)
+            _hold(folder, lock)
             if not folder.is_taken:
                 break
-            lock.release()  # that run has begun, and ended, meanwhile
+            lock.release()  # a run has begun, and ended, meanwhile, or has come back
     return folder
 
 
@@ -187,6 +185,12 @@ def _default_folders(name: str) -> list[RunFolder]:
 
 def _numbered(name: str, number: int) -> RunFolder:
     return RunFolder(Path("runs") / (name if number == 1 else f"{name}-{number}"))
+
+
+def _hold(folder: RunFolder, lock: FolderLock) -> None:
+    """Keep others out; what a killed ``--overwrite`` had set aside comes back."""
+    lock.take(folder.path)
+    folder.put_back()
 
 
 def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:

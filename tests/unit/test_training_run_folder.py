@@ -160,6 +160,13 @@ def test_a_run_comes_back_whose_replacement_was_killed_before_it_had_made_an_upd
     assert folder.summary.exists() and folder.settings.read_text() == "{}"
 
 
+def test_without_a_folder_the_run_comes_back_too():
+    folder = make_run("runs/zero2", finished=True)
+    folder.set_aside()
+    assert choose() == Path("runs/zero2-2")
+    assert folder.summary.exists()
+
+
 def test_links_are_not_overwritten(tmp_path):
     folder = make_run("mine", finished=True)
     folder.checkpoints.rename("elsewhere")
