@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,10 +68,12 @@ class Manifest:
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write it, with its own checksum, to the disk."""
+    """Write it, with its own checksum, to the disk; under its name it is whole at every moment."""
     content = json.loads(json.dumps(content))  # as it will be read: JSON makes one of keys that look alike
     outer = {"version": VERSION, "checksum": _checksum(content), "content": content}
-    write_and_sync(folder / MANIFEST, json.dumps(outer))
+    part = folder / f"{MANIFEST}.part"
+    write_and_sync(part, json.dumps(outer))
+    os.replace(part, folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -21,7 +21,7 @@ from megalr.disk import sync, write_and_sync
 from megalr.errors import UserError
 
 # What is in a checkpoint's folder, and what NFS makes of a file that is deleted while another process has it open.
-OWN_NAMES = re.compile(r"rank-\d+\.safetensors|manifest\.json|\.nfs\w+")
+OWN_NAMES = re.compile(r"rank-\d+\.safetensors|manifest\.json(\.part)?|\.nfs\w+")
 
 
 def unfinished(directory: Path, tag: str) -> Path:

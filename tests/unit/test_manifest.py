@@ -17,6 +17,7 @@ from megalr.checkpoint.manifest import (
     VERSION,
     problems,
     read_manifest,
+    write_manifest,
 )
 from megalr.checkpoint.saving import wait_for_checkpoint, write_entries
 from megalr.errors import UserError
@@ -38,6 +39,22 @@ def refusal(folder, tag="step3"):
     with pytest.raises(UserError) as caught:
         _find(folder, tag)
     return str(caught.value)
+
+
+def test_a_manifest_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A process may be killed between any two calls; what looks like a checkpoint is one."""
+    write_manifest(tmp_path, {"number": 1})
+
+    def killed(handle):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    for folder in (tmp_path, tmp_path / "another"):
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(KeyboardInterrupt):
+            write_manifest(folder, {"number": 2})
+    assert read_manifest(tmp_path).content == {"number": 1}
+    assert not (tmp_path / "another" / MANIFEST).exists()
 
 
 def check_passed_over(folder, reason):
