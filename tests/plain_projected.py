@@ -117,8 +117,9 @@ class _Basis:
             adam, turn = self.adams[i], self.Q.T @ Q
             if self.section.get("moments") == "reset":
                 adam.reset()
-            if self.section.get("moments") == "transport" and adam.t:
-                adam.m, adam.v = adam.m @ turn, adam.v @ turn**2
+            if self.section.get("moments") in ("transport", "transport_first") and adam.t:
+                adam.m = adam.m @ turn
+                adam.v = adam.v @ turn**2 if self.section["moments"] == "transport" else adam.v
         self.Q, self.owed = Q, 1.0
         self.refreshes += 1
 

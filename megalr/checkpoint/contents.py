@@ -22,7 +22,7 @@ from megalr.layout.placement import Unit
 from megalr.layout.rectangles import Entry, Piece, folded, rectangles
 from megalr.optim.forms import logical_form
 from megalr.optim.optimizer import MegalrOptimizer
-from megalr.optim.state import MOMENTS, check, entries_of, make_room, numbers_of, set_rates, settle
+from megalr.optim.state import MOMENTS, check, entries_of, make_room, notes, numbers_of, set_rates, settle
 
 
 class Contents:
@@ -121,6 +121,7 @@ class Contents:
             )
         self._check_places(read)
         dropped = [check(self._optimizer, numbers["optimizer"])]
+        self.notes += notes(self._optimizer, numbers["optimizer"])
         if numbers["schedule"] is not None and not self._schedule_goes_on(numbers):
             dropped.append(f"the state of the learning-rate schedule {numbers['schedule']['type']}")
         return " and ".join(filter(None, dropped))

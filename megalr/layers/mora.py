@@ -24,7 +24,7 @@ class MoraConfig(Parametrization):
 
     W0 (m, n) is the layer's own weight, frozen. M (r̂, r̂) has no more elements than B and A of LoRA with that r, but its
     change of W has a rank of r̂ or more: r̂ = floor(sqrt((m + n) r)), and at most m and n. M starts at zero.
-    Source: arXiv 2405.12130 and its code.
+    Source: arXiv 2405.12130 and its code, which rounds the root to nearest and so may have more elements than LoRA.
 
     Floats of an m x n layer: m n of W0, without gradient or state; r̂² ≤ (m + n) r trained, 2 r̂² of AdamW's moments.
 
@@ -33,6 +33,7 @@ class MoraConfig(Parametrization):
             repeats M's. 6 rotates: each run of r̂ elements of x goes through M by itself, rotated by its number as
             positions are in RoPE, and the results stand one after the other; r̂ is made even. The last run of x is
             filled up from the first, as published.
+        published: round r̂ to nearest, as the published code does.
     """
 
     parts: ClassVar[frozenset[str]] = frozenset({"weight", "M"})
@@ -41,10 +42,12 @@ class MoraConfig(Parametrization):
 
     type: str = "mora"
     mora_type: Literal[1, 6] = 6
+    published: bool = False
 
     def side(self, shape: torch.Size | tuple[int, int]) -> int:
         """r̂ of an m x n matrix."""
-        side = min(math.isqrt(sum(shape) * self.rank), *shape)
+        elements = sum(shape) * self.rank
+        side = min(int(elements**0.5 + 0.5) if self.published else math.isqrt(elements), *shape)
         return side // 2 * 2 if self.mora_type == 6 else side
 
     def check(self, name: str, layer: nn.Linear) -> None:

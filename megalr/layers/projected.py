@@ -20,6 +20,7 @@ from megalr.layers.base import MergeRounding, Parametrization
 from megalr.layers.tensor_parallel.messages import SharedInput
 from megalr.layers.tensor_parallel.split import Split, become
 from megalr.rules.bases import Projector, Side, random_basis
+from megalr.rules.projected import Moments
 from megalr.schema import require
 from megalr.seeding import generator
 
@@ -40,7 +41,7 @@ class ProjectedConfig(Parametrization):
         projector: how the basis is computed; see :func:`megalr.rules.bases.leading_basis`. "random" needs no gradient.
         random_from: updates after which bases are random whatever the projector is (GoLore, arXiv 2410.11289).
         moments: what R's moments become at a refresh: "keep" leaves them, "reset" zeroes them and their count,
-            "transport" rotates them into the new basis.
+            "transport" rotates them into the new basis, "transport_first" the first one alone.
         stagger: layers refresh one after the other, spread over the gap, and start with random bases. False: all at
             updates 0, gap, 2 gap, ..., as GaLore does.
         share_basis: layers that read the same input keep one Q, from their stacked gradients, and save one x Q. None:
@@ -71,7 +72,7 @@ class ProjectedConfig(Parametrization):
     update_proj_gap: int = 200
     projector: Projector = "svd"
     random_from: int | None = None
-    moments: Literal["keep", "reset", "transport"] = "keep"
+    moments: Moments = "keep"
     stagger: bool = True
     share_basis: bool | None = None
     compute: Compute = "auto"

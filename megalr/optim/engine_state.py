@@ -6,22 +6,26 @@ keeps of rules and events.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megalr.errors import UserError
 from megalr.layout.rectangles import Entry
 from megalr.optim.clock import Clock
 from megalr.optim.events.base import Event
-from megalr.optim.forms import in_words, layer_form, rule_form
+from megalr.optim.forms import changed_settings, in_words, layer_form, rule_form, rule_settings
 from megalr.optim.state import event_numbers, kept_entries, load_event_numbers
 
 if TYPE_CHECKING:
     from megalr.optim.optimizer import MegalrOptimizer
+
+logger = logging.getLogger(__name__)
 
 COMMON = ("updates", "clocks", "form", "matrices")  # everything else that version 0.1 wrote is of an event
 
@@ -55,6 +59,7 @@ def save(optimizer: MegalrOptimizer, waiting: Loaded | None, *, is_prepared: boo
     return {
         **optimizer.counts(),
         "form": rule_form(optimizer.config) | layer_form(optimizer.config),
+        "settings": rule_settings(optimizer.config),
         "events": event_numbers(optimizer),
         **vars(waiting),
     }
@@ -80,6 +85,9 @@ def load(optimizer: MegalrOptimizer, state_dict: Mapping[str, Any]) -> Loaded:
             f"the checkpoint was written with {in_words(before)}, the configuration has {in_words(form)}: "
             "resume with the optimizer settings that it was written with"
         )
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for note in changed_settings(saved.get("settings"), optimizer.config):
+            logger.warning(note)
     if "tensors" not in saved:
         saved = _from_version_0_1(saved)
     optimizer.updates = saved["updates"]

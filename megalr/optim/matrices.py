@@ -14,7 +14,7 @@ from megalr.layout.placement import Unit, assign_owners, imbalance, least_imbala
 from megalr.layout.rectangles import Entry
 from megalr.layout.rounds import Rounds
 from megalr.layout.shard import Shard
-from megalr.rules.base import Basis, Rule, Shape, State, tensors_of
+from megalr.rules.base import Basis, Rule, Shape, State, tensor, tensors_of
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,16 @@ class MatrixUpdater:
         self._whole = {m.name for m in self.matrices if all(f.rank == m.owner for f in self._layout.of(m.name))}
         self.states: dict[str, State] = {}
 
-    def update(self, which: Sequence[int], gradients: Field, *, lr: float, weight_decay: float, updates: int) -> None:
+    def update(
+        self,
+        which: Sequence[int],
+        gradients: Field,
+        *,
+        lr: float,
+        weight_decay: float,
+        updates: int,
+        schedule: float = 1.0,
+    ) -> None:
         """Update all matrices that lie in some of the flat buffers; collective.
 
         Args:
@@ -152,6 +161,7 @@ class MatrixUpdater:
             gradients: flat, in the buffers' layout; those of other buffers are not read.
             lr, weight_decay: W -= lr (update + λ W).
             updates: made so far.
+            schedule: the learning rate over that of the JSON.
         """
         masters = self._shard.buffers
         resting = self._resting(updates)
@@ -165,7 +175,8 @@ class MatrixUpdater:
             master.add_(update.to(master.device), alpha=-lr)
 
         def compute(units: Sequence[Unit], whole: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-            return {name: [self._run(name, whole.pop(name)[0], updates)] for unit in units for name in unit.names}
+            names = [name for unit in units for name in unit.names]
+            return {name: [self._run(name, whole.pop(name)[0], updates, schedule)] for name in names}
 
         cut, local = self._cut_and_local(which, resting)
         rounds = Rounds(self.exchange, cut, [gradients])
@@ -173,7 +184,7 @@ class MatrixUpdater:
             (fragment,) = self._layout.on(matrix.name, self._shard.rank)
             grad, weight = (self._view(field, fragment, matrix.shape) for field in (gradients, masters))
             basis = self._begin(matrix, grad, sent, updates)
-            matrix.rule.apply(weight, grad, self._state(matrix), basis, lr=lr)
+            matrix.rule.scheduled(schedule).apply(weight, grad, self._state(matrix), basis, lr=lr)
         rounds.run(compute, [apply], like=masters[0])
 
     def reset(self, parameters: Iterable[str]) -> None:
@@ -182,6 +193,20 @@ class MatrixUpdater:
         for matrix in self.matrices:
             if matrix.name in self.states and _parameter(matrix.name) in chosen:
                 matrix.rule.reset(self.states[matrix.name])
+
+    def carry(self, parameter: str, turn: Tensor, *, left: bool) -> None:
+        """Carry what this rank keeps of a matrix into other coordinates, where it is linear in the gradients.
+
+        Args:
+            parameter: the matrix's name.
+            turn: what maps old gradients to new ones, from the left or from the right; square.
+            left: which.
+        """
+        if parameter in self.states:
+            state = self.states[parameter]
+            for key in self._by_name[parameter].rule.linear_keys:
+                old = tensor(state, key)
+                old.copy_(turn.to(old) @ old if left else old @ turn.to(old))
 
     def numbers(self) -> dict[str, dict[str, int]]:
         """The numbers in the states of this rank's matrices."""
@@ -208,8 +233,10 @@ class MatrixUpdater:
         """
         device = self._shard.buffers[0].device
         mine = {m.name: m for m in self.matrices if self._keeps(m) and m.name in numbers}
-        fresh = {} if saved else {name: m.rule.init_state(m.shape, device) for name, m in mine.items()}
-        self.states = {name: fresh.get(name, {}) | dict(numbers[name]) for name in mine}
+        self.states = {
+            name: dict(numbers[name]) if saved else m.rule.room(numbers[name], m.shape, device)
+            for name, m in mine.items()
+        }
         for entry, outline in saved.items():
             kind, _, place = entry.partition("/")
             name, _, key = place.rpartition("/")
@@ -317,17 +344,18 @@ class MatrixUpdater:
         for i in due:
             basis = bases[i]
             if basis is None:
-                state = tensors_of(self._state(local[i]))
-                basis = {key: torch.empty_like(state[key]) for key in local[i].rule.basis_keys(local[i].shape)}
+                state = self._state(local[i])
+                keys = local[i].rule.basis_keys_of(state, local[i].shape)
+                basis = {key: torch.empty_like(tensor(state, key)) for key in keys}
                 bases[i] = basis
             for key in sorted(basis):
                 self.exchange.broadcast(basis[key], local[i].owner)
         return bases
 
-    def _run(self, name: str, grad: Tensor, updates: int) -> Tensor:
+    def _run(self, name: str, grad: Tensor, updates: int, schedule: float) -> Tensor:
         matrix = self._by_name[name]
         basis = self._begin(matrix, grad, None, updates)
-        return matrix.rule.update(grad, self._state(matrix), basis)
+        return matrix.rule.scheduled(schedule).update(grad, self._state(matrix), basis)
 
     def _begin(self, matrix: Matrix, grad: Tensor, sent: Basis | None, updates: int) -> Basis | None:
         """Count a call of the rule; compute the basis where one is due and none was sent."""

@@ -201,6 +201,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
                 lr=step.lr,
                 weight_decay=step.weight_decay,
                 updates=step.updates,
+                schedule=self._schedule(group["name"], step.lr),
             )
             return
         self.ensure_moments(here.values())
@@ -208,6 +209,11 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
             self.layer_events.update(sorted(here), self._prepared.flat_gradients(here), step)
             return
         adamw(list(here.values()), self.state, step, reset=name in self._resets_due(self.updates + 1))
+
+    def _schedule(self, group: str, lr: float) -> float:
+        """A group's learning rate over that of the JSON."""
+        given = next(each.settings.lr for each in self.groups if each.name == group)
+        return lr / given if given else 1.0
 
     def _end_update(self) -> None:
         """Count what has been done, and run the events that are due."""

@@ -11,7 +11,7 @@ from megalr.errors import UserError
 from megalr.layout.rectangles import Entry, entry_of
 from megalr.optim.clock import Clock
 from megalr.optim.events.base import LayerEvents
-from megalr.optim.forms import in_words, layer_form, logical_form, rule_form
+from megalr.optim.forms import changed_settings, in_words, layer_form, logical_form, rule_form, rule_settings
 
 if TYPE_CHECKING:
     from megalr.optim.optimizer import MegalrOptimizer
@@ -34,6 +34,7 @@ def numbers_of(optimizer: MegalrOptimizer) -> dict[str, Any]:
         "lr": {group["name"]: float(group["lr"]) for group in optimizer.all_groups},
         "rule": rule_form(optimizer.config),
         "logical_rule": logical_form(optimizer.config),
+        "settings": rule_settings(optimizer.config),
         "by_rule": _by_rule(optimizer),
         "layers": layer_form(optimizer.config),
         "events": event_numbers(optimizer),
@@ -111,6 +112,12 @@ def check(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> str:
             "with the target_modules, head and embeddings of optimizer.params that it was written with"
         )
     return ""
+
+
+def notes(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> list[str]:
+    """Sentences for the log on what goes on in another way than it did; for what :func:`check` has let pass."""
+    begins_anew = numbers["logical_rule"] != logical_form(optimizer.config)
+    return [] if begins_anew else changed_settings(numbers.get("settings"), optimizer.config)
 
 
 def make_room(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:

@@ -35,7 +35,7 @@ def reset_moments(state: State) -> None:
     state["step"] = 0
 
 
-def rotate_moments(state: State, turn: Tensor, *, left: bool) -> None:
+def rotate_moments(state: State, turn: Tensor, *, left: bool, second: bool = True) -> None:
     """Carry the moments into another basis, in place.
 
     The first moment maps as gradients do. The second has no exact map; squared coefficients are right for gradients
@@ -45,7 +45,8 @@ def rotate_moments(state: State, turn: Tensor, *, left: bool) -> None:
         state: "exp_avg" and "exp_avg_sq", (r, n) for a left basis or (m, r) for a right one.
         turn: (r, r), newᵀ · old.
         left: which side the basis is on.
+        second: whether the second moment is carried, too.
     """
-    for key, matrix in (("exp_avg", turn), ("exp_avg_sq", turn.square())):
+    for key, matrix in (("exp_avg", turn), ("exp_avg_sq", turn.square()))[: 1 + second]:
         moment = tensor(state, key)
         moment.copy_(matrix @ moment if left else moment @ matrix.T)

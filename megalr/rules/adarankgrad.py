@@ -11,6 +11,8 @@ from torch import Tensor
 from megalr.errors import UserError
 from megalr.rules.base import Basis, State, count, tensor
 from megalr.rules.galore import GaLore
+from megalr.rules.projected import Moments
+from megalr.rules.scaling import in_units_of_largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class AdaRankGrad(GaLore):
 
     energy: float = 0.99
     projector: Literal["svd", "eigh", "randomized"] = "svd"
-    moments: Literal["keep", "reset", "transport"] = "transport"
+    moments: Moments = "transport"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +49,7 @@ class AdaRankGrad(GaLore):
 
     def new_basis(self, grad: Tensor, state: State, *, updates: int, seed: int, name: str) -> Basis:
         ((side, basis),) = super().new_basis(grad, state, updates=updates, seed=seed, name=name).items()
+        grad = in_units_of_largest(grad)  # whose squares are of no size of their own
         coordinates = basis.T @ (grad if side == "left" else grad.T)  # (r, n) or (r, m)
         explained = coordinates.square().sum(1).cumsum(0)  # by the first 1, 2, ..., r vectors
         enough = self.energy * grad.square().sum()

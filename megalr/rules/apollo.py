@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from megalr.errors import UserError
 from megalr.rules.adam_moments import adam_direction
-from megalr.rules.base import Basis, Shape, State, count
+from megalr.rules.base import Basis, Shape, State, count, tensor
 from megalr.rules.checks import require_positive
 from megalr.rules.fira import GROWTH_LIMIT
 from megalr.rules.projected import ProjectedRule, limit_growth, project
@@ -20,10 +21,13 @@ from megalr.seeding import generator
 
 @dataclass(frozen=True, kw_only=True)
 class Apollo(ProjectedRule):
-    """R = Pᵀ G,  N = Adam(R),  update = √α s G limited in growth,  s = ‖N‖ / ‖R‖ by channel or over the whole matrix.
+    """R = Pᵀ G,  N = Adam(R),  update = √α c L(s G / c),  s = ‖N‖ / ‖R‖ by channel or over the whole matrix.
 
-    P is Gaussian with variance 1/r, drawn anew at every refresh; it needs no gradient. Channels are R's columns for a
-    left projection, its rows for a right one. Source: arXiv 2412.05270, algorithm 1.
+    L limits the growth of its argument's norm to 1 % an update; c = √(1-β2^t) / (1-β1^t) is the bias correction, which
+    L does not see, as in the authors' code. P is Gaussian with variance 1/r, drawn anew at every refresh; it needs no
+    gradient. Channels are R's columns for a left projection, its rows for a right one. Source: arXiv 2412.05270,
+    algorithm 1. Against the code: r is at most the matrix's shorter side, where the code draws a P with more columns
+    than rows, whose R would be larger than G and take more memory than Adam.
 
     Attributes:
         scale: α, whose root is a factor on the update.
@@ -47,7 +51,12 @@ class Apollo(ProjectedRule):
             raise UserError('optimizer.params.proj_type is "full", which APOLLO does not define; write "std"')
 
     def init_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
-        return {**super().init_state(shape, device), "norm": torch.zeros((), device=device)}
+        return {"version": 2, **super().init_state(shape, device), "norm": torch.zeros((), device=device)}
+
+    def room(self, numbers: Mapping[str, int], shape: Shape, device: torch.device | str) -> State:
+        state = self.init_state(shape, device)
+        del state["version"]  # as the numbers have it
+        return state | dict(numbers)
 
     def state_numel(self, shape: Shape) -> int:
         return super().state_numel(shape) + 1
@@ -70,9 +79,18 @@ class Apollo(ProjectedRule):
         self.adopt(state, basis)
         low = project(grad, state)
         direction = adam_direction(low, state, self.betas, self.eps)
+        if "version" not in state:  # the last norm is of a time when the limiter saw scale and correction
+            tensor(state, "norm").div_(math.sqrt(self.scale) * self._correction(count(state, "step") - 1))
+            state["version"] = 2
         if self.scale_type == "tensor":
             factor = direction.norm() / (low.norm() + 1e-8)
         else:
             axis = 0 if "left" in state else 1
             factor = direction.norm(dim=axis, keepdim=True) / (low.norm(dim=axis, keepdim=True) + 1e-8)
-        return limit_growth(grad * (factor * math.sqrt(self.scale)), state, GROWTH_LIMIT)
+        correction = self._correction(count(state, "step"))
+        limited = limit_growth(grad * (factor / correction), state, GROWTH_LIMIT)
+        return limited.mul_(correction * math.sqrt(self.scale))
+
+    def _correction(self, step: int) -> float:
+        """c after so many updates."""
+        return math.sqrt(1 - self.betas[1] ** step) / (1 - self.betas[0] ** step) if step else 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -37,6 +37,11 @@ class Rule(ABC):
     unused: ClassVar[frozenset[str]] = frozenset()
     # Keys of the state that a momentum reset makes zero: moments, and the counts that correct their bias.
     reset_keys: ClassVar[tuple[str, ...]] = ()
+    # Keys of the state that are linear in the matrix's gradients, of a rule that keeps nothing else of them: what maps
+    # gradients into other coordinates carries the state exactly.
+    linear_keys: ClassVar[tuple[str, ...]] = ()
+    # Settings that stood for something else, where the JSON leaves them out, when checkpoints did not name them yet.
+    former_defaults: ClassVar[Mapping[str, object]] = {}
     # Why the rule cannot train the factors of a low-rank layer; empty where it can.
     not_for_factors: ClassVar[str] = ""
     # Whether it also takes a vector among those factors, as a matrix with one row.
@@ -50,9 +55,27 @@ class Rule(ABC):
         """The rule as an embedding has it, where it is given the embeddings."""
         return self
 
+    def scheduled(self, factor: float) -> Rule:
+        """The rule at a moment of the learning rate's schedule, where more than the step depends on it.
+
+        Args:
+            factor: this update's learning rate over that of the JSON.
+        """
+        return self
+
     @abstractmethod
     def init_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
         """The state of an m x n matrix before its first update."""
+
+    def room(self, numbers: Mapping[str, int], shape: Shape, device: torch.device | str) -> State:
+        """A state to read saved tensors into; a rule whose states have had other shapes tells them by their numbers.
+
+        Args:
+            numbers: of the saved state.
+            shape: (m, n).
+            device: of the tensors.
+        """
+        return self.init_state(shape, device) | dict(numbers)
 
     @abstractmethod
     def update(self, grad: Tensor, state: State, basis: Basis | None) -> Tensor:
@@ -129,6 +152,10 @@ class Rule(ABC):
     def basis_keys(self, shape: Shape) -> tuple[str, ...]:
         """The keys of what :meth:`new_basis` gives, which are keys of the state."""
         return ()
+
+    def basis_keys_of(self, state: State, shape: Shape) -> tuple[str, ...]:
+        """The same of a state, which an earlier version may have made with other keys."""
+        return self.basis_keys(shape)
 
     def phase(self, index: int, count: int) -> int:
         """When the ``index``-th of ``count`` matrices refreshes; handed back to :meth:`refresh_due`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -13,7 +14,7 @@ from megalr.rules.adam_moments import adam_direction, adam_state
 from megalr.rules.base import Basis, Shape, State, count, tensor
 from megalr.rules.bases import Projector
 from megalr.rules.checks import require_at_least
-from megalr.rules.projected import ProjectedRule, factors_back, project, project_back
+from megalr.rules.projected import Moments, ProjectedRule, factors_back, project, project_back
 from megalr.seeding import generator
 
 
@@ -22,30 +23,32 @@ class FRUGAL(ProjectedRule):
     """update = P Adam(Pᵀ G) + σ sign(G - P Pᵀ G), and at a new P Adam's moments start from zero.
 
     P holds a random choice of G's columns ("columns"), or a basis of a subspace as GaLore's: its share of all columns,
-    or of the shorter side, is the density. Source: arXiv 2411.07837, algorithm 1, with Adam and signSGD, and its code,
-    whose defaults these are. State with columns: 2 m k + k for k = density · n; with a basis as GaLore's.
+    or of its side's dimensions, is the density. Source: arXiv 2411.07837, algorithm 1, with Adam and signSGD, and its
+    code, whose defaults these are. State with columns: 2 m k + k for k = ⌊density · n⌋, at least 1; with a basis as
+    GaLore's, of a rank that is rounded. A state keeps the k that it was made with.
 
     The paper's blockwise variant, in which whole matrices take turns, is left out; the ``badam`` rule has that choice
     of what is active, without the signs.
 
     Attributes:
-        density: share of the columns, or of the shorter side's dimensions, that has Adam's state.
+        density: share of the columns, or of the projected side's dimensions, that has Adam's state.
         projector: "columns", or how a basis is computed.
         state_free_scale: σ, the learning rate of the signs over Adam's.
-        moments: what they become at a new P; "transport" is for bases.
+        moments: what they become at a new P; "transport" and "transport_first" are for bases.
     """
 
     type_name: ClassVar[str] = "FRUGAL"
     name: ClassVar[str] = "frugal"
     default_eps: ClassVar[float] = 1e-8
-    unused: ClassVar[frozenset[str]] = frozenset({"rank"})
+    unused: ClassVar[frozenset[str]] = frozenset({"rank", "former_ranks"})
 
     density: float = 0.25
     projector: Projector | Literal["columns"] = "columns"  # type: ignore[assignment]
     state_free_scale: float = 1.0
-    moments: Literal["keep", "reset", "transport"] = "reset"
+    moments: Moments = "reset"
     eps: float = 1e-8
     rank: int = 1  # of no account
+    former_ranks: bool = False  # as states without a version have them
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,8 +57,9 @@ class FRUGAL(ProjectedRule):
             raise UserError(f"optimizer.params.density is {self.density}; write a number in (0, 1]")
         if self.proj_type == "full":
             raise UserError('optimizer.params.proj_type is "full", which FRUGAL does not define; write "std"')
-        if self._has_columns and self.moments == "transport":
-            raise UserError('optimizer.params.moments is "transport", which needs a basis: write "reset" or "keep"')
+        if self._has_columns and self.moments not in ("reset", "keep"):
+            given = f'optimizer.params.moments is "{self.moments}"'
+            raise UserError(f'{given}, which needs a basis: write "reset" or "keep"')
 
     def form(self) -> dict[str, str | int | bool]:
         # A number that is not whole stands as text, so that all forms compare alike.
@@ -65,17 +69,27 @@ class FRUGAL(ProjectedRule):
 
     def rank_of(self, shape: Shape) -> int:
         """k, or the rank."""
-        size = shape[1] if self._has_columns else min(shape)
-        return max(1, round(self.density * size))
+        if self.former_ranks:
+            return max(1, round(self.density * (shape[1] if self._has_columns else min(shape))))
+        if self._has_columns:
+            return max(1, int(self.density * shape[1]))
+        size = shape[0] if self.sides(shape) == ("left",) else shape[1]
+        return min(max(1, round(self.density * size)), *shape)
 
     def basis_keys(self, shape: Shape) -> tuple[str, ...]:
         return ("columns",) if self._has_columns else super().basis_keys(shape)
 
+    def room(self, numbers: Mapping[str, int], shape: Shape, device: torch.device | str) -> State:
+        state = replace(self, former_ranks="version" not in numbers).init_state(shape, device)
+        del state["version"]  # as the numbers have it
+        return state | dict(numbers)
+
     def init_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
         if not self._has_columns:
-            return super().init_state(shape, device)
+            return {"version": 2, **super().init_state(shape, device)}
         columns = torch.zeros(self.rank_of(shape), dtype=torch.int32, device=device)
-        return {"refreshes": 0, **adam_state((shape[0], self.rank_of(shape)), device), "columns": columns}
+        adam = adam_state((shape[0], self.rank_of(shape)), device)
+        return {"version": 2, "refreshes": 0, **adam, "columns": columns}
 
     def state_numel(self, shape: Shape) -> int:
         if not self._has_columns:
@@ -89,7 +103,7 @@ class FRUGAL(ProjectedRule):
         if not self._has_columns:
             return super().new_basis(grad, state, updates=updates, seed=seed, name=name)
         drawn = torch.randperm(grad.shape[1], generator=generator(seed, name, "columns", count(state, "refreshes")))
-        chosen = drawn[: self.rank_of((grad.shape[0], grad.shape[1]))].sort().values
+        chosen = drawn[: tensor(state, "columns").numel()].sort().values
         return {"columns": chosen.to(torch.int32).to(grad.device)}
 
     def update(self, grad: Tensor, state: State, basis: Basis | None) -> Tensor:

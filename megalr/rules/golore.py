@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from megalr.errors import UserError
 from megalr.rules.bases import Projector
 from megalr.rules.galore import GaLore
+from megalr.rules.projected import Moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +17,8 @@ class GoLore(GaLore):
     """GaLore whose bases are uniformly random once ``random_from`` updates have been made.
 
     Late in training the gradient's leading subspace is mostly noise, and GaLore need not converge; a random one keeps
-    every direction alive. Source: arXiv 2410.11289. The moments are carried into the new basis, as the paper has it
-    (the published AdamW code computes the rotated moment and drops it).
+    every direction alive. Source: arXiv 2410.11289. The first moment is carried into the new basis, the second is kept,
+    as the authors have it (their AdamW class computes the rotated moment and drops it).
 
     Attributes:
         random_from: updates after which a refresh draws a random basis; 0 means from the start. The paper takes the
@@ -25,9 +27,10 @@ class GoLore(GaLore):
 
     type_name: ClassVar[str] = "GoLoreAdamW"
     name: ClassVar[str] = "golore"
+    former_defaults: ClassVar[Mapping[str, object]] = {"moments": "transport"}
 
     random_from: int
-    moments: Literal["keep", "reset", "transport"] = "transport"
+    moments: Moments = "transport_first"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from megalr.errors import UserError
 from megalr.rules.adam_moments import adam_direction
 from megalr.rules.base import Basis, Shape, State, count, tensor
-from megalr.rules.bases import Projector, power_step
+from megalr.rules.bases import Projector, Side, power_step
 from megalr.rules.projected import ProjectedRule, project, project_back
 
 
@@ -26,7 +27,8 @@ class LDAdam(ProjectedRule):
     - E = A - P' R + β1/(1-β1) (P m_old - P' C m_old)
 
     The first basis holds the leading singular vectors of G. Source: arXiv 2410.16103, algorithm 1. The published code
-    keeps E in ``.grad``, which sharded gradients cannot; here it is state, m x n.
+    keeps E in ``.grad``, which sharded gradients cannot; here it is state, m x n. "std" and "reverse_std" project a
+    square matrix on its left side, as the code does. A state keeps the side that it was made with.
 
     Attributes:
         rho: ρ, the weight of the momentum in the matrix whose subspace is tracked.
@@ -53,8 +55,22 @@ class LDAdam(ProjectedRule):
     def form(self) -> dict[str, str | int | bool]:
         return {**super().form(), "error_feedback": self.error_feedback}
 
+    def sides(self, shape: Shape) -> tuple[Side, ...]:
+        square = shape[0] == shape[1] and self.proj_type in ("std", "reverse_std")
+        return ("left",) if square else super().sides(shape)
+
+    def basis_keys_of(self, state: State, shape: Shape) -> tuple[str, ...]:
+        return (_side(state),)
+
+    def room(self, numbers: Mapping[str, int], shape: Shape, device: torch.device | str) -> State:
+        # States without a version are of a time when square matrices were projected on the right.
+        square = shape[0] == shape[1] and self.proj_type == "std" and "version" not in numbers
+        state = (replace(self, proj_type="right") if square else self).init_state(shape, device)
+        del state["version"]  # as the numbers have it
+        return state | dict(numbers)
+
     def init_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
-        state = super().init_state(shape, device)
+        state = {"version": 2, **super().init_state(shape, device)}
         if self.error_feedback:
             state["error"] = torch.zeros(shape, device=device)
         return state
@@ -74,7 +90,7 @@ class LDAdam(ProjectedRule):
     def new_basis(self, grad: Tensor, state: State, *, updates: int, seed: int, name: str) -> Basis:
         if not count(state, "refreshes"):
             return super().new_basis(grad, state, updates=updates, seed=seed, name=name)
-        (side,) = self.sides((grad.shape[0], grad.shape[1]))
+        side = _side(state)
         tracked = self._corrected(grad, state).mul_(1 - self.rho)
         correction = 1 - self.betas[0] ** count(state, "step")
         tracked.add_(project_back(tensor(state, "exp_avg"), state), alpha=self.rho / correction)  # B
@@ -82,7 +98,7 @@ class LDAdam(ProjectedRule):
 
     def update(self, grad: Tensor, state: State, basis: Basis | None) -> Tensor:
         assert basis is not None
-        (side,) = self.sides((grad.shape[0], grad.shape[1]))
+        side = _side(state)
         corrected = self._corrected(grad, state)  # A
         old_momentum = project_back(tensor(state, "exp_avg"), state) if self.error_feedback else None
         if count(state, "refreshes"):
@@ -112,3 +128,7 @@ class LDAdam(ProjectedRule):
         variance = turned(square - mean.square(), turn.square())
         v.copy_((variance + turned(mean, turn).square()).abs_().mul_(corrections[1]))
         m.copy_(turned(m, turn))
+
+
+def _side(state: State) -> Side:
+    return "left" if "left" in state else "right"

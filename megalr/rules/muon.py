@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megalr.errors import UserError
 from megalr.rules.base import Basis, Rule, Shape, State, tensor
+from megalr.rules.scaling import unit
 
 GRAM_ASPECT = 1.5  # from this ratio of the sides on the iteration on the Gram matrix takes fewer operations
 GRAM_STEPS = 3  # of it before X is formed again, which keeps rounding small
@@ -19,7 +20,8 @@ GRAM_STEPS = 3  # of it before X is formed again, which keeps rounding small
 class Muon(Rule):
     """M = μ M + (1-μ) G,  update = c · NS((1-μ) G + μ M), with NS the Newton-Schulz iteration towards U Vᵀ.
 
-    Source: Keller Jordan's post; names and defaults as in ``torch.optim.Muon``.
+    Source: Keller Jordan's post; names and defaults as in ``torch.optim.Muon``. The iteration starts from X / ‖X‖ at
+    every scale of the gradient, where published code adds 1e-7 to the norm and so stalls on small gradients.
 
     Attributes:
         momentum: μ, of the momentum M.
@@ -34,6 +36,7 @@ class Muon(Rule):
     type_name: ClassVar[str] = "Muon"
     name: ClassVar[str] = "muon"
     reset_keys: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    linear_keys: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
     momentum: float = 0.95
     nesterov: bool = True
@@ -70,7 +73,7 @@ class Muon(Rule):
 
     def _orthogonalized(self, matrix: Tensor) -> Tensor:
         """Singular values moved towards 1: into about [0.7, 1.2], for those above a few thousandths of the norm."""
-        x = (matrix / (matrix.norm() + 1e-7)).to(getattr(torch, self.ns_dtype))
+        x = unit(matrix).to(getattr(torch, self.ns_dtype))
         iterate = _newton_schulz_on_gram if self._iterates_on_gram((x.shape[0], x.shape[1])) else _newton_schulz
         return iterate(x, self.ns_coefficients, self.ns_steps).to(matrix.dtype)
 

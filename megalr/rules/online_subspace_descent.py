@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from megalr.rules.base import Basis, Rule, Shape, State, count, tensor
 from megalr.rules.bases import Projector
 from megalr.rules.galore import GaLore
 from megalr.rules.projected import project, project_back
+from megalr.rules.scaling import unit
 
 # torch.optim.AdamW's defaults, with which the published code moves the basis.
 BASIS_BETAS = (0.9, 0.999)
@@ -23,24 +25,33 @@ BASIS_WEIGHT_DECAY = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineSubspaceDescent(GaLore):
-    """GaLore's update; after it, one AdamW step of P on ‖P Pᵀ Ĝ - Ĝ‖² with Ĝ = G / ‖G‖, at learning rate 1 / gap.
+    """GaLore's update; after it, one AdamW step of P on ‖P Pᵀ Ĝ - Ĝ‖² with Ĝ = G / ‖G‖, at learning rate s / gap.
 
+    s is the learning rate of the update over ``optimizer.params.lr``, so that P follows the schedule of the weights.
     The first basis holds the leading singular vectors of the first gradient, which minimise that loss already, so the
     first update leaves it. P is not made orthonormal again. A basis of the whole space stays: its gradient is rounding,
     of which AdamW would make steps of full length. Source: arXiv 2408.12857 and its code ("continuous").
 
     Attributes:
-        update_proj_gap: 1 / learning rate of the basis.
+        update_proj_gap: 1 / learning rate of the basis, where the weights' is ``optimizer.params.lr``.
+        basis_lr: "scheduled" multiplies the basis's learning rate by the schedule of the weights'; "constant" does not.
     """
 
     type_name: ClassVar[str] = "OnlineSubspaceDescent"
     name: ClassVar[str] = "online_subspace_descent"
-    unused: ClassVar[frozenset[str]] = frozenset({"moments", "stagger"})
+    unused: ClassVar[frozenset[str]] = frozenset({"moments", "stagger", "schedule"})
+    former_defaults: ClassVar[Mapping[str, object]] = {"basis_lr": "constant"}
+
+    basis_lr: Literal["scheduled", "constant"] = "scheduled"
+    schedule: float = 1.0  # s of one update; see scheduled()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.proj_type == "full":
             raise UserError('optimizer.params.proj_type is "full"; Online Subspace Descent has one basis: write "std"')
+
+    def scheduled(self, factor: float) -> Rule:
+        return self if self.basis_lr == "constant" else replace(self, schedule=factor)
 
     def init_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
         state = super().init_state(shape, device)
@@ -66,23 +77,20 @@ class OnlineSubspaceDescent(GaLore):
         low = project(grad, state)
         update = project_back(adam_direction(low, state, self.betas, self.eps, self.scale), state)
         if basis is None:
-            self._move_basis(grad, low, state)
+            self._move_basis(grad, state)
         return update
 
     def apply(self, weight: Tensor, grad: Tensor, state: State, basis: Basis | None, *, lr: float) -> None:
         Rule.apply(self, weight, grad, state, basis, lr=lr)  # the basis moves behind the update
 
-    def _move_basis(self, grad: Tensor, low: Tensor, state: State) -> None:
+    def _move_basis(self, grad: Tensor, state: State) -> None:
         """AdamW on P with the gradient 2 (D (Ĝᵀ P) + Ĝ (Dᵀ P)), D = P Pᵀ Ĝ - Ĝ; everything transposed on the right."""
         (side,) = self.sides((grad.shape[0], grad.shape[1]))
-        left = side == "left"
         basis = tensor(state, side)
         if basis.shape[0] == basis.shape[1]:
             return
-        norm = grad.norm()
-        scale = torch.where(norm > 0, 1 / norm, 0.0)  # a zero gradient says nothing of its subspace
-        matrix = (grad if left else grad.T) * scale  # Ĝ, (m, n) or (n, m)
-        inner = (low if left else low.T) * scale  # Pᵀ Ĝ
+        matrix = unit(grad if side == "left" else grad.T)  # Ĝ, (m, n) or (n, m); a zero gradient gives zero
+        inner = basis.T @ matrix  # Pᵀ Ĝ
         difference = (basis @ inner).sub_(matrix)
         slope = (difference @ inner.T).add_(matrix @ (difference.T @ basis)).mul_(2)
         moments: State = {
@@ -91,5 +99,5 @@ class OnlineSubspaceDescent(GaLore):
             "exp_avg_sq": state["basis_exp_avg_sq"],
         }
         direction = adam_direction(slope, moments, BASIS_BETAS, BASIS_EPS)
-        rate = 1 / self.update_proj_gap
+        rate = self.schedule / self.update_proj_gap
         basis.mul_(1 - rate * BASIS_WEIGHT_DECAY).sub_(direction, alpha=rate)

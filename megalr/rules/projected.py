@@ -15,6 +15,7 @@ from megalr.rules.checks import require_positive
 from megalr.seeding import generator
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
+Moments = Literal["keep", "reset", "transport", "transport_first"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class ProjectedRule(Rule):
             "reverse_std" the longer; it is chosen from the matrix's shape alone.
         projector: how the basis is computed; see :func:`megalr.rules.bases.leading_basis`.
         moments: what the moments become when the basis changes. "keep" leaves them, as the original does; "reset"
-            zeroes them and their count; "transport" rotates them into the new basis.
+            zeroes them and their count; "transport" rotates them into the new basis, "transport_first" the first
+            moment alone.
         stagger: matrices refresh one after the other, spread over the gap, so that no update pays for all of
             them. False: all at updates 0, gap, 2 gap, ..., as the original does. The first update needs every basis
             either way.
@@ -41,7 +43,7 @@ class ProjectedRule(Rule):
     update_proj_gap: int = 200
     proj_type: ProjType = "std"
     projector: Projector = "svd"
-    moments: Literal["keep", "reset", "transport"] = "keep"
+    moments: Moments = "keep"
     stagger: bool = True
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
@@ -105,7 +107,7 @@ class ProjectedRule(Rule):
         return {
             side: leading_basis(
                 grad,
-                self.rank_of((grad.shape[0], grad.shape[1])),
+                tensor(state, side).shape[1],
                 side,
                 self.projector_at(updates),
                 previous=tensor(state, side) if refreshes else None,
@@ -127,9 +129,10 @@ class ProjectedRule(Rule):
         if count(state, "refreshes"):
             if self.moments == "reset":
                 reset_moments(state)
-            elif self.moments == "transport":
+            elif self.moments != "keep":
                 for side, new in basis.items():
-                    rotate_moments(state, new.T @ tensor(state, side), left=side == "left")
+                    turn = new.T @ tensor(state, side)
+                    rotate_moments(state, turn, left=side == "left", second=self.moments == "transport")
         for side, new in basis.items():
             tensor(state, side).copy_(new)
         state["refreshes"] = count(state, "refreshes") + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,7 +32,8 @@ class QGaLore(ProjectedRule):
 
     Left out are the paper's INT8 weights: ZeRO keeps fp32 masters, of which the model's weights are a cast. Against the
     code: the old leading vector is the dequantized basis's, so that nothing more has to be kept, and it has the sign
-    by which the two agree, where the code takes the accident of a decomposition's sign.
+    by which the two agree, where the code takes the accident of a decomposition's sign; and the levels of a group
+    always reach to zero, without which a matrix with one row or column would not train.
 
     Attributes:
         scale: α, the factor on the update.
@@ -44,7 +46,8 @@ class QGaLore(ProjectedRule):
     type_name: ClassVar[str] = "QGaLoreAdamW"
     name: ClassVar[str] = "q_galore"
     default_lr: ClassVar[float] = 1e-2
-    default_eps: ClassVar[float] = 1e-6
+    default_eps: ClassVar[float] = 1e-8  # bitsandbytes', with which the published runs were made
+    former_defaults: ClassVar[Mapping[str, object]] = {"eps": 1e-6}
     unused: ClassVar[frozenset[str]] = frozenset({"moments"})
 
     scale: float = 0.25
@@ -52,6 +55,7 @@ class QGaLore(ProjectedRule):
     queue_size: int = 5
     gamma_proj: float = 2.0
     min_8bit_size: int = 4096
+    eps: float = 1e-8
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -46,7 +46,10 @@ def blocks_of(numel: int) -> int:
 
 
 def quantize_groups(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each entry as one of 16 levels between the lowest and the highest of its group, two to a byte.
+    """Each entry as one of 16 levels between the lowest and the highest of its group, or zero, two to a byte.
+
+    Q-GaLore leaves zero out where all entries of a group have one sign. Since zero has to be a level all the same, such
+    a group loses what lies beyond: a basis of one entry, ±1, becomes ±1e-5 and trains nothing.
 
     Returns:
         Packed levels, uint8, (⌈elements / 2⌉,); the groups' steps, fp32; the level that is zero, uint8.
@@ -55,7 +58,7 @@ def quantize_groups(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # The last group is filled up with its own last entry, which changes neither its lowest nor its highest.
     short = -flat.numel() % GROUP
     groups = torch.cat([flat, flat[-1:].expand(short)]).view(-1, GROUP)
-    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    low, high = groups.amin(1, keepdim=True).clamp_(max=0), groups.amax(1, keepdim=True).clamp_(min=0)
     step = (high - low).clamp_(min=SMALLEST_STEP) / LEVELS
     zero = (-low / step).round_().clamp_(0, LEVELS)
     levels = ((groups / step).round_() + zero).clamp_(0, LEVELS).to(torch.uint8).view(-1)[: flat.numel()]

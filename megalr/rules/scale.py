@@ -10,8 +10,7 @@ from torch import Tensor
 
 from megalr.rules.base import Basis, Rule, Shape, State, tensor
 from megalr.rules.checks import require_decay
-
-SMALLEST = 1e-8  # root mean square that is divided by, as published
+from megalr.rules.scaling import unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +20,8 @@ class SCALE(Rule):
     Source: arXiv 2506.16659 and its code. A column is what the paper calls the gradients of one output, in matrices
     written as (in, out): here, as in torch, where matrices are (out, in), it is a row. Of an embedding, (vocabulary,
     width), it is what all tokens have in one place of the width. The root mean square is taken, not the norm, as in the
-    code: entries are of size 1, so that learning rates are of the size of Adam's.
+    code: entries are of size 1, so that learning rates are of the size of Adam's. The code divides by at least 1e-8,
+    here as in the paper there is no such bound, and a column of zeros stays zero.
 
     The paper's method needs ``"head": true, "embeddings": true`` in ``optimizer.params``, which give the rule the head,
     with its momentum of m x n, and the embeddings; otherwise both are AdamW's.
@@ -59,8 +59,7 @@ class SCALE(Rule):
         """Nothing, where there is no momentum."""
 
     def update(self, grad: Tensor, state: State, basis: Basis | None) -> Tensor:
-        scale = torch.linalg.vector_norm(grad, dim=self.axis, keepdim=True) / grad.shape[self.axis] ** 0.5
-        return grad / scale.clamp_(min=SMALLEST)
+        return unit(grad, self.axis).mul_(grad.shape[self.axis] ** 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)

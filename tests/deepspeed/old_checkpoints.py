@@ -143,6 +143,7 @@ CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
                     "min_8bit_size": 64,
                     "queue_size": 1,
                     "cos_threshold": 0.1,
+                    "eps": 1e-6,  # the default of that time
                     "adamw": {"lr": 3e-3},
                 },
             }

@@ -12,7 +12,8 @@ from tests.references.common import MATRICES, Adam, Draw, NormGrowthLimiter, Pro
 class Apollo(Projected):
     """R = Pᵀ G with P Gaussian of variance 1/r, N = Adam(R), update = √α s G, with s = ‖N‖ / ‖R‖.
 
-    s is taken over each column of R ("channel") or over the whole matrix ("tensor").
+    s is taken over each column of R ("channel") or over the whole matrix ("tensor"). The limiter sees s G as it is
+    without the scale and the bias correction of N's two moments.
     """
 
     type_name = "APOLLO"
@@ -46,7 +47,8 @@ class Apollo(Projected):
         N = self.adam.direction(R)
         axis = 0 if self.scale_type == "channel" else (0, 1)
         s = N.norm(dim=axis) / (R.norm(dim=axis) + 1e-8)
-        return self.limit(math.sqrt(self.scale) * s * G)
+        c = math.sqrt(1 - self.adam.beta2**self.adam.t) / (1 - self.adam.beta1**self.adam.t)
+        return math.sqrt(self.scale) * c * self.limit(s * G / c)
 
 
 class ApolloMini(Apollo):

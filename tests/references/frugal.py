@@ -38,7 +38,10 @@ class FRUGAL(Reference):
         permutation: Callable[[int, str, int], Tensor] | None = None,
     ) -> None:
         self.columns = projector == "columns"
-        self.k = max(1, round(density * (shape[1] if self.columns else min(shape))))
+        # Of columns the share is truncated; of a side's dimensions, which are the basis's, it is rounded.
+        m, n = shape
+        size = {"std": min(m, n), "reverse_std": max(m, n), "left": m, "right": n}[proj_type]
+        self.k = max(1, int(density * n) if self.columns else round(density * size))
         self.sigma = state_free_scale
         self.permutation = permutation
         # GaLore with α = 1: of columns it lends the schedule and Adam, and P is a part of the identity.

@@ -1,4 +1,4 @@
-"""GaLore, arXiv 2403.03507, algorithm 2, with three choices of what the moments become at a refresh."""
+"""GaLore, arXiv 2403.03507, algorithm 2, with choices of what the moments become at a refresh."""
 
 from __future__ import annotations
 
@@ -64,11 +64,12 @@ class GaLore(Projected):
         Q = self.basis(G.T, "right") if self.full else None
         if self.refreshes and self.moments == "reset":
             self.adam.reset()
-        if self.refreshes and self.moments == "transport":
+        if self.refreshes and self.moments in ("transport", "transport_first"):
             # The coordinates in the new basis of what the old coordinates stand for; for v with squared entries.
             left = P.T @ self.P
             right = self.Q.T @ Q if self.full else torch.eye(G.shape[1], dtype=G.dtype)
             self.adam.m = left @ self.adam.m @ right
-            self.adam.v = left**2 @ self.adam.v @ right**2
+            if self.moments == "transport":
+                self.adam.v = left**2 @ self.adam.v @ right**2
         self.P, self.Q = P, Q
         self.refreshes += 1

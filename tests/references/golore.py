@@ -12,7 +12,9 @@ class GoLore(GaLore):
     trained_with = {**GaLore.trained_with, "random_from": 6}
     short = {**GaLore.short, "random_from": 9}
 
-    def __init__(self, shape: tuple[int, int], *, random_from: int, moments: str = "transport", **options) -> None:
+    def __init__(
+        self, shape: tuple[int, int], *, random_from: int, moments: str = "transport_first", **options
+    ) -> None:
         super().__init__(shape, moments=moments, **options)
         self.random_from = random_from
 

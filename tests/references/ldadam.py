@@ -31,6 +31,8 @@ class LDAdam(Projected):
         error_feedback: bool = True,
     ) -> None:
         super().__init__(shape, rank=rank, proj_type=proj_type, update_proj_gap=1, phase=0, draw=None)
+        if shape[0] == shape[1] and proj_type in ("std", "reverse_std"):
+            self.side = "left"
         self.rho = rho
         self.error_feedback = error_feedback
         self.adam = Adam(betas, eps)

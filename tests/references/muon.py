@@ -55,7 +55,7 @@ class Muon(Reference):
     def newton_schulz(self, direction: Tensor) -> Tensor:
         """The quintic iteration on the singular values, s <- a s + b s³ + c s⁵, from s / ‖s‖."""
         a, b, c = self.coefficients
-        X = direction / (direction.norm() + 1e-7)
+        X = direction / direction.norm() if direction.any() else direction
         if self.ns_dtype == "bfloat16":
             X = X.to(torch.bfloat16)
         if X.shape[0] > X.shape[1]:

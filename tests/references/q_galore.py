@@ -37,7 +37,7 @@ class QGaLore(GaLore):
         gamma_proj: float = 2.0,
         min_8bit_size: int = 4096,
         betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
+        eps: float = 1e-8,
         phase: int = 0,
         draw: Draw | None = None,
     ) -> None:
@@ -80,11 +80,12 @@ class QGaLore(GaLore):
 
 
 def four_bits(X: Tensor) -> Tensor:
-    """Each run of 256 entries rounded to 16 levels, equally far apart, of which one is zero."""
+    """Each run of 256 entries rounded to 16 levels, equally far apart, that reach to zero, which is one of them."""
     rounded = []
     for group in X.reshape(-1).split(256):
-        step = max((group.max() - group.min()).item(), 1e-5) / 15
-        zero = min(max(round(-group.min().item() / step), 0), 15)
+        lowest, highest = min(group.min().item(), 0.0), max(group.max().item(), 0.0)
+        step = max(highest - lowest, 1e-5) / 15
+        zero = min(max(round(-lowest / step), 0), 15)
         levels = ((group / step).round() + zero).clamp(0, 15)
         rounded.append((levels - zero) * step)
     return torch.cat(rounded).view(X.shape)

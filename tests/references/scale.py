@@ -30,5 +30,6 @@ class SCALE(Reference):
             self.M = self.mu * self.M + (1 - self.mu) * G
             G = self.M
         columns = G if self.part == "embedding" else G.T
-        rms = columns.square().mean(0).sqrt().clamp(min=1e-8)
+        rms = columns.square().mean(0).sqrt()
+        rms[rms == 0] = 1.0
         return columns / rms if self.part == "embedding" else (columns / rms).T

@@ -104,3 +104,23 @@ def test_what_is_refused_and_what_is_not(kind):
     with pytest.raises(UserError, match=f'"{kind}" factors .* because it projects whole weights, and what'):
         read("GaLoreAdamW")
     assert read("Muon", momentum_reset={"interval": 50}).parametrization.type == kind
+
+
+@pytest.mark.parametrize("mora_type", [1, 6])
+def test_moras_size_as_published(mora_type):
+    """The root of (m + n) r, rounded down as in the paper or to nearest as in the code; of type 6 an even number."""
+    for m, n, r in [(20, 23, 2), (12, 12, 1), (20, 12, 5), (30, 25, 3)]:
+        floor, nearest = int(((m + n) * r) ** 0.5), int(((m + n) * r) ** 0.5 + 0.5)
+        even = 2 if mora_type == 6 else 1
+        assert MoraConfig(rank=r, mora_type=mora_type).side((m, n)) == min(floor, m, n) // even * even
+        config = MoraConfig(rank=r, mora_type=mora_type, published=True)
+        assert config.side((m, n)) == min(nearest, m, n) // even * even
+    section = {"rank": 3, "mora_type": mora_type, "published": True}
+    layer = parametrize(dense_of(30, 25), MoraConfig(**section, **TARGETS))["attn"]
+    assert layer.M.shape == ((13, 13) if mora_type == 1 else (12, 12))
+    nn.init.normal_(layer.M)
+    plain, x = (
+        Mora("attn", {"weight": layer.weight, "M": layer.M, "bias": layer.bias.detach()}, section),
+        torch.randn(4, 25),
+    )
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-4, atol=1e-5)

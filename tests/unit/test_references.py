@@ -53,7 +53,7 @@ def test_factory_takes_what_is_of_the_rule():
     }
     reference = reference_for("GoLoreAdamW", (12, 20), params, seed=5, name="w", phase=4)
     assert (reference.rank, reference.gap, reference.phase, reference.random_from) == (3, 10, 4, 20)
-    assert (reference.adam.beta1, reference.adam.beta2, reference.moments) == (0.8, 0.9, "transport")
+    assert (reference.adam.beta1, reference.adam.beta2, reference.moments) == (0.8, 0.9, "transport_first")
     assert torch.equal(reference.draw(2, "left", 12, 3), torch.randn(12, 3, generator=generator(5, "w", "left", 2)))
     with pytest.raises(NotImplementedError, match="power"):
         reference_for("GaLoreAdamW", (12, 20), {"projector": "power"}, seed=0, name="w", phase=0)

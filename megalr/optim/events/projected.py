@@ -280,9 +280,10 @@ class Projections(LayerEvents):
         match self._config.moments:
             case "reset":
                 momentum_reset([run_of(flat, fragment) for fragment in own for flat in fields.values()])
-            case "transport":
+            case "transport" | "transport_first":
                 state: State = {k: self._exchange.everywhere(f"{name}.R", flat).float() for k, flat in fields.items()}
-                rotate_moments(state, turn.to(fields["exp_avg"][0].device), left=left)
+                second = self._config.moments == "transport"
+                rotate_moments(state, turn.to(fields["exp_avg"][0].device), left=left, second=second)
                 for key, flat in fields.items():
                     write(self._flat(name, tensor(state, key)), flat, own)
 

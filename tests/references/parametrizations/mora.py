@@ -23,7 +23,8 @@ class Mora(Plain):
         self.W0 = start["weight"].detach().clone()
 
     def dense(self) -> Tensor:
-        (m, n), h = self.W0.shape, math.isqrt(sum(self.W0.shape) * self.r)
+        m, n = self.W0.shape
+        h = math.floor(math.sqrt((m + n) * self.r) + (0.5 if self.section.get("published") else 0.0))
         if self.section.get("mora_type", 6) == 1:
             C = torch.zeros(h, n)
             for place in range(-(-n // h) * h):

@@ -37,7 +37,7 @@ SETTINGS = {
     "projected, transport": projected(moments="transport"),
     "projected, reset": projected(moments="reset"),
     "projected, random": projected(projector="random", moments="transport"),
-    "projected, random from the sixth update": projected(random_from=6, moments="transport"),
+    "projected, random from the sixth update": projected(random_from=6, moments="transport_first"),
     "projected, materialized": projected(compute="materialized"),
     "projected, rematerialized": projected(compute="rematerialized"),
     "projected, low-rank": projected(compute="low_rank"),
