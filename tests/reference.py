@@ -29,6 +29,7 @@ class Recipe:
     clip: float = 1.0
     refactorize_every: int = 0
     refactorization_resets: bool = False
+    refactorization_transports: bool = False  # the rule's momentum, which is linear in the gradients
     reset_every: int = 0
     reset_all: bool = False
     ramp_steps: int = 10
@@ -103,7 +104,7 @@ class Reference:
         if r.refactorize_every and self.step_count % r.refactorize_every == 0:
             for name in self.factors:
                 if name.endswith(".B"):
-                    self._refactorize(self.weights[name], self.weights[name[:-1] + "A"])
+                    self._refactorize(name, name[:-1] + "A")
             if r.refactorization_resets:
                 self._reset(self.factors)
         if r.reset_every and self.step_count % r.reset_every == 0:
@@ -112,12 +113,19 @@ class Reference:
             for name in names:
                 self.since_reset[name] = 0
 
-    def _refactorize(self, b: Tensor, a: Tensor) -> None:
+    def _refactorize(self, b_name: str, a_name: str) -> None:
+        b, a = self.weights[b_name], self.weights[a_name]
+        old = b.double()
         u, s, vh = torch.linalg.svd(b.double() @ a.double(), full_matrices=False)
         rank = b.shape[1]
         root = s[:rank].sqrt()
         b.copy_(u[:, :rank] * root)
         a.copy_(root[:, None] * vh[:rank])
+        if self.recipe.refactorization_transports:
+            # B = B_old M and A = M⁻¹ A_old. dL/dB = G Aᵀ is (G A_oldᵀ) M⁻ᵀ, and dL/dA = Bᵀ G is Mᵀ (B_oldᵀ G).
+            turn = torch.linalg.lstsq(old, u[:, :rank] * root).solution
+            self.rules[b_name].M = (self.rules[b_name].M.double() @ torch.linalg.inv(turn).T).float()
+            self.rules[a_name].M = (turn.T @ self.rules[a_name].M.double()).float()
 
     def _reset(self, names: list[str]) -> None:
         for name in names:

@@ -20,7 +20,7 @@ def check_compatible(config: MegalrConfig) -> None:
         rule_may_not_train_factors,
         rule_may_not_be_reset,
         factors_are_all_the_rules,
-        transport_is_of_adamw,
+        transport_is_of_known_moments,
         rank_is_within_groups,
     ):
         check(config)
@@ -86,13 +86,13 @@ def factors_are_all_the_rules(config: MegalrConfig) -> None:
     )
 
 
-def transport_is_of_adamw(config: MegalrConfig) -> None:
-    """A refactorization carries over the moments of AdamW only."""
-    refactorization = config.refactorization
+def transport_is_of_known_moments(config: MegalrConfig) -> None:
+    """A refactorization carries over the moments of AdamW, and states that are linear in the gradients."""
+    refactorization, rule = config.refactorization, config.optimizer.rule
     require(
-        refactorization is None or config.optimizer.rule is None or refactorization.moments != "transport",
-        'megalr.refactorization.moments is "transport", which carries AdamW\'s moments: write "reset" or "keep" '
-        "with another rule",
+        refactorization is None or refactorization.moments != "transport" or rule is None or bool(rule.linear_keys),
+        "megalr.refactorization.moments is \"transport\", which carries AdamW's moments or Muon's momentum: write "
+        f'"reset" or "keep" with {rule and rule.name}',
     )
 
 

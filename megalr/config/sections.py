@@ -16,7 +16,8 @@ class RefactorizationConfig:
     Attributes:
         interval: updates between two refactorizations.
         moments: what the factors' moments become: "reset" zeroes them and their step count, "transport" carries
-            them into the new factors, "keep" leaves them as they are.
+            them into the new factors, "keep" leaves them as they are. AdamW's second moments have no exact map; its
+            first ones and Muon's momentum have.
     """
 
     interval: int

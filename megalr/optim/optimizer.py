@@ -77,7 +77,9 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         self.clocks = {"factors": Clock(), "dense": Clock()}
         self.layer_events = events
         reset = None if config.momentum_reset is None else MomentumReset(config.momentum_reset)
-        balance = Refactorization(config.refactorization, pairs, reset) if config.refactorization and pairs else None
+        balance = None
+        if config.refactorization and pairs:
+            balance = Refactorization(config.refactorization, pairs, reset, lambda: self.matrices)
         self.events: list[Event] = [each for each in (balance, reset, events, activations) if each is not None]
         self._host = host
         self._sharded: Sharded | None = None

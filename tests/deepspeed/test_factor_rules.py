@@ -86,5 +86,5 @@ def test_resume_is_bitwise(ranks, stage, tmp_path):
 
 def test_transport_of_moments_is_refused():
     section = {**training.MEGALR, "refactorization": {"interval": 7, "moments": "transport"}}
-    with pytest.raises(megalr.UserError, match='carries AdamW\'s moments: write "reset" or "keep"'):
+    with pytest.raises(megalr.UserError, match='or Muon\'s momentum: write "reset" or "keep" with'):
         MegalrConfig.from_json({"optimizer": optimizer_of("StableSPAM"), "megalr": section})

@@ -44,6 +44,20 @@ EVENTS = [
             TRAINING,
         ),
         (
+            "Muon's momentum is carried by the other factor's map",
+            REFACTORIZATION,
+            "turns[a] = exchange.broadcast_replicas(moments[4 * i + 2][:, :rank].contiguous())",
+            "turns[a] = exchange.broadcast_replicas(moments[4 * i][:rank].T.contiguous())",
+            factors("momentum"),
+        ),
+        (
+            "Muon's momentum stays where it was",
+            REFACTORIZATION,
+            "        if turns is not None and by_rule is not None:\n",
+            "        if False:\n",
+            factors("momentum"),
+        ),
+        (
             "singular values are split unevenly",
             REFACTORIZE,
             "    root = s.sqrt()\n",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from megalr.config.settings import RefactorizationConfig
@@ -17,8 +18,12 @@ from megalr.layout.shard import Shard
 from megalr.ops.refactorization import REASONS, refactorize_
 from megalr.optim.events.base import Event, Moments
 from megalr.optim.events.momentum_reset import MomentumReset
+from megalr.optim.matrices import MatrixUpdater
 
 logger = logging.getLogger(__name__)
+
+# By factor, (r, r): what maps gradients of the old one to those of the new, B's from the right and A's from the left.
+Turns = dict[str, Tensor]
 
 
 class Refactorization(Event):
@@ -27,15 +32,20 @@ class Refactorization(Event):
     name: ClassVar[str] = "refactorization"
 
     def __init__(
-        self, config: RefactorizationConfig, pairs: Sequence[tuple[str, str]], reset: MomentumReset | None
+        self,
+        config: RefactorizationConfig,
+        pairs: Sequence[tuple[str, str]],
+        reset: MomentumReset | None,
+        by_rule: Callable[[], MatrixUpdater | None],
     ) -> None:
         """
         Args:
             config: the "refactorization" section.
             pairs: qualified names of the factors, as (B, A).
             reset: what may make the moments zero at the same update, so that none have to be carried over.
+            by_rule: what keeps the factors' states, once it is known what lies where; None: they are AdamW's.
         """
-        self._config, self._pairs, self._reset = config, list(pairs), reset
+        self._config, self._pairs, self._reset, self._by_rule = config, list(pairs), reset, by_rule
 
     def attach(self, shard: Shard, exchange: Exchange, moments: Moments) -> None:
         super().attach(shard, exchange, moments)
@@ -52,11 +62,26 @@ class Refactorization(Event):
         if not self.due(updates):
             return []
         zeroed = self._reset is not None and "factors" in self._reset.resets_due(updates)
+        carries, by_rule = self._config.moments == "transport" and not zeroed, self._by_rule()
         fields: list[Field] = [self._shard.buffers]
-        if self._config.moments == "transport" and not zeroed:
+        if carries and by_rule is None:
             fields += [self._moments("exp_avg"), self._moments("exp_avg_sq")]
-        refactorize_pairs(self._units, self._exchange, fields)
+        turns: Turns | None = {} if carries and by_rule is not None else None
+        refactorize_pairs(self._units, self._exchange, fields, turns)
+        if turns is not None and by_rule is not None:
+            self._carry(turns, by_rule)
         return self._buffers
+
+    def _carry(self, turns: Turns, by_rule: MatrixUpdater) -> None:
+        """Send every pair's maps to whoever keeps the factors' states."""
+        for unit in self._units:
+            rank = self._shard.layout.shapes[unit.names[0]][1]
+            for name, left in zip(unit.names, (False, True), strict=True):
+                turn = turns.get(name)
+                if turn is None:
+                    turn = torch.empty(rank, rank, device=self._shard.buffers[0].device)
+                self._exchange.broadcast(turn, unit.owner)
+                by_rule.carry(name, turn, left=left)
 
     def routes(self) -> dict[str, tuple[int | None, int | None]]:
         return {name: (None, unit.owner) for unit in self._units for name in unit.names}
@@ -71,7 +96,9 @@ def pair_units(pairs: Sequence[tuple[str, str]], layout: Layout) -> list[Unit]:
     return assign_owners(costs, layout)
 
 
-def refactorize_pairs(units: Sequence[Unit], exchange: Exchange, fields: Sequence[Field]) -> list[str]:
+def refactorize_pairs(
+    units: Sequence[Unit], exchange: Exchange, fields: Sequence[Field], turns: Turns | None = None
+) -> list[str]:
     """Balance every pair, in place in all ranks' masters. Collective.
 
     Singular vectors are not reproducible across machines, so exactly one rank computes them and the others receive.
@@ -81,6 +108,8 @@ def refactorize_pairs(units: Sequence[Unit], exchange: Exchange, fields: Sequenc
         exchange: over the group that shares the masters.
         fields: this rank's flat buffers: the masters, alone or followed by first and second moments in the same
             layout, which are then carried into the new factors.
+        turns: takes the maps of the pairs that are owned here, for who carries states himself; the identity where a
+            pair is left as it is. Not together with moments.
 
     Returns:
         Names of the layers owned here that were left as they are; the log says why.
@@ -89,12 +118,20 @@ def refactorize_pairs(units: Sequence[Unit], exchange: Exchange, fields: Sequenc
 
     def balance(own: Sequence[Unit], whole: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
         # Of each factor the master comes first, then its moments.
+        moments = [moment for names in _names(own) for name in names for moment in whole[name][1:]]
+        if turns is not None:
+            moments = [unit for names in _names(own) for name in names for unit in _units_like(whole[name][0])]
         status = refactorize_(
             [whole[b][0] for b, _ in _names(own)],
             [whole[a][0] for _, a in _names(own)],
-            [moment for names in _names(own) for name in names for moment in whole[name][1:]],
-            "transport" if len(fields) > 1 else "keep",
+            moments,
+            "transport" if moments else "keep",
         )
+        if turns is not None:
+            for i, (b, a) in enumerate(_names(own)):
+                rank = whole[a][0].shape[0]
+                turns[b] = exchange.broadcast_replicas(moments[4 * i][:rank].contiguous())
+                turns[a] = exchange.broadcast_replicas(moments[4 * i + 2][:, :rank].contiguous())
         for (b, _), code in zip(_names(own), status.tolist(), strict=True):
             if code:
                 untouched.setdefault(code, []).append(b.removesuffix(".B"))
@@ -107,6 +144,12 @@ def refactorize_pairs(units: Sequence[Unit], exchange: Exchange, fields: Sequenc
     for code, names in sorted(untouched.items()):
         logger.warning("refactorization left %s as they are: %s", ", ".join(names), REASONS[code])
     return [name for names in untouched.values() for name in names]
+
+
+def _units_like(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments of a factor that come back as its map: a first moment with the identity in its corner, a second of 0."""
+    first = torch.eye(*factor.shape, dtype=factor.dtype, device=factor.device)
+    return first, torch.zeros_like(first)
 
 
 def _names(units: Sequence[Unit]) -> list[tuple[str, str]]:

@@ -65,7 +65,7 @@ def low_rank(
         model: makes the dense one.
         rule: what trains the factors.
         scope: of the momentum reset.
-        moments: what a refactorization makes of AdamW's; but for "reset" they depend on the signs of singular vectors,
+        moments: what a refactorization makes of them; but for "reset" AdamW's depend on the signs of singular vectors,
             which no theory fixes, so that there is no reference.
     """
     settings = dict(REFERENCES[rule].on_factors or {})
@@ -87,7 +87,8 @@ def low_rank(
             weight_decay=ADAMW["weight_decay"],
             clip=clip,
             refactorize_every=megalr["refactorization"]["interval"],
-            refactorization_resets=True,
+            refactorization_resets=moments == "reset",
+            refactorization_transports=moments == "transport",
             reset_every=megalr["momentum_reset"]["interval"],
             reset_all=scope == "all",
             ramp_steps=megalr["momentum_reset"]["warmup_steps"],
@@ -100,14 +101,18 @@ def low_rank(
         return densify(weights, MegalrConfig.from_json({"megalr": MEGALR}).parametrization)
 
     optimizer = {"type": rule, "params": {**ADAMW, **settings}}
-    return Case(optimizer, megalr, plain if moments == "reset" else None, model, UPDATES)
+    has_reference = moments == "reset" or (moments == "transport" and rule != "AdamW")
+    return Case(optimizer, megalr, plain if has_reference else None, model, UPDATES)
 
 
 def _constant(rate: float, step: int) -> float:
     return rate
 
 
-CASES = {"low-rank": low_rank(small_llama)}
+CASES = {
+    "low-rank": low_rank(small_llama),
+    "low-rank, momentum transported, Muon": low_rank(rule="Muon", moments="transport"),
+}
 SETTINGS = {
     "low-rank, reset of all": low_rank(scope="all"),
     "low-rank, reset of all, StableSPAM": low_rank(rule="StableSPAM", scope="all"),
