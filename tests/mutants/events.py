@@ -46,8 +46,8 @@ EVENTS = [
         (
             "Muon's momentum is carried by the other factor's map",
             REFACTORIZATION,
-            "turns[a] = exchange.broadcast_replicas(moments[4 * i + 2][:, :rank].contiguous())",
-            "turns[a] = exchange.broadcast_replicas(moments[4 * i][:rank].T.contiguous())",
+            "first_b[:rank].clone(), first_a[:, :rank].clone()",
+            "first_b[:rank].clone(), first_b[:rank].T.clone()",
             factors("momentum"),
         ),
         (
@@ -81,8 +81,8 @@ EVENTS = [
         (
             "moments of a pair are handed over in the wrong order",
             "megalr/optim/events/refactorization.py",
-            "for names in _names(own) for name in names for moment in whole[name][1:]]",
-            "for names in _names(own) for name in names for moment in whole[name][:0:-1]]",
+            "for pair in names for name in pair for moment in whole[name][1:]]",
+            "for pair in names for name in pair for moment in whole[name][:0:-1]]",
             "tests/unit/test_refactorize.py",
         ),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -117,27 +118,20 @@ def refactorize_pairs(
     untouched: dict[int, list[str]] = {}
 
     def balance(own: Sequence[Unit], whole: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-        # Of each factor the master comes first, then its moments.
-        moments = [moment for names in _names(own) for name in names for moment in whole[name][1:]]
-        if turns is not None:
-            moments = [unit for names in _names(own) for name in names for unit in _units_like(whole[name][0])]
-        status = refactorize_(
-            [whole[b][0] for b, _ in _names(own)],
-            [whole[a][0] for _, a in _names(own)],
-            moments,
-            "transport" if moments else "keep",
-        )
-        if turns is not None:
-            for i, (b, a) in enumerate(_names(own)):
-                rank = whole[a][0].shape[0]
-                turns[b] = exchange.broadcast_replicas(moments[4 * i][:rank].contiguous())
-                turns[a] = exchange.broadcast_replicas(moments[4 * i + 2][:, :rank].contiguous())
-        for (b, _), code in zip(_names(own), status.tolist(), strict=True):
+        names = _names(own)
+        if turns is None:
+            # Of each factor the master comes first, then its moments.
+            moments = [moment for pair in names for name in pair for moment in whole[name][1:]]
+            factors = [whole[b][0] for b, _ in names], [whole[a][0] for _, a in names]
+            status = refactorize_(*factors, moments, "transport" if moments else "keep").tolist()
+        else:
+            status = [_refactorize_with_maps(b, a, whole, turns) for b, a in names]
+        for (b, _), code in zip(names, status, strict=True):
             if code:
                 untouched.setdefault(code, []).append(b.removesuffix(".B"))
-        for tensors in whole.values():
-            for tensor in tensors:
-                exchange.broadcast_replicas(tensor)
+        maps = [] if turns is None else [turns[name] for pair in names for name in pair]
+        for tensor in [*chain.from_iterable(whole.values()), *maps]:
+            exchange.broadcast_replicas(tensor)
         return whole
 
     Rounds(exchange, units, fields).run(balance, [copy_into(field) for field in fields])
@@ -146,10 +140,15 @@ def refactorize_pairs(
     return [name for names in untouched.values() for name in names]
 
 
-def _units_like(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments of a factor that come back as its map: a first moment with the identity in its corner, a second of 0."""
-    first = torch.eye(*factor.shape, dtype=factor.dtype, device=factor.device)
-    return first, torch.zeros_like(first)
+def _refactorize_with_maps(b: str, a: str, whole: dict[str, list[Tensor]], turns: Turns) -> int:
+    """Balance one pair in place; its status. The maps are what becomes of first moments that are the identity."""
+    (factor_b,), (factor_a,) = whole[b], whole[a]
+    rank = factor_a.shape[0]
+    first_b, first_a = (torch.eye(*factor.shape, device=factor.device) for factor in (factor_b, factor_a))
+    moments = [first_b, torch.zeros_like(first_b), first_a, torch.zeros_like(first_a)]
+    status = refactorize_([factor_b], [factor_a], moments, "transport")
+    turns[b], turns[a] = first_b[:rank].clone(), first_a[:, :rank].clone()
+    return int(status.item())
 
 
 def _names(units: Sequence[Unit]) -> list[tuple[str, str]]:
