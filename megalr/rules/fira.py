@@ -23,8 +23,9 @@ class Fira(GaLore):
 
     j runs over R's columns for a left basis, over its rows for a right one. S's norm grows by at most 1 % from one
     update to the next. Source: arXiv 2410.01623. As in the published code, the remainder subtracts α P R rather than
-    P R. N is bias-corrected here before the limiter sees it, as the paper's Adam is; the code corrects after it, which
-    differs in the first updates.
+    P R, and 1e-8 is added to ‖R_j‖: with Adam's ε in N, φ depends on the gradient's scale in any case. N is
+    bias-corrected here before the limiter sees it, as the paper's Adam is; the code corrects after it, which differs
+    in the first updates.
     """
 
     type_name: ClassVar[str] = "FiraAdamW"

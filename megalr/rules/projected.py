@@ -168,6 +168,7 @@ def limit_growth(update: Tensor, state: State, limit: float) -> Tensor:
         state: "norm", a scalar tensor: that of the last update, 0 before the first.
         limit: γ > 1.
     """
+    # The published 1e-8 lets the norm come back after an update of next to nothing, which 1 % an update would not.
     last = tensor(state, "norm")
     norm = update.norm()
     factor = torch.where(last > 0, (norm / (last + 1e-8)).clamp(min=limit) / limit, 1.0)
