@@ -34,7 +34,8 @@ def rule_settings(config: MegalrConfig) -> dict[str, Any]:
     if rule is None:
         return {}
     given = {key: getattr(rule, key) for key in hyperparameters(type(rule))}
-    return {"rule": rule.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}}
+    settings: dict[str, Any] = json.loads(json.dumps({"rule": rule.name, **given}, default=repr))
+    return settings
 
 
 def changed_settings(before: Mapping[str, Any] | None, config: MegalrConfig) -> list[str]:

@@ -4,6 +4,8 @@ What authors do is written out here, or in the references, by which tests/unit/t
 """
 
 import copy
+import dataclasses
+import json
 import logging
 
 import pytest
@@ -268,3 +270,17 @@ def test_a_load_says_so(caplog):
         del saved["megalr"]["settings"]  # as those who wrote it did not
         optimizer.load_state_dict(saved)
     assert ['"moments": "transport"' in message for message in caplog.messages] == [True]
+
+
+def test_settings_are_json_whatever_a_users_rule_has():
+    """A default need not be anything that JSON has; tuples are lists there."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Odd(RULES["Muon"]):
+        dtype: torch.dtype = torch.float64
+
+    config = config_of("Muon")
+    odd = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, rule=Odd()))
+    settings = rule_settings(odd)
+    assert settings["dtype"] == "torch.float64" and settings["ns_coefficients"] == [3.4445, -4.775, 2.0315]
+    assert changed_settings(json.loads(json.dumps(settings)), odd) == []
