@@ -20,15 +20,17 @@ from numpy.typing import NDArray
 
 from megalr.data.documents import Piece
 from megalr.data.sources import Source
+from megalr.data.tokenizer import largest_token, unused_marks
 from megalr.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-_FORMAT = 1  # raise it when the files or the way of tokenizing change
+_FORMAT = 2  # raise it when the files or the way of tokenizing change
 _BATCH_PIECES, _BATCH_CHARACTERS = 4096, 1 << 21
 _ABANDONED_SECONDS = 24 * 3600
+_LARGEST = np.iinfo(np.int32).max  # of the examples' dtype
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class TokenCache:
         self._source = source
         self._tokenizer = tokenizer
         self._limit = limit
+        self._largest = largest_token(tokenizer)
+        if self._largest > _LARGEST:
+            raise UserError(
+                f"the tokenizer has the token id {self._largest:,}; ids up to {_LARGEST:,} can be trained on"
+            )
         key = [
             _FORMAT,
             source.identity(),
@@ -113,7 +120,7 @@ class TokenCache:
         from tqdm import tqdm
 
         started = time.perf_counter()
-        dtype = np.dtype(np.uint16 if len(self._tokenizer) <= 1 << 16 else np.uint32)
+        dtype = np.dtype(np.uint16 if self._largest < 1 << 16 else np.uint32)
         hashes = (hashlib.sha256(), hashlib.sha256())
         tokens = documents = 0
         with (
@@ -168,6 +175,11 @@ class TokenCache:
             array = np.array(ids, dtype=np.int64)
             if marks and unknown is not None:  # the name of such a token, which some vocabularies have as a word, too
                 array[np.isin(array, marks)] = unknown
+            if array.max(initial=0) > self._largest:
+                raise UserError(
+                    f"the tokenizer turns {self._source.label} into the token id {array.max():,}, but the largest of "
+                    f"its vocabulary is {self._largest:,}: mend its tokenizer.json"
+                )
             yield array, np.array(ends, dtype=np.int64)
             if left is not None:
                 left -= len(ids)
@@ -183,12 +195,6 @@ class TokenCache:
         encoder.no_padding()
         encoder.encode_special_tokens = True
         return encoder
-
-
-def unused_marks(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """Special tokens that no text is turned into, such as T5's sentinels: all but those that every model has."""
-    used = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-    return set(tokenizer.all_special_ids) - set(used)
 
 
 def _take(pieces: Iterator[Piece]) -> list[Piece]:

@@ -145,7 +145,7 @@ def make_plan(
             _check_resumable(checkpoint.notes, required, noted, resolved, folder, screen, finished=finished)
     ranks.from_first(lambda: _fetch_tokenizer(arguments.tokenizer))
     with ranks.together():
-        tokenizer = load_tokenizer(arguments.tokenizer)
+        tokenizer = load_tokenizer(arguments.tokenizer, say=screen.say)
         fit_to_text(model, tokenizer, arguments.sequence_length)
         text = data_config(arguments, resolved.seed)
         data = load_data(text, tokenizer, rank=ranks.local_rank, barrier=ranks.barrier)

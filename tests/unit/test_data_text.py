@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from transformers import PreTrainedTokenizerFast
+from tokenizers import processors
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from megalr.data import Data, DataConfig, is_hub_dataset, load_data, load_tokenizer
 from megalr.data import train_tokenizer as training
@@ -371,6 +372,56 @@ def test_a_tokenizer_without_padding_pads_with_its_end_of_text(tmp_path: Path) -
     (tmp_path / "tokenizer.json").write_text(text)
     other = load_tokenizer(str(tmp_path / "tokenizer.json"))
     assert other.pad_token_id == other.eos_token_id == 0
+
+
+def test_a_tokenizer_marks_no_text_with_what_training_never_shows(tmp_path: Path) -> None:
+    """What is exported turns a text into the tokens that were trained on, in transformers' hands as well."""
+    beginning, file = "<|im_start|>", tmp_path / "a.jsonl"
+    write_jsonl(file, WORDS)
+    found = load_tokenizer(None)
+    plain = found("It is a truth.")["input_ids"]
+    found.add_special_tokens({"bos_token": beginning})
+    mark = processors.TemplateProcessing(
+        single=f"{beginning} $A", pair=f"{beginning} $A $B", special_tokens=[(beginning, found.bos_token_id)]
+    )
+    found.backend_tokenizer.post_processor = mark
+    found.save_pretrained(tmp_path / "marked")
+    assert AutoTokenizer.from_pretrained(tmp_path / "marked")("It is a truth.")["input_ids"] == [4096, *plain]
+    said: list[str] = []
+
+    tokenizer = load_tokenizer(str(tmp_path / "marked"), say=said.append)
+
+    data = read(tokenizer, tmp_path, dataset=str(file), pack=False, sequence_length=16)
+    assert content(data)[0] == [*plain, tokenizer.eos_token_id]
+    assert len(said) == 1 and f"marks a text with {beginning}" in said[0] and "<|endoftext|> alone" in said[0]
+    tokenizer.save_pretrained(tmp_path / "exported")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert exported("It is a truth.")["input_ids"] == plain
+    assert exported.bos_token == exported.eos_token == "<|endoftext|>"
+    load_tokenizer(str(tmp_path / "exported"), say=said.append)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("explicit", [None, True])
+def test_llamas_tokenizer_stays_as_it_was_trained_with(tmp_path: Path, explicit: bool | None) -> None:
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4}
+    LlamaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    if explicit is not None:  # which has transformers write the template anew whenever it loads
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": explicit}))
+    assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == [1, 3, 4]
+    load_tokenizer(str(tmp_path)).save_pretrained(tmp_path / "exported")
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported")("a")["input_ids"] == [3, 4]
+
+
+def test_an_end_of_text_after_a_text_is_what_training_shows(tmp_path: Path) -> None:
+    found = load_tokenizer(None)
+    end = processors.TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+    found.backend_tokenizer.post_processor = end
+    found.save_pretrained(tmp_path)
+    said: list[str] = []
+    tokenizer = load_tokenizer(str(tmp_path), say=said.append)
+    assert tokenizer("a")["input_ids"][1:] == [0] and said == []
 
 
 def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
