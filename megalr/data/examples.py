@@ -23,6 +23,7 @@ class Examples(ABC):
         sequence_length: L, tokens of an example, pads included.
         fingerprint: hash of everything that decides the examples' content.
         tokens: tokens in all examples, pads not counted.
+        predicted: how many of them are to be predicted, all but each example's first.
         dropped: tokens of the text that are in no example.
     """
 
@@ -32,6 +33,11 @@ class Examples(ABC):
         self.fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()
         self.tokens = tokens
         self.dropped = dropped
+
+    @property
+    def predicted(self) -> int:
+        """See the class."""
+        return self.tokens - len(self)
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,12 +26,19 @@ _HUB_EVAL_TOKENS = 10_000_000
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and is judged by; ``description`` says it for the reader, a line for each text."""
+    """What a run trains on and is judged by.
+
+    Attributes:
+        train, evaluation, test: the examples; no test without ``test_half``.
+        description: what was read, for the reader, a line for each text.
+        limit: how many tokens of the training text were read where it has, or may have, more; None for all.
+    """
 
     train: Examples
     evaluation: Examples
     test: Examples | None
     description: str
+    limit: int | None = None
 
 
 def load_data(
@@ -84,7 +91,8 @@ def load_data(
         train, held = _split(store, train_text.label, config.eval_fraction, held_limit)
     else:
         raise UserError("the held-out text is empty; name another, or none to hold back the end of the training text")
-    return _data(config, tokenizer, train, held, origins)
+    data = _data(config, tokenizer, train, held, origins)
+    return replace(data, limit=limit if len(store.tokens) == limit else None)
 
 
 @dataclass(frozen=True)
@@ -194,7 +202,13 @@ def _examples(part: _Part, config: DataConfig, tokenizer: PreTrainedTokenizerFas
     if config.pack:
         return PackedExamples(part.tokens, length, pad_id=pad, fingerprint=identity, keep_tail=keep_tail)
     end = tokenizer.eos_token_id
-    return TruncatedExamples(part.tokens, part.ends, length, pad_id=pad, end_id=end, fingerprint=identity)
+    found = TruncatedExamples(part.tokens, part.ends, length, pad_id=pad, end_id=end, fingerprint=identity)
+    if not found.predicted:
+        raise UserError(
+            f"{part.label} has no token to predict: each of its documents is a single token. Choose another text or "
+            "tokenizer, or join the documents (leave --no-pack out)"
+        )
+    return found
 
 
 def _describe(role: str, part: _Part, examples: Examples, origin: str) -> str:

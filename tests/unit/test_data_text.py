@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tokenizers import processors
+from tokenizers import Regex, normalizers, processors
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from megalr.data import Data, DataConfig, is_hub_dataset, load_data, load_tokenizer
@@ -21,6 +21,7 @@ from megalr.data.documents import PIECE_CHARACTERS, document_pieces
 from megalr.data.sources import AUSTEN_FOLDER
 from megalr.data.tokenizer import EMBEDDED_TOKENIZER
 from megalr.errors import UserError
+from megalr.train.preparation import how_often
 
 TEXTS = [
     "It is a truth.",
@@ -214,6 +215,27 @@ def test_the_last_tokens_of_a_single_document_are_held_out(tokenizer: PreTrained
     assert sum(content(data, "evaluation"), []) == whole[-held:]
     assert sum(content(data), []) == whole[:-held][: data.train.tokens]
     assert data.train.dropped == (len(whole) - held) % 5
+
+
+def test_a_text_that_is_read_more_than_once_is_said_loudly(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", ["one two three four"] * 40)
+    whole = read(tokenizer, tmp_path, dataset=str(file), sequence_length=4)
+    cut = read(tokenizer, tmp_path, dataset=str(file), sequence_length=4, max_train_tokens=100)
+    for data, flag in ((whole, "a longer --dataset"), (cut, "a larger --max-train-tokens, which cuts the text at 100")):
+        count, tokens = len(data.train), data.train.tokens
+        assert how_often(data, count) == f"the run reads {tokens} tokens: 1.00 epochs of {tokens} training tokens"
+        often = how_often(data, 6 * count - 1)
+        assert f" epochs of {tokens} training tokens\nWARNING: the text is read 6.0 times. To read it once, " in often
+        assert f"write {flag}, or fewer --steps" in often
+
+
+def test_a_text_without_a_token_to_predict_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [f"document {number}" for number in range(9)])
+    alone = load_tokenizer(None)
+    alone.backend_tokenizer.normalizer = normalizers.Replace(Regex(".*"), "")
+    settings = {"dataset": str(file), "sequence_length": 2, "eval_fraction": 0.5}
+    assert "each of its documents is a single token" in rejected(alone, tmp_path, **settings, pack=False)
+    assert read(alone, tmp_path, **settings).train.predicted == 2
 
 
 def test_limits_on_tokens(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
