@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from megalr.data.config import DataConfig
 from megalr.data.examples import Examples, PackedExamples, TruncatedExamples
 from megalr.data.hub import HubText
-from megalr.data.sources import evaluation_source, training_source
+from megalr.data.sources import LocalText, evaluation_source, training_source
 from megalr.data.tokens import TokenCache, TokenStore
 from megalr.errors import UserError
 
@@ -92,7 +92,9 @@ def load_data(
     else:
         raise UserError("the held-out text is empty; name another, or none to hold back the end of the training text")
     data = _data(config, tokenizer, train, held, origins)
-    return replace(data, limit=limit if len(store.tokens) == limit else None)
+    left_out = dict.fromkeys(text.left_out for text in (train_text, held_text) if isinstance(text, LocalText))
+    description = "\n".join([data.description, *filter(None, left_out)])
+    return replace(data, description=description, limit=limit if len(store.tokens) == limit else None)
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class _Part:
     ends: NDArray[np.int64]
     identity: str
     label: str
+    without_text: int = 0  # documents of the whole text
 
 
 def _prepare(cache: TokenCache, rank: int) -> str:
@@ -125,7 +128,7 @@ def _stored(cache: TokenCache) -> TokenStore:
 
 
 def _whole(store: TokenStore, label: str) -> _Part:
-    return _Part(store.tokens, store.ends, store.digest, label)
+    return _Part(store.tokens, store.ends, store.digest, label, store.without_text)
 
 
 def _split(store: TokenStore, label: str, fraction: float, limit: int | None) -> tuple[_Part, _Part]:
@@ -145,7 +148,7 @@ def _split(store: TokenStore, label: str, fraction: float, limit: int | None) ->
         train_ends, held_ends = np.array([cut]), np.array([total - cut])
         words = f"the last {_count(total - cut, 'token')} of {label}"
     return (
-        _Part(store.tokens[:cut], train_ends, f"{store.digest} to {cut}", label),
+        _Part(store.tokens[:cut], train_ends, f"{store.digest} to {cut}", label, store.without_text),
         _Part(store.tokens[cut:], held_ends, f"{store.digest} from {cut}", words),
     )
 
@@ -206,7 +209,7 @@ def _examples(part: _Part, config: DataConfig, tokenizer: PreTrainedTokenizerFas
     if not found.predicted:
         raise UserError(
             f"{part.label} has no token to predict: each of its documents is a single token. Choose another text or "
-            "tokenizer, or join the documents (leave --no-pack out)"
+            "tokenizer, or join the documents (pack)"
         )
     return found
 
@@ -214,9 +217,10 @@ def _examples(part: _Part, config: DataConfig, tokenizer: PreTrainedTokenizerFas
 def _describe(role: str, part: _Part, examples: Examples, origin: str) -> str:
     documents, tokens = _count(len(part.ends), "document"), _count(len(part.tokens), "token")
     kind = "packed" if isinstance(examples, PackedExamples) else "truncated or padded"
+    empty = f" ({_count(part.without_text, 'more document')} without text)" if part.without_text else ""
     dropped = f", {_count(examples.dropped, 'token')} left out" if examples.dropped else ""
     return (
-        f"{role}: {part.label}, {documents}, {tokens}, in {_count(len(examples), f'{kind} example')} of "
+        f"{role}: {part.label}, {documents}{empty}, {tokens}, in {_count(len(examples), f'{kind} example')} of "
         f"{examples.sequence_length}{dropped} ({origin})"
     )
 
