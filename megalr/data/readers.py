@@ -38,11 +38,10 @@ def read_file(file: Path, column: str) -> Iterator[Piece]:
         UserError: it cannot be read, is damaged, is not UTF-8, or lacks the column.
     """
     try:
-        yield from _READERS[suffix(file)](file, column)
-    except UserError:
-        raise
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {_bad_byte(file)}") from error
+        try:
+            yield from _READERS[suffix(file)](file, column)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8 text: {_bad_byte(file)}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{file} is damaged or cut off ({error}): copy or download it again") from error
     except OSError as error:

@@ -24,8 +24,8 @@ class MetricsLog:
         """What was measured before the first update, if it was noted; None on other ranks than 0."""
         if not self._enabled:
             return None
-        rows = read_rows(self._path)
-        return next((row["eval_perplexity"] for row in rows if row["step"] == 0 and "eval_perplexity" in row), None)
+        found = (number(row, "eval_perplexity") for row in read_rows(self._path) if row["step"] == 0)
+        return next((perplexity for perplexity in found if perplexity is not None), None)
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row, and those that could not be written before.
@@ -69,3 +69,14 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(row, dict) and isinstance(row.get("step"), int) and not isinstance(row["step"], bool):
                 yield row
+
+
+def number(row: dict[str, Any], key: str) -> float | None:
+    """A value of a row, finite or not; None where it is missing or no number."""
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # of an int
+        return None
