@@ -61,14 +61,15 @@ class LocalText:
     left_out: str = ""  # what a folder or a pattern stands for beside these files, in words
 
     def identity(self) -> dict[str, Any]:
-        """Content hashes; path, size and time where hashing more than 256 MiB would take long."""
-        stats = [file.stat() for file in self.files]
-        if sum(stat.st_size for stat in stats) <= _HASHED_BYTES:
-            marks: list[Any] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self.files]
-        else:
-            marks = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(self.files, stats, strict=True)]
-        kinds = [suffix(file) for file in self.files]
-        return {"local": marks, "kinds": kinds, "text_column": self.text_column}
+        """Content hashes; path, size and time where hashing more than 256 MiB would take long.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        try:
+            return self._identity()
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
     def pieces(self) -> Iterator[Piece]:
         """All documents, in order.
@@ -78,6 +79,15 @@ class LocalText:
         """
         for file in self.files:
             yield from read_file(file, self.text_column)
+
+    def _identity(self) -> dict[str, Any]:
+        stats = [file.stat() for file in self.files]
+        if sum(stat.st_size for stat in stats) <= _HASHED_BYTES:
+            marks: list[Any] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self.files]
+        else:
+            marks = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(self.files, stats, strict=True)]
+        kinds = [suffix(file) for file in self.files]
+        return {"local": marks, "kinds": kinds, "text_column": self.text_column}
 
 
 def training_source(config: DataConfig) -> Source:

@@ -142,6 +142,20 @@ def test_ids_that_cannot_be_trained_on_are_refused(file: Path) -> None:
     assert not any(names(file))
 
 
+def test_a_text_stays_the_one_that_a_checkpoint_was_trained_with(
+    file: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Another hash of the same tokens would refuse every run that goes on."""
+    cache(file, tokenizer).write()
+    assert stored(cache(file, tokenizer)).digest == "ae8262da26b4cd2387cafdf848bac8595349cc6a5adab2fe78d7be529425abfc"
+
+
+def test_a_file_that_is_gone_is_named(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    file.unlink()
+    with pytest.raises(UserError, match="cannot read .*my text.txt: No such file"):
+        cache(file, tokenizer)
+
+
 def test_many_batches_give_the_tokens_of_one(
     file: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
