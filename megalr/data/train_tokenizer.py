@@ -51,10 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(left_out, file=sys.stderr)
         source = LocalText(tuple(files), "", chosen.text_column)
         tokenizer = train_tokenizer((piece.text for piece in source.pieces()), chosen.vocabulary)
-        chosen.output.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    chosen.output.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     print(f"{chosen.output}: {tokenizer.get_vocab_size()} entries")
     return 0
 

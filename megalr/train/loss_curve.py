@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalr.train.metrics import number, read_rows
+from megalr.train.metrics import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,8 +90,7 @@ def read_history(metrics_jsonl_path: str | Path) -> History:
     evaluation: dict[int, dict[str, Any]] = {}
     last = -1
     for row in read_rows(Path(metrics_jsonl_path)):
-        tokens = number(row, "tokens")
-        if tokens is None or not math.isfinite(tokens):
+        if row.get("tokens") is None:
             continue
         step = row["step"]
         if "loss" in row:
@@ -104,15 +103,13 @@ def read_history(metrics_jsonl_path: str | Path) -> History:
             evaluation[step] = row
     events: dict[str, list[int]] = {}
     for row in training.values():
-        named = row.get("events")
-        for name in [each for each in named if isinstance(each, str)] if isinstance(named, list) else []:
+        for name in row.get("events") or ():
             events.setdefault(name, []).append(row["tokens"])
     return History(*_curve(training, "loss"), *_curve(evaluation, "eval_loss"), events)
 
 
 def _curve(rows: dict[int, dict[str, Any]], key: str) -> tuple[Floats, Floats]:
-    found = [(rows[step]["tokens"], number(rows[step], key)) for step in sorted(rows)]
-    points = [(tokens, loss) for tokens, loss in found if loss is not None]
+    points = [(rows[step]["tokens"], rows[step][key]) for step in sorted(rows) if rows[step][key] is not None]
     tokens, losses = np.array(points, dtype=np.float64).reshape(-1, 2).T
     finite = np.isfinite(losses)
     return tokens[finite], losses[finite]
