@@ -71,7 +71,7 @@ def _tokenizer(name: str | None) -> Any:
         return None
     from megalr.data.tokenizer import load_tokenizer  # noqa: PLC0415  (transformers is slow to import)
 
-    return load_tokenizer(name)
+    return load_tokenizer(name, say=print)
 
 
 def _parser() -> argparse.ArgumentParser:

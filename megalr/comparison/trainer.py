@@ -145,7 +145,7 @@ def _prepare_text(one: Run) -> None:
     """
     print("preparing the text", flush=True)
     arguments = parse_arguments(["--deepspeed", "none", *one.flags])
-    text, tokenizer = data_config(arguments, one.seed), load_tokenizer(arguments.tokenizer)
+    text, tokenizer = data_config(arguments, one.seed), load_tokenizer(arguments.tokenizer, say=print)
     print(load_data(text, tokenizer, rank=0, barrier=lambda: None).description, flush=True)
 
 

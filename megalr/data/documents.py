@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from megalr.errors import UserError
 
 PIECE_CHARACTERS = 1 << 14
+_SHOWN_COLUMNS = 20
 
 
 class Piece(NamedTuple):
@@ -17,8 +18,11 @@ class Piece(NamedTuple):
     ends_document: bool
 
 
+NO_TEXT = Piece("", False)  # stands for a document without text, which is to be counted, not to be trained on
+
+
 def document_pieces(text: str) -> Iterator[Piece]:
-    """The pieces of a document that is in memory; none if it holds only white space."""
+    """The pieces of a document that is in memory; ``NO_TEXT`` if it holds only white space."""
     return pieces(text[at : at + PIECE_CHARACTERS] for at in range(0, len(text), PIECE_CHARACTERS))
 
 
@@ -26,7 +30,7 @@ def pieces(blocks: Iterable[str]) -> Iterator[Piece]:
     """Cuts one document, given as blocks of text, into pieces of at most ``PIECE_CHARACTERS`` characters.
 
     A cut falls in front of white space, where byte-level tokenizers start a new word anyway, so that the
-    pieces have the same tokens as the whole document. A document of white space alone has no pieces.
+    pieces have the same tokens as the whole document. One of white space alone is ``NO_TEXT``.
     """
     rest = ""
     started = False
@@ -37,8 +41,7 @@ def pieces(blocks: Iterable[str]) -> Iterator[Piece]:
             yield Piece(rest[:cut], False)
             rest = rest[cut:]
             started = True
-    if started or rest.strip():
-        yield Piece(rest, True)
+    yield Piece(rest, True) if started or rest.strip() else NO_TEXT
 
 
 def row_text(row: Mapping[str, Any], column: str, where: str) -> str:
@@ -51,14 +54,14 @@ def row_text(row: Mapping[str, Any], column: str, where: str) -> str:
         raise UserError(missing_column(where, column, list(row)))
     value = row[column]
     if value is not None and not isinstance(value, str):
-        raise UserError(f'"{column}" of {where} holds {type(value).__name__}, expected text')
+        raise UserError(f'"{column}" of {where} holds {type(value).__name__}, expected text: "..." or null')
     # JSON can hold half of a surrogate pair, which no tokenizer takes; it becomes a question mark
     return (value or "").encode("utf-8", "replace").decode("utf-8")
 
 
 def missing_column(where: str, column: str, columns: list[str]) -> str:
     """The message for a text column that is not there."""
-    names = ", ".join(columns)
+    names = ", ".join(columns[:_SHOWN_COLUMNS]) + (", ..." if len(columns) > _SHOWN_COLUMNS else "")
     return f'{where} has no column "{column}"; name the one that holds the text (text_column), out of: {names}'
 
 

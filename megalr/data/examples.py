@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megalr.errors import UserError
+
 _COUNTED_AT_ONCE = 4096
 _ENDS_AT_ONCE = 1 << 20
 
@@ -21,6 +23,7 @@ class Examples(ABC):
         sequence_length: L, tokens of an example, pads included.
         fingerprint: hash of everything that decides the examples' content.
         tokens: tokens in all examples, pads not counted.
+        predicted: how many of them are to be predicted, all but each example's first.
         dropped: tokens of the text that are in no example.
     """
 
@@ -30,6 +33,11 @@ class Examples(ABC):
         self.fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()
         self.tokens = tokens
         self.dropped = dropped
+
+    @property
+    def predicted(self) -> int:
+        """See the class."""
+        return self.tokens - len(self)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -56,16 +64,19 @@ class Examples(ABC):
         The sum is the number of tokens that an evaluation of these examples scores.
 
         Raises:
-            ValueError: a token id outside the vocabulary.
+            UserError: a token id outside the vocabulary.
         """
         counts = np.zeros(vocabulary, dtype=np.int64)
         for start in range(0, len(self), _COUNTED_AT_ONCE):
             stop = min(start + _COUNTED_AT_ONCE, len(self))
             targets = np.concatenate([self._content(index)[1:] for index in range(start, stop)])
-            found = np.bincount(targets, minlength=vocabulary)
-            if len(found) > vocabulary:
-                raise ValueError(f"the text holds token {len(found) - 1}, the vocabulary has {vocabulary} entries")
-            counts += found
+            if targets.max(initial=0) >= vocabulary:
+                raise UserError(
+                    f"the text holds the token id {targets.max():,}, but the model's vocabulary has {vocabulary:,} "
+                    "entries: write a larger vocab_size in the model's JSON, or choose another tokenizer. If the "
+                    "tokenizer has no such id, the cache of tokens is damaged: delete it"
+                )
+            counts += np.bincount(targets, minlength=vocabulary)
         return counts
 
 

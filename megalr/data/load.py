@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from megalr.data.config import DataConfig
 from megalr.data.examples import Examples, PackedExamples, TruncatedExamples
 from megalr.data.hub import HubText
-from megalr.data.sources import evaluation_source, training_source
+from megalr.data.sources import LocalText, evaluation_source, training_source
 from megalr.data.tokens import TokenCache, TokenStore
 from megalr.errors import UserError
 
@@ -26,12 +26,19 @@ _HUB_EVAL_TOKENS = 10_000_000
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and is judged by; ``description`` says it for the reader, a line for each text."""
+    """What a run trains on and is judged by.
+
+    Attributes:
+        train, evaluation, test: the examples; no test without ``test_half``.
+        description: what was read, for the reader, a line for each text.
+        limit: how many tokens of the training text were read where it has, or may have, more; None for all.
+    """
 
     train: Examples
     evaluation: Examples
     test: Examples | None
     description: str
+    limit: int | None = None
 
 
 def load_data(
@@ -84,7 +91,10 @@ def load_data(
         train, held = _split(store, train_text.label, config.eval_fraction, held_limit)
     else:
         raise UserError("the held-out text is empty; name another, or none to hold back the end of the training text")
-    return _data(config, tokenizer, train, held, origins)
+    data = _data(config, tokenizer, train, held, origins)
+    left_out = dict.fromkeys(text.left_out for text in (train_text, held_text) if isinstance(text, LocalText))
+    description = "\n".join([data.description, *filter(None, left_out)])
+    return replace(data, description=description, limit=limit if len(store.tokens) == limit else None)
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,7 @@ class _Part:
     ends: NDArray[np.int64]
     identity: str
     label: str
+    without_text: int = 0  # documents of the whole text
 
 
 def _prepare(cache: TokenCache, rank: int) -> str:
@@ -117,7 +128,7 @@ def _stored(cache: TokenCache) -> TokenStore:
 
 
 def _whole(store: TokenStore, label: str) -> _Part:
-    return _Part(store.tokens, store.ends, store.digest, label)
+    return _Part(store.tokens, store.ends, store.digest, label, store.without_text)
 
 
 def _split(store: TokenStore, label: str, fraction: float, limit: int | None) -> tuple[_Part, _Part]:
@@ -137,7 +148,7 @@ def _split(store: TokenStore, label: str, fraction: float, limit: int | None) ->
         train_ends, held_ends = np.array([cut]), np.array([total - cut])
         words = f"the last {_count(total - cut, 'token')} of {label}"
     return (
-        _Part(store.tokens[:cut], train_ends, f"{store.digest} to {cut}", label),
+        _Part(store.tokens[:cut], train_ends, f"{store.digest} to {cut}", label, store.without_text),
         _Part(store.tokens[cut:], held_ends, f"{store.digest} from {cut}", words),
     )
 
@@ -194,15 +205,22 @@ def _examples(part: _Part, config: DataConfig, tokenizer: PreTrainedTokenizerFas
     if config.pack:
         return PackedExamples(part.tokens, length, pad_id=pad, fingerprint=identity, keep_tail=keep_tail)
     end = tokenizer.eos_token_id
-    return TruncatedExamples(part.tokens, part.ends, length, pad_id=pad, end_id=end, fingerprint=identity)
+    found = TruncatedExamples(part.tokens, part.ends, length, pad_id=pad, end_id=end, fingerprint=identity)
+    if not found.predicted:
+        raise UserError(
+            f"{part.label} has no token to predict: each of its documents is a single token. Choose another text or "
+            "tokenizer, or join the documents (pack)"
+        )
+    return found
 
 
 def _describe(role: str, part: _Part, examples: Examples, origin: str) -> str:
     documents, tokens = _count(len(part.ends), "document"), _count(len(part.tokens), "token")
     kind = "packed" if isinstance(examples, PackedExamples) else "truncated or padded"
+    empty = f" ({_count(part.without_text, 'more document')} without text)" if part.without_text else ""
     dropped = f", {_count(examples.dropped, 'token')} left out" if examples.dropped else ""
     return (
-        f"{role}: {part.label}, {documents}, {tokens}, in {_count(len(examples), f'{kind} example')} of "
+        f"{role}: {part.label}, {documents}{empty}, {tokens}, in {_count(len(examples), f'{kind} example')} of "
         f"{examples.sequence_length}{dropped} ({origin})"
     )
 

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from megalr.data.config import DataConfig
-from megalr.data.documents import (
-    PIECE_CHARACTERS,
-    Piece,
-    document_pieces,
-    missing_column,
-    pieces,
-    row_text,
-)
+from megalr.data.documents import Piece
+from megalr.data.files import local_files
 from megalr.data.hub import HubText
+from megalr.data.readers import read_file, suffix
 from megalr.errors import UserError
 
 AUSTEN = "austen"
 AUSTEN_FOLDER = Path(__file__).parent / "austen"
 HELD_OUT_NOVEL = "persuasion.txt"
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 
 _NOT_A_HUB_NAME = (
     ".txt",
@@ -67,16 +58,18 @@ class LocalText:
     files: tuple[Path, ...]
     label: str
     text_column: str = "text"
+    left_out: str = ""  # what a folder or a pattern stands for beside these files, in words
 
     def identity(self) -> dict[str, Any]:
-        """Content hashes; path, size and time where hashing more than 256 MiB would take long."""
-        stats = [file.stat() for file in self.files]
-        if sum(stat.st_size for stat in stats) <= _HASHED_BYTES:
-            marks: list[Any] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self.files]
-        else:
-            marks = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(self.files, stats, strict=True)]
-        kinds = [_suffix(file) for file in self.files]
-        return {"local": marks, "kinds": kinds, "text_column": self.text_column}
+        """Content hashes; path, size and time where hashing more than 256 MiB would take long.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        try:
+            return self._identity()
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
     def pieces(self) -> Iterator[Piece]:
         """All documents, in order.
@@ -85,16 +78,16 @@ class LocalText:
             UserError: a file that cannot be read, is not UTF-8, or lacks the text column.
         """
         for file in self.files:
-            try:
-                yield from _READERS[_suffix(file)](file, self.text_column)
-            except UserError:
-                raise
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{file} is not UTF-8 text ({error}); convert it, e.g. with `iconv -f latin1 -t utf-8`"
-                ) from error
-            except (OSError, EOFError, ValueError) as error:  # pyarrow's errors are ValueErrors and OSErrors
-                raise UserError(f"cannot read {file}: {error}") from error
+            yield from read_file(file, self.text_column)
+
+    def _identity(self) -> dict[str, Any]:
+        stats = [file.stat() for file in self.files]
+        if sum(stat.st_size for stat in stats) <= _HASHED_BYTES:
+            marks: list[Any] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self.files]
+        else:
+            marks = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(self.files, stats, strict=True)]
+        kinds = [suffix(file) for file in self.files]
+        return {"local": marks, "kinds": kinds, "text_column": self.text_column}
 
 
 def training_source(config: DataConfig) -> Source:
@@ -134,19 +127,6 @@ def is_hub_dataset(dataset: str | Sequence[str]) -> bool:
     return len(names) == 1 and names[0] != AUSTEN and not _is_local(names[0])
 
 
-def local_files(names: Sequence[str]) -> list[Path]:
-    """The files that paths, folders (searched deeply) and globs stand for, sorted within each; each once.
-
-    Raises:
-        UserError: a name that stands for no readable file.
-    """
-    found: dict[Path, Path] = {}  # a file named twice is read once: otherwise it could be trained on and held out
-    for name in names:
-        for file in _expand(name):
-            found.setdefault(file.resolve(), file)
-    return list(found.values())
-
-
 def _source(dataset: str | Sequence[str], config: DataConfig, split: str, optional: bool = False) -> Source:
     names = [dataset] if isinstance(dataset, str) else list(dataset)
     if not names:
@@ -163,9 +143,9 @@ def _source(dataset: str | Sequence[str], config: DataConfig, split: str, option
                 f'"{name}" is no local file or folder; the embedded text and hub datasets stand alone, '
                 "only local files can be listed together"
             )
-    files = local_files(names)
+    files, left_out = local_files(names)
     label = str(files[0]) if len(files) == 1 else f"{len(files)} files of {', '.join(names)}"
-    return LocalText(tuple(files), label, config.text_column)
+    return LocalText(tuple(files), label, config.text_column, left_out)
 
 
 def _is_local(name: str) -> bool:
@@ -177,77 +157,3 @@ def _is_local(name: str) -> bool:
         or path.suffix.lower() in _NOT_A_HUB_NAME
         or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None
     )
-
-
-def _expand(name: str) -> list[Path]:
-    path = Path(name).expanduser()
-    if path.is_file():
-        if _suffix(path) not in SUFFIXES:
-            raise UserError(f"{name} ends in none of {', '.join(SUFFIXES)}; rename plain text to .txt, or convert it")
-        return [path]
-    if path.is_dir():
-        candidates = [
-            file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts)
-        ]
-    else:
-        candidates = [Path(match) for match in glob.glob(str(path), recursive=True)]
-        if not candidates:
-            raise UserError(f"there is no file, folder or match of a pattern called {name}")
-    files = sorted(file for file in candidates if file.is_file() and _suffix(file) in SUFFIXES)
-    if not files:
-        raise UserError(f"{name} holds no file that ends in one of {', '.join(SUFFIXES)}")
-    return files
-
-
-def _suffix(file: Path) -> str:
-    lower = file.name.lower()
-    return next((suffix for suffix in SUFFIXES if lower.endswith(suffix)), file.suffix.lower())
-
-
-def _read_txt(file: Path, _: str) -> Iterator[Piece]:
-    with _open_text(file) as stream:
-        yield from pieces(iter(lambda: stream.read(PIECE_CHARACTERS), ""))
-
-
-def _read_jsonl(file: Path, column: str) -> Iterator[Piece]:
-    with _open_text(file) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}, line {number} is not JSON ({error}); expected one object a line") from error
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"{file}, line {number} holds a {type(row).__name__}; expected one object a line, "
-                    f'such as {{"{column}": "..."}}'
-                )
-            yield from document_pieces(row_text(row, column, f"{file}, line {number}"))
-
-
-def _read_parquet(file: Path, column: str) -> Iterator[Piece]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(file) as table:
-        names = table.schema_arrow.names
-        if column not in names:
-            raise UserError(missing_column(str(file), column, names))
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            for text in batch.column(0).to_pylist():
-                yield from document_pieces(row_text({column: text}, column, str(file)))
-
-
-_READERS = {
-    ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl,
-    ".json.gz": _read_jsonl,
-    ".parquet": _read_parquet,
-}
-
-
-def _open_text(file: Path) -> IO[str]:
-    if file.suffix.lower() == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8-sig")
-    return file.open(encoding="utf-8-sig")

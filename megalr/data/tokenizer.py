@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +21,21 @@ _END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[S
 _PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
 
 
-def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
-    """A fast tokenizer with an end-of-text and a padding token.
+def load_tokenizer(name: str | None, *, say: Callable[[str], None] = lambda line: None) -> PreTrainedTokenizerFast:
+    """A fast tokenizer with an end-of-text and a padding token, which adds nothing that training does not show.
 
     Args:
         name: None for the embedded 4,096-entry byte-level BPE; the path of a ``tokenizer.json``; a folder
             that ``save_pretrained`` wrote or that holds a ``tokenizer.json``; or a hub name such as
             "t5-base".
+        say: gets a line where the tokenizer is not used as it was found.
 
     A tokenizer without a padding token pads with its end-of-text token (labels know the pads by position, not
     by id).
+
+    Training separates documents by the end-of-text token alone. A model that never saw the beginning-of-text token
+    which the tokenizer puts before a text would score that text's first words badly. So such a token is taken out of
+    the tokenizer, which is also the one that is exported.
 
     Raises:
         UserError: not found, not readable, not a fast tokenizer, or without an end-of-text token.
@@ -42,7 +48,45 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    untrained = _untrained_marks(tokenizer)
+    if untrained:
+        _add_nothing(tokenizer)
+        say(
+            f"the tokenizer {name} marks a text with {' '.join(untrained)}. Training does not: it separates documents "
+            f"by {tokenizer.eos_token} alone. An export gets a tokenizer without these marks; use that one, because "
+            "with the original the model scores the first words of a text badly"
+        )
     return tokenizer
+
+
+def largest_token(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The largest id that a text, its end or its padding can become, added tokens included."""
+    return int(max(set(tokenizer.get_vocab().values()) - unused_marks(tokenizer)))
+
+
+def unused_marks(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Special tokens that no text is turned into, such as T5's sentinels: all but those that every model has."""
+    used = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    return set(tokenizer.all_special_ids) - set(used)
+
+
+def _untrained_marks(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Names of the tokens that are put around a text, or stand for its beginning, and are not the end-of-text token."""
+    encoding = tokenizer.backend_tokenizer.encode("a")
+    places = zip(encoding.ids, encoding.special_tokens_mask, encoding.attention_mask, strict=True)
+    marks = [token for token, special, attended in places if special and attended]  # padding is not attended to
+    marks += [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    untrained = dict.fromkeys(token for token in marks if token != tokenizer.eos_token_id)
+    return [str(tokenizer.convert_ids_to_tokens(token)) for token in untrained]
+
+
+def _add_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
+    from tokenizers import processors
+
+    changed: Any = tokenizer
+    changed.add_bos_token = changed.add_eos_token = False  # transformers restores the template from these
+    changed.bos_token = changed.eos_token  # generation without a prompt starts with it
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
 
 
 def _load(name: str | None) -> PreTrainedTokenizerFast:

@@ -18,17 +18,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalr.data.documents import Piece
-from megalr.data.sources import Source
+from megalr.data.documents import NO_TEXT, Piece
+from megalr.data.sources import LocalText, Source
+from megalr.data.tokenizer import largest_token, unused_marks
 from megalr.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-_FORMAT = 1  # raise it when the files or the way of tokenizing change
+_FORMAT = 2  # raise it when the files or the way of tokenizing change
 _BATCH_PIECES, _BATCH_CHARACTERS = 4096, 1 << 21
 _ABANDONED_SECONDS = 24 * 3600
+_LARGEST = np.iinfo(np.int32).max  # of the examples' dtype
+_VERIFIED_BYTES = 1 << 26  # up to which a text's hash is looked at whenever it is loaded
+_CHECKED_CHARACTERS = 16  # for each token that is to be read; a token of a language has four or five
+_ENDS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class TokenStore:
         tokens: (tokens,) uint16 or uint32; each document is followed by the end-of-text token.
         ends: (documents,) int64; where each document, its end-of-text token included, ends in ``tokens``.
         digest: hash of both, the text's identity as far as training is concerned.
+        without_text: documents that were left out because there is no text in them.
         seconds: how long tokenizing took.
         folder: where they lie.
     """
@@ -46,6 +52,7 @@ class TokenStore:
     tokens: NDArray[Any]
     ends: NDArray[np.int64]
     digest: str
+    without_text: int
     seconds: float
     folder: Path
 
@@ -62,6 +69,11 @@ class TokenCache:
         self._source = source
         self._tokenizer = tokenizer
         self._limit = limit
+        self._largest = largest_token(tokenizer)
+        if self._largest > _LARGEST:
+            raise UserError(
+                f"the tokenizer has the token id {self._largest:,}; ids up to {_LARGEST:,} can be trained on"
+            )
         key = [
             _FORMAT,
             source.identity(),
@@ -76,12 +88,9 @@ class TokenCache:
     def load(self) -> TokenStore | None:
         """The tokens if they are there and whole, else None."""
         try:
-            meta = json.loads((self.folder / "meta.json").read_text())
-            tokens = _map(self.folder / "tokens.bin", meta["dtype"], meta["tokens"])
-            ends = _map(self.folder / "ends.bin", "int64", meta["documents"])
-        except (OSError, ValueError, KeyError):
+            return _read_store(self.folder)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        return TokenStore(tokens, ends, meta["digest"], meta["seconds"], self.folder)
 
     def write(self) -> None:
         """Tokenizes the text and puts the result in place; harmless where another process does the same.
@@ -91,6 +100,7 @@ class TokenCache:
         """
         root = self.folder.parent
         partial = root / f".partial-{self.folder.name}-{uuid.uuid4().hex[:8]}"
+        self._check_files()
         pieces = self._source.pieces()
         try:
             partial.mkdir(parents=True)
@@ -109,13 +119,23 @@ class TokenCache:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
+    def _check_files(self) -> None:
+        """Read the files once, because a mistake in the last line would end the tokenizing, which takes far longer."""
+        if not isinstance(self._source, LocalText):
+            return
+        characters = 0
+        for piece in self._source.pieces():
+            characters += len(piece.text)
+            if self._limit is not None and characters > self._limit * _CHECKED_CHARACTERS:
+                return
+
     def _write_files(self, folder: Path, pieces: Iterator[Piece]) -> None:
         from tqdm import tqdm
 
         started = time.perf_counter()
-        dtype = np.dtype(np.uint16 if len(self._tokenizer) <= 1 << 16 else np.uint32)
+        dtype = np.dtype(np.uint16 if self._largest < 1 << 16 else np.uint32)
         hashes = (hashlib.sha256(), hashlib.sha256())
-        tokens = documents = 0
+        tokens = documents = without_text = 0
         with (
             (folder / "tokens.bin").open("wb") as token_file,
             (folder / "ends.bin").open("wb") as end_file,
@@ -127,13 +147,13 @@ class TokenCache:
                 disable=None,
             ) as bar,
         ):
-            for ids, ends in self._chunks(pieces):
+            for ids, ends, empty in self._chunks(pieces):
                 for array, file, content in zip(
                     (ids.astype(dtype), ends + tokens), (token_file, end_file), hashes, strict=True
                 ):
                     file.write(array.tobytes())
                     content.update(array.tobytes())
-                tokens, documents = tokens + len(ids), documents + len(ends)
+                tokens, documents, without_text = tokens + len(ids), documents + len(ends), without_text + empty
                 bar.update(len(ids))
             for file in (token_file, end_file):
                 file.flush()
@@ -143,17 +163,19 @@ class TokenCache:
             "dtype": dtype.name,
             "tokens": tokens,
             "documents": documents,
-            "digest": hashlib.sha256(b"".join(content.digest() for content in hashes)).hexdigest(),
+            "without_text": without_text,
+            "digest": _joined(hashes),
             "seconds": time.perf_counter() - started,
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
-    def _chunks(self, pieces: Iterator[Piece]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Runs of tokens, with the document ends inside each counted from the run's start."""
+    def _chunks(self, pieces: Iterator[Piece]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int]]:
+        """Runs of tokens, the document ends inside each counted from its start, and how many documents had no text."""
         encoder = self._encoder()
         marks, unknown = sorted(unused_marks(self._tokenizer)), self._tokenizer.unk_token_id
         left = self._limit
-        while batch := _take(pieces):
+        while read := _take(pieces):
+            batch = [piece for piece in read if piece is not NO_TEXT]
             ids: list[int] = []
             ends: list[int] = []
             encoded = encoder.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
@@ -168,7 +190,12 @@ class TokenCache:
             array = np.array(ids, dtype=np.int64)
             if marks and unknown is not None:  # the name of such a token, which some vocabularies have as a word, too
                 array[np.isin(array, marks)] = unknown
-            yield array, np.array(ends, dtype=np.int64)
+            if array.max(initial=0) > self._largest:
+                raise UserError(
+                    f"the tokenizer turns {self._source.label} into the token id {array.max():,}, but the largest of "
+                    f"its vocabulary is {self._largest:,}: mend its tokenizer.json"
+                )
+            yield array, np.array(ends, dtype=np.int64), len(read) - len(batch)
             if left is not None:
                 left -= len(ids)
                 if left == 0:
@@ -185,12 +212,6 @@ class TokenCache:
         return encoder
 
 
-def unused_marks(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """Special tokens that no text is turned into, such as T5's sentinels: all but those that every model has."""
-    used = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-    return set(tokenizer.all_special_ids) - set(used)
-
-
 def _take(pieces: Iterator[Piece]) -> list[Piece]:
     """As many pieces as are worth encoding at once in bounded memory; none at the end."""
     batch: list[Piece] = []
@@ -201,6 +222,40 @@ def _take(pieces: Iterator[Piece]) -> list[Piece]:
         if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_PIECES:
             break
     return batch
+
+
+def _read_store(folder: Path) -> TokenStore:
+    """What is in a folder; any error of reading, parsing or comparing where it is not what was written."""
+    meta = json.loads((folder / "meta.json").read_bytes())
+    if meta["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"tokens of dtype {meta['dtype']}")
+    for key, kind in (("tokens", int), ("documents", int), ("without_text", int), ("digest", str), ("seconds", float)):
+        if type(meta[key]) is not kind:
+            raise ValueError(f"{key} is {meta[key]}")
+    tokens = _map(folder / "tokens.bin", meta["dtype"], meta["tokens"])
+    ends = _map(folder / "ends.bin", "int64", meta["documents"])
+    _check_ends(ends, len(tokens))
+    if tokens.nbytes + ends.nbytes <= _VERIFIED_BYTES:
+        digest = _joined((hashlib.sha256(tokens.tobytes()), hashlib.sha256(ends.tobytes())))
+        if digest != meta["digest"]:
+            raise ValueError(f"the digest is {digest}, expected {meta['digest']}")
+    return TokenStore(tokens, ends, meta["digest"], meta["without_text"], meta["seconds"], folder)
+
+
+def _check_ends(ends: NDArray[np.int64], tokens: int) -> None:
+    """Every document has a token, and the last one ends where the tokens do."""
+    last = 0
+    for start in range(0, len(ends), _ENDS_AT_ONCE):
+        part = ends[start : start + _ENDS_AT_ONCE]
+        if part[0] <= last or (part[1:] <= part[:-1]).any():
+            raise ValueError("documents overlap")
+        last = int(part[-1])
+    if last != tokens:
+        raise ValueError(f"documents end at token {last} of {tokens}")
+
+
+def _joined(hashes: tuple[Any, ...]) -> str:
+    return hashlib.sha256(b"".join(content.digest() for content in hashes)).hexdigest()
 
 
 def _map(path: Path, dtype: str, count: int) -> NDArray[Any]:

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalr.data.sources import LocalText, local_files
+from megalr.data.files import local_files
+from megalr.data.sources import LocalText
 from megalr.data.tokenizer import END_OF_TEXT, PAD
 from megalr.errors import UserError
 
@@ -45,7 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--text-column", default="text", help="where JSONL and Parquet hold the text (default text)")
     chosen = parser.parse_args(arguments)
     try:
-        source = LocalText(tuple(local_files(chosen.texts)), "", chosen.text_column)
+        files, left_out = local_files(chosen.texts)
+        if left_out:
+            print(left_out, file=sys.stderr)
+        source = LocalText(tuple(files), "", chosen.text_column)
         tokenizer = train_tokenizer((piece.text for piece in source.pieces()), chosen.vocabulary)
     except UserError as error:
         print(error, file=sys.stderr)

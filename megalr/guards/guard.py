@@ -69,6 +69,7 @@ class Guard:
         self.last_reason: str | None = None
         self.loss: float | None = None
         self._window = LossWindow(self.config.window, self.config.spike_deviations)
+        self._asked: str | None = None  # why to skip the update under way
         self._losses: list[Tensor] = []  # of this update's micro-batches on this rank, not looked at before its end
         self._recent: deque[float] = deque(maxlen=_SHOWN_LOSSES)
         self._engine_backward, self._engine_step = engine.backward, engine.step
@@ -89,6 +90,8 @@ class Guard:
             return self._engine_step(*args, **kwargs)
         optimizer = self._optimizer
         objection = self._objection()
+        if self._asked is not None:
+            objection, self._asked = self._asked, None
         if objection is not None:
             optimizer.skip_update()
         before = optimizer.updates
@@ -101,6 +104,14 @@ class Guard:
             optimizer.last_events = ["skipped"]
             self._count_skipped(objection or GRADIENT)
         return result
+
+    def skip(self, reason: str) -> None:
+        """Have the update under way be skipped for a reason that its losses do not show; on all ranks or none.
+
+        Args:
+            reason: what is wrong, such as "loss is nan" or "batch is empty".
+        """
+        self._asked = reason
 
     def check_replicas(self) -> None:
         """Compare what all ranks should hold alike, bit for bit. Collective.

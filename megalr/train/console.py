@@ -41,12 +41,13 @@ class Screen:
             interval = 0.2 if sys.stderr.isatty() else 20.0
             self._bar = tqdm(total=total, initial=done, bar_format=_BAR, mininterval=interval, maxinterval=interval)
 
-    def advance(self, *, loss: float, tokens_per_second: float, lr: float) -> None:
-        """One step further."""
+    def advance(self, *, loss: float | None, tokens_per_second: float, lr: float) -> None:
+        """One step further; ``loss`` is None where there was nothing to predict."""
         if self._bar is None:
             return
         try:
-            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, lr {lr:.2e}", refresh=False)
+            shown = "none" if loss is None else f"{loss:.3f}"
+            self._bar.set_postfix_str(f"loss {shown}, {tokens_per_second:,.0f} tokens/s, lr {lr:.2e}", refresh=False)
             self._bar.update()
         except (OSError, ValueError):
             self._give_up()

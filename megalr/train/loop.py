@@ -25,6 +25,9 @@ from megalr.train.metrics import MetricsLog
 from megalr.train.ranks import AgreedError, Ranks
 from megalr.train.run_folder import RunFolder
 
+NOTHING_TO_PREDICT = "batch has no token to predict"
+_HELD_OUT = "held_out"  # among the data of a checkpoint: the fingerprint of the text that is evaluated on
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
@@ -107,6 +110,7 @@ class Loop:
         with self._ranks.together():
             data = load_checkpoint(self.engine, checkpoint.manifest)
             self._batches.load_state_dict(data)
+            self._check_held_out(data)
         self.step, self.tokens = notes.step, notes.tokens
         self._saved_step = self._written_step = notes.step
         self.metrics.cut(notes.step)
@@ -170,6 +174,7 @@ class Loop:
         row = {
             "step": self.step,
             "tokens": self.tokens,
+            "epoch": self.epoch,
             "eval_loss": found.loss,
             "eval_perplexity": found.perplexity,
         }
@@ -190,8 +195,14 @@ class Loop:
         if failed is not None:
             self._screen.say(f"{failed}\nThe training goes on, and tries again with step {self.step:,}")
         notes = Notes(f"step{self.step}", self.step, self.tokens, self._required, self._noted)
-        save_checkpoint(self.engine, self._folder, notes, self._batches.state_dict(), keep=self._settings.keep)
+        data = {**self._batches.state_dict(), _HELD_OUT: self._held_out.fingerprint}
+        save_checkpoint(self.engine, self._folder, notes, data, keep=self._settings.keep)
         self._saved_step = self.step
+
+    @property
+    def epoch(self) -> float:
+        """How many times the training text has been read."""
+        return round(self._batches.epoch, 6)
 
     @property
     def parameters(self) -> int:
@@ -209,6 +220,15 @@ class Loop:
     def tokens_per_second(self) -> float:
         """Of the updates so far in this process, over all ranks."""
         return self._tokens_here / self.seconds if self.seconds else 0.0
+
+    def _check_held_out(self, data: dict[str, Any]) -> None:
+        """Refuse a run that was evaluated on another text; older checkpoints do not say."""
+        if data.get(_HELD_OUT, self._held_out.fingerprint) != self._held_out.fingerprint:
+            raise UserError(
+                "the run was evaluated on another held-out text, and its curve would mix the two. Resume with the "
+                "--eval-dataset, --max-eval-tokens and --test-half it was started with; launchers/evaluate.py scores "
+                "a run on any text"
+            )
 
     def _what_next(self, request: StopRequest, unsaved: float) -> tuple[str | None, bool]:
         """Why to stop, if any rank was asked to, and whether a checkpoint is due; the same on all ranks.
@@ -241,7 +261,10 @@ class Loop:
             predicted, read_by_all = map(round, ranks.sum_of_data([sum(map(predicted_tokens, micro_batches)), read]))
             # DeepSpeed averages over micro-batches and ranks. Dividing by the average count makes that the
             # mean over the tokens of the whole batch, however it is cut and however unevenly it is padded.
-            share = predicted / (batch.accumulation * ranks.data_size)
+            # Where there are none at all, the losses are sums over nothing, 0, and not 0 / 0.
+            share = predicted / (batch.accumulation * ranks.data_size) if predicted else 1.0
+            if not predicted:
+                engine.megalr_guard.skip(NOTHING_TO_PREDICT)
             losses: list[Tensor] = []
             stopped: GuardError | None = None
             for micro_batch in micro_batches:
@@ -256,14 +279,14 @@ class Loop:
         self.step += 1
         self.tokens += read_by_all
         self._tokens_here += read_by_all
-        self._note_step(total / (batch.accumulation * ranks.data_size), lr)
+        self._note_step(total / (batch.accumulation * ranks.data_size) if predicted else None, lr)
         if stopped is not None:
             self._screen.end_bar()
             failed = self._failed_save()
             words = [f"step {self.step}: {stopped}", *([str(failed)] if failed else []), self._last_checkpoint()]
             raise AgreedError("\n".join(words)) from stopped
 
-    def _note_step(self, loss: float, lr: float) -> None:
+    def _note_step(self, loss: float | None, lr: float) -> None:
         speed = self.tokens_per_second
         self._screen.advance(loss=loss, tokens_per_second=speed, lr=lr)
         events = list(self._host.optimizer.last_events)
@@ -272,6 +295,7 @@ class Loop:
             row: dict[str, Any] = {
                 "step": self.step,
                 "tokens": self.tokens,
+                "epoch": self.epoch,
                 "loss": loss,
                 "lr": lr,
                 "tokens_per_second": round(speed, 1),

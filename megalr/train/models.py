@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megalr.data.tokens import unused_marks
+from megalr.data.tokenizer import largest_token
 from megalr.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def fit_to_text(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, sequenc
         UserError: a vocabulary that lacks tokens which a text can have, or a sequence longer than the model's.
     """
     # The paper's models have 32,000 entries for T5's tokenizer, whose last 100 are marks that no text contains.
-    entries = 1 + max(set(tokenizer.get_vocab().values()) - unused_marks(tokenizer))
+    entries = 1 + largest_token(tokenizer)
     if config.vocab_size < entries:
         raise UserError(
             f"the model's vocabulary has {config.vocab_size:,} entries, the tokenizer's {entries:,}: "

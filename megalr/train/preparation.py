@@ -145,11 +145,12 @@ def make_plan(
             _check_resumable(checkpoint.notes, required, noted, resolved, folder, screen, finished=finished)
     ranks.from_first(lambda: _fetch_tokenizer(arguments.tokenizer))
     with ranks.together():
-        tokenizer = load_tokenizer(arguments.tokenizer)
+        tokenizer = load_tokenizer(arguments.tokenizer, say=screen.say)
         fit_to_text(model, tokenizer, arguments.sequence_length)
         text = data_config(arguments, resolved.seed)
         data = load_data(text, tokenizer, rank=ranks.local_rank, barrier=ranks.barrier)
     screen.say(data.description)
+    screen.say(how_often(data, resolved.steps * resolved.batch.total))
     return Plan(
         arguments=arguments,
         ranks=ranks,
@@ -206,6 +207,19 @@ def data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
         max_eval_tokens=arguments.max_eval_tokens,
         test_half=arguments.test_half,
     )
+
+
+def how_often(data: Data, sequences: int) -> str:
+    """How many times a run of so many sequences reads its text, and what to change where that is more than once."""
+    epochs = sequences / len(data.train)
+    tokens = data.train.tokens
+    words = f"the run reads {round(epochs * tokens):,} tokens: {epochs:,.2f} epochs of {tokens:,} training tokens"
+    if epochs <= 1:
+        return words
+    more = "a longer --dataset"
+    if data.limit is not None:
+        more = f"a larger --max-train-tokens, which cuts the text at {data.limit:,}"
+    return f"{words}\nWARNING: the text is read {epochs:,.1f} times. To read it once, write {more}, or fewer --steps"
 
 
 def _default_model(ranks: Ranks) -> str:

@@ -121,7 +121,7 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
     found = load_scored(folder)
     changes = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in arguments.text.items()}
     text = replace(found.text, **changes)
-    tokenizer = load_tokenizer(text.tokenizer)
+    tokenizer = load_tokenizer(text.tokenizer, say=print)
     fit_to_text(found.model.config, tokenizer, text.sequence_length)
     data = load_data(text, tokenizer, rank=0, barrier=ranks.barrier)
     print("\n".join(data.description.splitlines()[1:]))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 
 from tests.end_to_end.commands import metrics, small_run, write_config
 
@@ -146,6 +150,46 @@ def test_the_launcher_notes_what_is_skipped_and_gives_up(ranks, tmp_path, saves,
         assert row["events"] == ["skipped"]
         assert row["skipped"] == f"loss is {row['loss']}"
         assert not math.isfinite(row["loss"])
+
+
+def test_an_update_without_a_token_to_predict_is_none(ranks, tmp_path):
+    """Documents that the tokenizer makes nothing of are their end alone. And a run keeps its held-out text."""
+    words = Tokenizer(WordLevel({"</s>": 0, "known": 1, "words": 2}, unk_token="known"))
+    words.pre_tokenizer = Split(Regex("x+"), "removed")
+    words.add_special_tokens(["</s>"])
+    words.save(str(tmp_path / "words.json"))
+    (tmp_path / "text.jsonl").write_text('{"text": "known"}\n{"text": "x"}\n{"text": "x"}\n' * 6)
+    for name in ("held", "other"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n' * len(name))
+    flags = [
+        "--deepspeed",
+        str(write_config(tmp_path / "c.json")),
+        *small_run(tmp_path),
+        "--no-pack",
+        "--batch-size",
+        "2",
+    ]
+    flags += ["--dataset", "text.jsonl", "--tokenizer", "words.json", "--sequence-length", "3", "--output", "run"]
+    held = ["--eval-dataset", "held.jsonl"]
+    assert ranks(2).run(f"{GUARDING}:launcher_ends", [*flags, *held, "--steps", "9"], str(tmp_path)) == ["", ""]
+
+    rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    empty = [row for row in rows if row["loss"] is None]
+    assert 3 <= len(empty) < 9 and len(rows) == 9  # six documents of two tokens, twelve of one
+    assert {row["skipped"] for row in empty} == {"batch has no token to predict"}
+    assert all(math.isfinite(row["loss"]) and "skipped" not in row for row in rows if row not in empty)
+    assert [row["epoch"] for row in rows] == [round(step / 9, 6) for step in range(1, 10)]
+
+    for changed, start in (
+        (["--eval-dataset", "other.jsonl"], "the run was evaluated on another held-out text"),
+        ([*held, "--max-eval-tokens", "4"], "the run was evaluated on another held-out text"),
+        (held, ""),
+    ):
+        again = [*flags, *changed, "--steps", "10", "--resume"]
+        for found in ranks(2).run(f"{GUARDING}:launcher_ends", again, str(tmp_path)):
+            assert found.startswith(start) and bool(found) == bool(start)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["epochs"] == round(10 / 9, 6)
 
 
 def test_checkpoints_by_the_clock_of_rank_0(ranks, tmp_path):

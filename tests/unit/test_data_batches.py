@@ -186,5 +186,6 @@ def test_token_counts_are_the_targets() -> None:
     tokens = np.array([5, 1, 2, 1, 5, 5, 2], dtype=np.uint16)
     examples = PackedExamples(tokens, 4, pad_id=0, fingerprint="text", keep_tail=True)  # [5 1 2 1] [5 5 2 pad]
     assert examples.token_counts(6).tolist() == [0, 2, 2, 0, 0, 1]
-    with pytest.raises(ValueError, match="token 5, the vocabulary has 4"):
-        examples.token_counts(4)
+    for vocabulary in (1, 4, 5):
+        with pytest.raises(UserError, match=f"token id 5, but the model's vocabulary has {vocabulary} entries"):
+            examples.token_counts(vocabulary)

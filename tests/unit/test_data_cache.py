@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from megalr.data import Data, DataConfig, load_data, load_tokenizer
@@ -100,6 +103,57 @@ def test_small_vocabularies_take_two_bytes_a_token_and_large_ones_four(
     assert stored(small).tokens.dtype == np.uint16
     assert stored(large).tokens.dtype == np.uint32
     assert stored(small).tokens.tolist() == stored(large).tokens.tolist()
+
+
+def with_ids(ids: dict[str, int], **special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of words with these ids; "</s>" ends a text."""
+    words = Tokenizer(WordLevel({"</s>": 0, "<unk>": 1, **ids}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", **{"eos_token": "</s>", "pad_token": "</s>", **special}
+    )
+
+
+@pytest.mark.parametrize("largest", [65_535, 65_536, 70_000])
+def test_few_entries_may_have_large_ids(tmp_path: Path, largest: int) -> None:
+    words = with_ids({"one": 2, "last": largest}, eos_token="last")
+    (tmp_path / "a.jsonl").write_text('{"text": "one one one"}\n' * 3)
+    for pack in (True, False):
+        data = read(tmp_path / "a.jsonl", words, pack=pack, eval_fraction=0.4)
+        assert data.train[0][0][:2].tolist() == [2, 2]
+        assert [tokens[:valid].tolist() for tokens, valid in data.evaluation] == [[2, 2, 2, largest]]
+        assert data.evaluation.token_counts(largest + 1)[largest] == 1
+        with pytest.raises(UserError, match=f"token id {largest:,}, but the model's vocabulary has {largest:,}"):
+            data.evaluation.token_counts(largest)
+    config = DataConfig(dataset=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path), sequence_length=2, pack=False)
+    cut = load_data(config, words, rank=0, barrier=lambda: None)
+    assert cut.train[0][0].tolist() == [2, largest]  # truncated, the end in its place
+
+
+def test_ids_that_cannot_be_trained_on_are_refused(file: Path) -> None:
+    far = with_ids({"It": 5})
+    far.get_vocab = lambda: {"It": 1 << 31}
+    with pytest.raises(UserError, match="token id 2,147,483,648"):
+        cache(file, far)
+    missing = with_ids({"It": 5})
+    missing.get_vocab = lambda: {"</s>": 0, "<unk>": 1}  # a file whose parts disagree
+    with pytest.raises(UserError, match="into the token id 5, but the largest of its vocabulary is 1"):
+        cache(file, missing).write()
+    assert not any(names(file))
+
+
+def test_a_text_stays_the_one_that_a_checkpoint_was_trained_with(
+    file: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Another hash of the same tokens would refuse every run that goes on."""
+    cache(file, tokenizer).write()
+    assert stored(cache(file, tokenizer)).digest == "ae8262da26b4cd2387cafdf848bac8595349cc6a5adab2fe78d7be529425abfc"
+
+
+def test_a_file_that_is_gone_is_named(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    file.unlink()
+    with pytest.raises(UserError, match="cannot read .*my text.txt: No such file"):
+        cache(file, tokenizer)
 
 
 def test_many_batches_give_the_tokens_of_one(
@@ -205,7 +259,7 @@ def test_no_rank_waits_for_one_that_failed(tmp_path: Path, tokenizer: PreTrained
         with pytest.raises(UserError, match=words):
             load_data(config, tokenizer, rank=rank, barrier=lambda waits=waits: waits.append(1))  # type: ignore[misc]
         assert waits == [1]
-    assert not list((tmp_path / "tokens").iterdir())
+    assert not (tmp_path / "tokens").exists()  # the text is read once before anything is written
 
 
 def test_a_cache_folder_that_cannot_be_written(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,17 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, normalizers, processors
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from megalr.data import Data, DataConfig, is_hub_dataset, load_data, load_tokenizer
 from megalr.data import train_tokenizer as training
-from megalr.data.documents import PIECE_CHARACTERS, document_pieces
+from megalr.data.documents import NO_TEXT, PIECE_CHARACTERS, document_pieces
 from megalr.data.sources import AUSTEN_FOLDER
 from megalr.data.tokenizer import EMBEDDED_TOKENIZER
+from megalr.data.tokens import TokenCache
 from megalr.errors import UserError
+from megalr.train.preparation import how_often
 
 TEXTS = [
     "It is a truth.",
@@ -112,7 +117,7 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(tokenizer: PreTrainedToken
         "x" * PIECE_CHARACTERS,
         "x",
     ]
-    assert list(document_pieces(" \n ")) == []
+    assert list(document_pieces(" \n ")) == list(document_pieces("")) == [NO_TEXT]
 
 
 # --- local files ---
@@ -215,6 +220,27 @@ def test_the_last_tokens_of_a_single_document_are_held_out(tokenizer: PreTrained
     assert data.train.dropped == (len(whole) - held) % 5
 
 
+def test_a_text_that_is_read_more_than_once_is_said_loudly(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", ["one two three four"] * 40)
+    whole = read(tokenizer, tmp_path, dataset=str(file), sequence_length=4)
+    cut = read(tokenizer, tmp_path, dataset=str(file), sequence_length=4, max_train_tokens=100)
+    for data, flag in ((whole, "a longer --dataset"), (cut, "a larger --max-train-tokens, which cuts the text at 100")):
+        count, tokens = len(data.train), data.train.tokens
+        assert how_often(data, count) == f"the run reads {tokens} tokens: 1.00 epochs of {tokens} training tokens"
+        often = how_often(data, 6 * count - 1)
+        assert f" epochs of {tokens} training tokens\nWARNING: the text is read 6.0 times. To read it once, " in often
+        assert f"write {flag}, or fewer --steps" in often
+
+
+def test_a_text_without_a_token_to_predict_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [f"document {number}" for number in range(9)])
+    alone = load_tokenizer(None)
+    alone.backend_tokenizer.normalizer = normalizers.Replace(Regex(".*"), "")
+    settings = {"dataset": str(file), "sequence_length": 2, "eval_fraction": 0.5}
+    assert "each of its documents is a single token" in rejected(alone, tmp_path, **settings, pack=False)
+    assert read(alone, tmp_path, **settings).train.predicted == 2
+
+
 def test_limits_on_tokens(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", ["one two three four"] * 40)
     each = len(tokenizer("one two three four")["input_ids"]) + 1
@@ -272,7 +298,8 @@ def test_files_that_cannot_be_read(tokenizer: PreTrainedTokenizerFast, tmp_path:
     (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
     (tmp_path / "broken.parquet").write_text("not parquet")
     (tmp_path / "broken.txt.gz").write_text("not gzip")
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / ".hidden").mkdir(parents=True)
+    (tmp_path / "folder" / "a.zst").write_text("not to be read")
     expected = {
         "missing.txt": "there is no file, folder or match of a pattern called",
         "missing*": "there is no file, folder or match",
@@ -284,11 +311,126 @@ def test_files_that_cannot_be_read(tokenizer: PreTrainedTokenizerFast, tmp_path:
         "number.jsonl": '"text" of .*number.jsonl, line 1 holds int, expected text',
         "broken.parquet": "cannot read .*broken.parquet",
         "broken.txt.gz": "ends in none of",
-        "folder": "holds no file that ends in one of",
+        "folder": "holds no file that ends in one of .*: it holds 1 .zst, 1 hidden folder",
     }
     for name, words in expected.items():
         with pytest.raises(UserError, match=words):
             read(tokenizer, tmp_path / "cache", dataset=str(tmp_path / name))
+
+
+LINES = [json.dumps({"text": f"line {number} é"}, ensure_ascii=False).encode() for number in range(1, 4000)]
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (b'{"text": "na\xefve"}', "is not UTF-8 text: line 3000, byte {byte:d} .* is 0xef; .* `iconv -f latin1"),
+        (b'{"text": "cut\xc3"}', "is not UTF-8 text: line 3000, byte {byte:d} .* is 0xc3; .* `iconv -c"),
+        (b'{"text": ', "line 3000 is not JSON .*; expected one object a line: mend the line, or delete it"),
+        (b"[" * 100_000, "line 3000 is not JSON .maximum recursion depth"),
+        (b'{"text": 1' + b"0" * 5000 + b"}", "line 3000 is not JSON"),
+        (b'{"text": 7}', "line 3000 holds int, expected text"),
+        (b'{"texts": "a"}', 'line 3000 has no column "text"; .* out of: texts'),
+        (b'"text"', "line 3000 holds a str; expected one object a line"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "json.gz"])
+def test_a_bad_line_is_named_before_anything_is_tokenized(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, suffix: str, bad: bytes, words: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(TokenCache, "_chunks", lambda *_: pytest.fail("work that the bad line would have ended"))
+    content = b"\n".join([*LINES[:2999], bad, *LINES[2999:]])
+    byte = content.index(bad) + next((at for at, value in enumerate(bad) if value > 127), 0)
+    file = tmp_path / f"a.{suffix}"
+    file.write_bytes(gzip.compress(content, 1) if suffix == "json.gz" else content)
+    assert re.search(f"{file}.* {words.format(byte=byte)}", rejected(tokenizer, tmp_path, dataset=str(file)))
+
+
+def test_a_bad_byte_is_found_wherever_it_is(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megalr.data.readers._BLOCK_BYTES", 5)
+    for content, words in (
+        ("é\n" * 7 + "aé", "line 8, byte 22 .* is 0xc3"),  # cut off in the middle of a character
+        ("😀\n" * 6 + "\udcff", "line 7, byte 30 .* is 0xff"),
+        ("\udcff", "line 1, byte 0 "),
+        ("\udcff\udcfea\0", "begins as UTF-16 does; convert it with `iconv -f utf-16"),
+    ):
+        data = content.encode(errors="surrogateescape")
+        (tmp_path / "a.txt").write_bytes(data[:-1] if content.endswith("aé") else data)
+        assert re.search(words, rejected(tokenizer, tmp_path, dataset=str(tmp_path / "a.txt")))
+
+
+def test_a_damaged_or_cut_archive_is_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    whole = gzip.compress(b"\n".join(LINES))
+    file = tmp_path / "a.jsonl.gz"
+    middle = len(whole) // 2
+    for content in (whole[:-3], whole[:middle], whole[:middle] + b"\xff" * 64 + whole[middle + 64 :], b"no gzip", b""):
+        file.write_bytes(content)
+        message = rejected(tokenizer, tmp_path, dataset=str(file))
+        expected = "holds no text" if content == b"" else "is damaged or cut off .*: copy or download it again"
+        assert re.search(f"{file} {expected}", message)
+
+
+def test_damaged_parquet_is_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    table = pyarrow.table({"text": [f"{number} rows and more" for number in range(3000)]})
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, file, compression="none", write_page_checksum=True)
+    whole = file.read_bytes()
+    for at in (whole.index(b"2000 rows"), len(whole) - 1):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        message = rejected(tokenizer, tmp_path, dataset=str(file))
+        assert f"cannot read {file} after row " in message and "it is damaged, or no Parquet file" in message
+    file.write_bytes(whole[:-100])
+    assert "it is damaged, or no Parquet file" in rejected(tokenizer, tmp_path, dataset=str(file))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), file)
+    assert "a.parquet, row 1 holds int, expected text" in rejected(tokenizer, tmp_path, dataset=str(file))
+
+
+def test_files_that_were_joined_may_have_marks_in_their_middle(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    part = "\ufeff" + "".join(f'{{"text": "{word}"}}\n' for word in ("one", "two"))
+    (tmp_path / "a.jsonl").write_text(part * 2)
+    data = read(tokenizer, tmp_path, dataset=str(tmp_path / "a.jsonl"), pack=False, sequence_length=4)
+    assert [tokenizer.decode(ids[:-1]) for ids in content(data)] == ["one", "two", "one"]
+
+
+def test_what_is_left_out_is_said(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "texts"
+    names = "a.txt b.jsonl.zst c.zst d.json README .e.txt f/g.txt locked/h.txt .git/i.txt"
+    for name in names.split():
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text("one two three four five " * 9)
+    (folder / "empty.jsonl").touch()
+    (folder / "link").symlink_to(tmp_path)
+    scandir = os.scandir
+
+    def locked(path: Any) -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", locked)
+    data = read(tokenizer, tmp_path, dataset=str(folder), sequence_length=2)
+    assert data.description.splitlines()[-1] == (
+        f"left out of {folder}: 2 .zst, 1 .json, 1 empty file, 1 file without a suffix, 1 folder that cannot be read "
+        f"({folder}/locked: Permission denied), 1 hidden file, 1 hidden folder, 1 link to a folder "
+        "(.txt, .jsonl, .jsonl.gz, .json.gz, .parquet are read)"
+    )
+    assert len(data.train) + len(data.evaluation) > 2 and "2 files of" in data.description
+    pattern = read(tokenizer, tmp_path, dataset=str(folder / "*"), sequence_length=2)
+    assert "left out of " + str(folder / "*") + ": 3 folders, 2 .zst, 1 .json" in pattern.description
+    assert "left out of" not in read(tokenizer, tmp_path, dataset=str(folder / "a.txt"), sequence_length=2).description
+
+
+def test_documents_without_text_are_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", ["one", None, "two", " ", "", "three"])
+    data = read(tokenizer, tmp_path, dataset=str(file), pack=False, sequence_length=4)
+    assert f"training text: {file}, 2 documents (3 more documents without text), " in data.description
+    assert len(data.train) + len(data.evaluation) == 3
 
 
 def test_a_missing_text_column_lists_the_columns(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -371,6 +513,56 @@ def test_a_tokenizer_without_padding_pads_with_its_end_of_text(tmp_path: Path) -
     (tmp_path / "tokenizer.json").write_text(text)
     other = load_tokenizer(str(tmp_path / "tokenizer.json"))
     assert other.pad_token_id == other.eos_token_id == 0
+
+
+def test_a_tokenizer_marks_no_text_with_what_training_never_shows(tmp_path: Path) -> None:
+    """What is exported turns a text into the tokens that were trained on, in transformers' hands as well."""
+    beginning, file = "<|im_start|>", tmp_path / "a.jsonl"
+    write_jsonl(file, WORDS)
+    found = load_tokenizer(None)
+    plain = found("It is a truth.")["input_ids"]
+    found.add_special_tokens({"bos_token": beginning})
+    mark = processors.TemplateProcessing(
+        single=f"{beginning} $A", pair=f"{beginning} $A $B", special_tokens=[(beginning, found.bos_token_id)]
+    )
+    found.backend_tokenizer.post_processor = mark
+    found.save_pretrained(tmp_path / "marked")
+    assert AutoTokenizer.from_pretrained(tmp_path / "marked")("It is a truth.")["input_ids"] == [4096, *plain]
+    said: list[str] = []
+
+    tokenizer = load_tokenizer(str(tmp_path / "marked"), say=said.append)
+
+    data = read(tokenizer, tmp_path, dataset=str(file), pack=False, sequence_length=16)
+    assert content(data)[0] == [*plain, tokenizer.eos_token_id]
+    assert len(said) == 1 and f"marks a text with {beginning}" in said[0] and "<|endoftext|> alone" in said[0]
+    tokenizer.save_pretrained(tmp_path / "exported")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert exported("It is a truth.")["input_ids"] == plain
+    assert exported.bos_token == exported.eos_token == "<|endoftext|>"
+    load_tokenizer(str(tmp_path / "exported"), say=said.append)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("explicit", [None, True])
+def test_llamas_tokenizer_stays_as_it_was_trained_with(tmp_path: Path, explicit: bool | None) -> None:
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4}
+    LlamaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    if explicit is not None:  # which has transformers write the template anew whenever it loads
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": explicit}))
+    assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == [1, 3, 4]
+    load_tokenizer(str(tmp_path)).save_pretrained(tmp_path / "exported")
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported")("a")["input_ids"] == [3, 4]
+
+
+def test_an_end_of_text_after_a_text_is_what_training_shows(tmp_path: Path) -> None:
+    found = load_tokenizer(None)
+    end = processors.TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+    found.backend_tokenizer.post_processor = end
+    found.save_pretrained(tmp_path)
+    said: list[str] = []
+    tokenizer = load_tokenizer(str(tmp_path), say=said.append)
+    assert tokenizer("a")["input_ids"][1:] == [0] and said == []
 
 
 def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
