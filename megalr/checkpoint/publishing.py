@@ -99,14 +99,17 @@ def written_now(directory: Path) -> int:
 
 def is_own(folder: Path) -> bool:
     """Whether a folder is a checkpoint or what is left of one, which a save may replace."""
-    names = {path.name for path in folder.iterdir()}
+    try:
+        names = set(os.listdir(folder))
+    except OSError:  # nobody knows
+        return False
     return (all(map(OWN_NAMES.fullmatch, names)) and names != {MANIFEST}) or _is_read(folder)
 
 
 def find(directory: Path, tag: str) -> Path:
     """A checkpoint's folder, hidden if its publication was interrupted."""
     places = (directory / tag, unfinished(directory, tag), _replaced(directory, tag))
-    return next((place for place in places if (place / MANIFEST).is_file()), places[0])
+    return next((place for place in places if os.path.isfile(place / MANIFEST)), places[0])
 
 
 def _replaced(directory: Path, tag: str) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megalr.config.secrets import without_secrets
 from megalr.data import Batches, unigram_perplexity
 from megalr.hosts import host_of
 from megalr.locks import FolderLock
@@ -179,7 +180,7 @@ def _write_settings(plan: Plan, ranks: Ranks) -> None:
         "arguments": asdict(plan.arguments),
         "processes": ranks.world_size,
         "device": str(ranks.device),
-        "deepspeed": plan.resolved.config,
+        "deepspeed": without_secrets(plan.resolved.config),
         "model": plan.model.to_dict(),
         "data": {**asdict(plan.data_config), "fingerprint": plan.data.train.fingerprint},
         "python": platform.python_version(),
