@@ -16,6 +16,7 @@ from megalr.checkpoint.manifest import Manifest
 from megalr.data import DataConfig, load_data, load_tokenizer
 from megalr.data.tokenizer import EMBEDDED_TOKENIZER
 from megalr.errors import UserError
+from megalr.layers import parametrize
 from megalr.train.arguments import PlainParser, add_text, positive
 from megalr.train.checkpoints import differences, notes_of
 from megalr.train.evaluation import evaluate
@@ -193,15 +194,14 @@ def _newest(run: Path) -> tuple[Manifest, list[str]]:
 
 
 def _from_checkpoint(run: Path, manifest: Manifest, notes: list[str]) -> Scored:
-    from megalr import parametrize  # noqa: PLC0415
-
     settings = read_settings(run)
     _check_same_run(settings, manifest)
     config = settings.deepspeed
+    weights = Weights(manifest)
     model: Any = build_model(config_from_dict(settings.model), seed=0)
-    parametrize(model, config)
+    parametrize(model, weights.parametrization)
     try:
-        model.load_state_dict(Weights(manifest).state_dict())
+        model.load_state_dict(weights.state_dict())
     except RuntimeError as error:  # names of weights, and their shapes
         raise UserError(f"{manifest.folder} is of another model than {settings.path} describes: {error}") from error
     _check_finite(model, manifest.folder)
@@ -245,9 +245,11 @@ def _from_export(folder: Path, tokenizer: str | None) -> Scored:
 def _read_export(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
+    # No code that comes with the folder, no pickle, and nothing that it names elsewhere.
+    inert: Any = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation="sdpa", dtype="auto", output_loading_info=True, local_files_only=True
+            folder, attn_implementation="sdpa", dtype="auto", output_loading_info=True, **inert
         )
     except Exception as error:  # transformers, safetensors and torch raise errors of many kinds
         raise UserError(
