@@ -178,8 +178,8 @@ def load_scored(folder: Path, *, tokenizer: str | None = None) -> Scored:
 def _newest(run: Path) -> tuple[Manifest, list[str]]:
     """A run's newest checkpoint, which must be whole, and which others cannot be read."""
     directory = run / "checkpoints"
+    others, named = listed(directory), latest(directory)  # before all else: a run that goes on writes newer ones
     manifest, skipped = newest_whole(directory)
-    others, named = listed(directory), latest(directory)
     newer = [each.folder.name for each in others if each.manifest and each.manifest.order > manifest.order]
     unread = [each.folder.name for each in others if each.manifest is None]
     if newer or named in unread:
