@@ -93,6 +93,11 @@ class RunFolder:
         """Where that run is while it is on its way there or back: what is beside it is its own as well."""
         return self.path / ".moving"
 
+    @property
+    def has_old_run(self) -> bool:
+        """Whether there is one that comes back when the folder is taken."""
+        return self.old_run.is_dir() or self.moving.is_dir()
+
     def set_aside(self) -> None:
         """Make room for a new run; what was written comes back unless :meth:`drop_old_run` is called."""
         self.moving.mkdir()
@@ -158,6 +163,10 @@ def take_run_folder(name: str, output: str | None, *, resume: bool, overwrite: b
         return folder
     numbered = _default_folders(name)
     if resume:
+        for folder in numbered:
+            if folder.has_old_run:
+                with contextlib.suppress(FolderInUseError), FolderLock() as other:
+                    _hold(folder, other)
         candidates = [folder for folder in numbered if folder.can_resume]
         if not candidates:
             raise UserError(f"there is no checkpoint under {numbered[0].path}: name the run's folder with --output")
@@ -190,7 +199,7 @@ def write_json(path: Path, content: Any) -> None:
 def _default_folders(name: str) -> list[RunFolder]:
     """``runs/<name>``, then those with a number, up to and including the first free one."""
     found = [_numbered(name, 1)]
-    while found[-1].is_taken:
+    while found[-1].is_taken or found[-1].has_old_run:
         found.append(_numbered(name, len(found) + 1))
     return found
 

@@ -237,6 +237,9 @@ def test_without_a_folder_the_run_comes_back_too():
     folder.set_aside()
     assert choose() == Path("runs/zero2-2")
     assert folder.summary.exists()
+    folder.set_aside()
+    assert choose(resume=True) == folder.path
+    assert folder.summary.exists()
 
 
 def test_links_are_not_overwritten(tmp_path):
