@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import shutil
 import time
@@ -12,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalr.checkpoint.publishing import not_ours
 from megalr.disk import write_and_sync
 from megalr.errors import UserError
 from megalr.locks import FolderInUseError, FolderLock
 from megalr.train import run_settings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,8 @@ class RunFolder:
             self.old_run.rename(self.path / f".deleted-{time.time_ns()}")
             for dropped in self.path.glob(".deleted-*"):
                 shutil.rmtree(dropped, ignore_errors=True)
+                if dropped.exists():
+                    logger.warning("%s, of the run that was replaced, cannot be deleted: delete it yourself", dropped)
 
     def clear(self) -> None:
         """Delete what a run has written."""
@@ -222,6 +228,7 @@ def _hold(folder: RunFolder, lock: FolderLock) -> None:
 def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"--output {folder.path} is a file: name a folder")
+    foreign = _foreign_checkpoints(folder)
     if resume and not (folder.can_resume or folder.has_only_begun):
         raise UserError(f"there is no checkpoint in {folder.checkpoints}, so there is nothing to resume")
     strange = [] if folder.is_taken else [path.name for path in folder.written if path.exists()]
@@ -238,6 +245,11 @@ def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
             f"{folder.path} holds {there}, {state}: what no run has written is not deleted. Delete it yourself, or "
             "name another folder with --output"
         )
+    if begins_anew and foreign:
+        raise UserError(
+            f"{folder.checkpoints} holds {', '.join(foreign[:3])}, which no run has written, and all there would be "
+            "deleted: move it elsewhere, or name another folder with --output"
+        )
     links = [path for path in folder.written if path.is_symlink()]
     if overwrite and links:
         raise UserError(
@@ -250,3 +262,11 @@ def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
             f"{folder.path} holds {state}: add --resume to continue it, --overwrite to delete it, or name "
             "another folder with --output"
         )
+
+
+def _foreign_checkpoints(folder: RunFolder) -> list[str]:
+    """What lies among the checkpoints and is none; one that cannot be read is not one that is not there."""
+    try:
+        return not_ours(folder.checkpoints) if os.path.lexists(folder.checkpoints) else []
+    except OSError as error:
+        raise UserError(f"{folder.checkpoints} cannot be read: {error.strerror}") from error

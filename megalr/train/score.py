@@ -165,6 +165,10 @@ def load_scored(folder: Path, *, tokenizer: str | None = None) -> Scored:
     Raises:
         UserError: it is none of them, or is damaged, or newer weights are.
     """
+    try:
+        os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read as a folder: {error.strerror}") from error
     if os.path.isfile(folder / "run.json"):
         return _from_checkpoint(folder, *_newest(folder))
     run = folder.absolute().parent.parent

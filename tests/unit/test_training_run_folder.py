@@ -11,6 +11,7 @@ import pytest
 from megalr.errors import UserError
 from megalr.locks import FolderLock
 from megalr.train.run_folder import RunFolder, take_run_folder, write_json
+from tests.unprivileged import unprivileged
 
 SETTINGS = '{"command": "pretrain.py", "deepspeed": {}}'
 
@@ -213,6 +214,39 @@ def test_what_is_no_runs_is_not_deleted(content, how):
     with pytest.raises(UserError, match=words):
         choose("mine", **{how: True})
     assert folder.checkpoints.exists() and folder.metrics.exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "mine/notes.txt", "step7/notes.txt", ".hidden/notes.txt"])
+@pytest.mark.parametrize("how", ["overwrite", "resume"])
+def test_what_others_have_put_among_the_checkpoints_is_not_deleted(name, how):
+    folder = make_run("mine", finished=False, checkpoint=how == "overwrite")
+    for own in ("step5/manifest.json", "step5/rank-00000.safetensors", ".step6.part/rank-00000.safetensors"):
+        if how == "overwrite" or "part" in own:
+            (folder.checkpoints / own).parent.mkdir(exist_ok=True)
+            (folder.checkpoints / own).touch()
+    assert choose("mine", **{how: True}) == Path("mine")
+    (folder.checkpoints / name).parent.mkdir(exist_ok=True)
+    (folder.checkpoints / name).touch()
+    with pytest.raises(UserError, match=f"checkpoints holds {name.partition('/')[0]}, which no run has written"):
+        choose("mine", **{how: True})
+
+
+@pytest.mark.parametrize("how", [{}, {"overwrite": True}, {"resume": True}])
+def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(how):
+    """As where a network is away: the run would begin anew, and delete them."""
+    folder = make_run("mine", finished=False)
+    folder.checkpoints.chmod(0)
+    with unprivileged(), pytest.raises(UserError, match="checkpoints cannot be read: Permission denied"):
+        choose("mine", **how)
+    folder.checkpoints.chmod(0o700)
+
+
+def test_what_cannot_be_deleted_is_named(monkeypatch, caplog):
+    folder = make_run("mine", finished=True)
+    folder.set_aside()
+    monkeypatch.setattr("shutil.rmtree", lambda path, **how: None)
+    folder.drop_old_run()
+    assert "of the run that was replaced, cannot be deleted" in caplog.text
 
 
 def test_a_run_whose_settings_are_damaged_goes_on():

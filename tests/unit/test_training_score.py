@@ -153,6 +153,12 @@ def test_another_runs_settings_are_refused(run, capsys, section, values, words):
     assert words in str(error.value)
 
 
+def test_what_is_no_folder(run, capsys):
+    for path, words in ((run / "nothing", "No such file"), (run / "run.json", "Not a directory")):
+        with pytest.raises(UserError, match=f"{path.name} cannot be read as a folder: {words}"):
+            scored(capsys, path)
+
+
 def test_settings_that_are_cut_are_refused(run, capsys):
     path = run / "run.json"
     path.write_text(path.read_text()[:100])
