@@ -245,6 +245,10 @@ def test_an_export_takes_the_tokenizer_of_its_run(run, tmp_path, capsys):
     assert perplexity(scored(capsys, tmp_path / "out", *text)) == perplexity(scored(capsys, run))
     assert tool(["export", str(run / "checkpoints" / "step2"), str(tmp_path / "one"), "--to", "hf"]) == 0
     assert (tmp_path / "one" / "tokenizer.json").is_file()
+    change_settings(run, "data", tokenizer="gone.json")  # and an earlier export's does not stay beside a new model
+    assert tool(["export", str(run / "checkpoints"), str(tmp_path / "one"), "--to", "hf", "--overwrite"]) == 0
+    assert "no tokenizer is saved" in capsys.readouterr().err
+    assert not list((tmp_path / "one").glob("tokenizer*"))
 
 
 @pytest.mark.parametrize("what", ["moved", "lost", "larger"])
