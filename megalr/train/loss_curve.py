@@ -90,7 +90,7 @@ def read_history(metrics_jsonl_path: str | Path) -> History:
     evaluation: dict[int, dict[str, Any]] = {}
     last = -1
     for row in read_rows(Path(metrics_jsonl_path)):
-        if row.get("tokens") is None:
+        if not isinstance(row.get("tokens"), int | float):
             continue
         step = row["step"]
         if "loss" in row:

@@ -11,9 +11,6 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-NUMBERS = ("step", "tokens", "loss", "eval_loss", "eval_perplexity")
-LARGEST = 1 << 63
-
 
 class MetricsLog:
     """Appends rows on rank 0; silent elsewhere."""
@@ -70,19 +67,5 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and _is_row(row):
+            if isinstance(row, dict) and isinstance(row.get("step"), int) and not isinstance(row["step"], bool):
                 yield row
-
-
-def _is_row(row: dict[str, Any]) -> bool:
-    """Whether what is read of a row has the types that it is written in."""
-    if not isinstance(row.get("step"), int) or not all(_is_number(row[name]) for name in NUMBERS if name in row):
-        return False
-    events = row.get("events")
-    return events is None or (isinstance(events, list) and all(isinstance(name, str) for name in events))
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is null, or a float, or could be one: whole numbers may have any number of digits."""
-    small = isinstance(value, float) or (isinstance(value, int) and abs(value) < LARGEST)
-    return value is None or (small and not isinstance(value, bool))
