@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megalr.checkpoint.export.command import DTYPE_NAMES, export
+from megalr.checkpoint.folders import candidates, is_one
 from megalr.checkpoint.inspecting import inspect
 from megalr.checkpoint.verifying import verify
 from megalr.errors import UserError
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
                 arguments.to,
                 dtype=arguments.dtype,
                 dense=arguments.dense,
-                tokenizer=_tokenizer(arguments.tokenizer),
+                tokenizer=_tokenizer(arguments, place),
                 overwrite=arguments.overwrite,
             )
         return 0
@@ -66,12 +67,39 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         raise UserError("--tokenizer is for `--to hf` and `--to peft`, whose folders are read as models")
 
 
-def _tokenizer(name: str | None) -> Any:
-    if name is None:
+def _tokenizer(arguments: argparse.Namespace, place: Path) -> Any:
+    """The one that is to be saved with the model: the user's choice, or that of the run that wrote the checkpoint."""
+    if arguments.to == "safetensors":
         return None
-    from megalr.data.tokenizer import load_tokenizer  # noqa: PLC0415  (transformers is slow to import)
+    if arguments.tokenizer is not None:
+        return _fitting(arguments.tokenizer, place)
+    from megalr.train.run_settings import read_settings  # noqa: PLC0415  (slow to import)
 
-    return load_tokenizer(name, say=print)
+    try:
+        directory = place.parent if is_one(place) else place
+        if directory.name != "checkpoints" or not (directory.parent / "run.json").exists():
+            raise UserError(f"{directory} is not of a run, whose run.json would name it")
+        return _fitting(read_settings(directory.parent).text.tokenizer, place)
+    except UserError as error:
+        print(f"no tokenizer is saved with the model: {error}. --tokenizer names one", file=sys.stderr)
+        return None
+
+
+def _fitting(name: str | None, place: Path) -> Any:
+    # Slow to import.
+    from megalr.data.tokenizer import load_tokenizer  # noqa: PLC0415
+    from megalr.train.models import entries_of  # noqa: PLC0415
+
+    tokenizer = load_tokenizer(name, say=print)
+    manifest = next(iter(candidates(place.parent if is_one(place) else place)), None)
+    size = None if manifest is None else (manifest.content["model"] or {}).get("vocab_size")
+    entries = entries_of(tokenizer)
+    if size is not None and entries > size:
+        raise UserError(
+            f"the tokenizer {name or 'that comes along'} has {entries:,} entries and the model {size:,}: it is not the "
+            "one that the model was trained with"
+        )
+    return tokenizer
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,7 +154,10 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dense", action="store_true", help="with --to safetensors: dense weights")
     command.add_argument("--dtype", choices=DTYPE_NAMES, help="default: the one that the model computed with")
     command.add_argument(
-        "--tokenizer", metavar="NAME", help="save this one, too: a tokenizer.json, a folder, or a name on the hub"
+        "--tokenizer",
+        metavar="NAME",
+        help="save this one with the model: a tokenizer.json, a folder, or a name on the hub (default: that of the run "
+        "whose checkpoint it is)",
     )
     command.add_argument("--overwrite", action="store_true", help="replace an export that is in OUT")
 

@@ -12,6 +12,7 @@ from megalr.errors import UserError
 from megalr.hosts.deepspeed import CHECKPOINT_FILES
 
 RANK_FILES = "rank-*.safetensors"
+LOST_AND_FOUND = "lost+found"  # of a file system of its own, for nobody but root
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Listed:
         folder: where it is.
         manifest: what it says of itself; None where that cannot be read.
         wrong: why not; empty where it can.
+        is_open: whether this process may look into it; nothing is known of one that it may not.
     """
 
     folder: Path
     manifest: Manifest | None
     wrong: str = ""
+    is_open: bool = True
 
 
 def is_one(place: Path) -> bool:
@@ -53,16 +56,21 @@ def is_one(place: Path) -> bool:
 def listed(directory: Path) -> list[Listed]:
     """The checkpoints in a directory, newest first, their data not looked at; those that cannot be read come last.
 
-    What an interrupted save or deletion has left is none of them, and the next save removes it.
+    What an interrupted save or deletion has left is none of them, and the next save removes it. A folder that cannot be
+    looked into may be one.
     """
     found = []
     for folder in _folders(directory):
         hidden = folder.name.startswith(".")
-        if (folder / MANIFEST).is_file() or (not hidden and _is_checkpoint(folder)):
-            try:
+        try:
+            ours = os.path.isfile(folder / MANIFEST) if hidden else _looks_like_one(folder)
+            if ours:
                 found.append(Listed(folder, read_manifest(folder)))
-            except UserError as error:
-                found.append(Listed(folder, None, str(error)))
+        except UserError as error:
+            found.append(Listed(folder, None, str(error)))
+        except OSError as error:
+            if folder.name != LOST_AND_FOUND:
+                found.append(Listed(folder, None, f"{folder} cannot be read: {error.strerror}", is_open=False))
     return sorted(found, key=lambda each: each.manifest.order if each.manifest else -1, reverse=True)
 
 
@@ -146,11 +154,28 @@ def read_or_offer(folder: Path, place: Path, outcome: str) -> Manifest:
 
 def _is_checkpoint(folder: Path) -> bool:
     try:
+        return _looks_like_one(folder)
+    except OSError:
+        return False
+
+
+def _looks_like_one(folder: Path) -> bool:
+    """Whether a checkpoint's files are in it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
         names = os.listdir(folder)
-    except OSError:  # another process has just removed it
+    except FileNotFoundError:  # another process has just removed it
         return False
     return MANIFEST in names or bool(fnmatch.filter(names, RANK_FILES))
 
 
 def _folders(directory: Path) -> list[Path]:
-    return sorted(folder for folder in directory.iterdir() if folder.is_dir()) if directory.is_dir() else []
+    if not os.path.isdir(directory):
+        return []
+    try:
+        return sorted(folder for folder in directory.iterdir() if os.path.isdir(folder))
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror}") from error

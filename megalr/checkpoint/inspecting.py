@@ -65,7 +65,7 @@ def _print_several(directory: Path) -> None:
 
 def _line(each: Listed) -> str:
     if each.manifest is None:
-        return f"damaged: {each.wrong}"
+        return f"damaged: {each.wrong}" if each.is_open else each.wrong
     manifest = each.manifest
     wrong = missing_or_cut(manifest)
     line = f"{manifest.updates:,} updates, {_written(manifest)}, {human_bytes(manifest.size)}, {_layout(manifest)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,7 +69,7 @@ def load_checkpoint(engine: Any, directory: str | Path, tag: str | None = None) 
     saver = Saver.current()
     saver.wait()
     place = Path(directory).expanduser().absolute()
-    if tag is None and (place / MANIFEST).is_file():
+    if tag is None and os.path.isfile(place / MANIFEST):
         place, tag = place.parent, place.name
     manifest, skipped = _from_first(saver.group, lambda: _find(place, tag))
     if saver.is_first:

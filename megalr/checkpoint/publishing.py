@@ -99,14 +99,31 @@ def written_now(directory: Path) -> int:
 
 def is_own(folder: Path) -> bool:
     """Whether a folder is a checkpoint or what is left of one, which a save may replace."""
-    names = {path.name for path in folder.iterdir()}
+    try:
+        names = set(os.listdir(folder))
+    except OSError:  # nobody knows
+        return False
     return (all(map(OWN_NAMES.fullmatch, names)) and names != {MANIFEST}) or _is_read(folder)
+
+
+def not_ours(directory: Path) -> list[str]:
+    """Names in a directory of checkpoints that no save has written.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    ours = (LATEST, f".{LATEST}.part")
+    names = [name for name in sorted(os.listdir(directory)) if name not in ours and not name.startswith(".nfs")]
+    places = {name: directory / name for name in names}
+    return [
+        name for name, place in places.items() if place.is_symlink() or not os.path.isdir(place) or not is_own(place)
+    ]
 
 
 def find(directory: Path, tag: str) -> Path:
     """A checkpoint's folder, hidden if its publication was interrupted."""
     places = (directory / tag, unfinished(directory, tag), _replaced(directory, tag))
-    return next((place for place in places if (place / MANIFEST).is_file()), places[0])
+    return next((place for place in places if os.path.isfile(place / MANIFEST)), places[0])
 
 
 def _replaced(directory: Path, tag: str) -> Path:

@@ -32,6 +32,9 @@ def _one(place: Path) -> list[Listed]:
 
 
 def _verify_one(each: Listed) -> bool:
+    if not each.is_open:
+        print(each.wrong)
+        return False
     wrong = [each.wrong] if each.manifest is None else problems(each.manifest)
     if each.manifest is None or wrong:
         print("\n  ".join([f"{each.folder} is damaged:", *wrong]))

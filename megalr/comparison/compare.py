@@ -9,10 +9,8 @@ the end, and the same command tries them again.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from megalr.comparison.figures import draw_figures
@@ -21,6 +19,7 @@ from megalr.comparison.runs import Recipe
 from megalr.comparison.table import markdown, rows_of
 from megalr.comparison.trainer import Trainer
 from megalr.errors import UserError
+from megalr.locks import FolderLock
 from megalr.train.arguments import positive
 from megalr.train.quiet import quieten
 from megalr.train.runner import USER_ERROR_CODE
@@ -88,8 +87,8 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
     results = Results(output / "results.jsonl")
     failed: list[str] = []
     if not arguments.report:
-        output.mkdir(parents=True, exist_ok=True)
-        with _locked(output):
+        with FolderLock() as lock:
+            lock.take(output)
             trainer = Trainer(
                 results, output / "runs", models.parent / "pretrain.py", arguments.jobs, arguments.processes
             )
@@ -108,16 +107,3 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
     print(f"\n{table}", flush=True)
     if failed:
         raise SystemExit("\n".join(["\nerror: these runs failed, and the same command tries them again:", *failed]))
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second comparison out of the folder; the lock ends with the process, however that ends."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another comparison is writing to {folder}: wait for it, or name another folder"
-            ) from error
-        yield

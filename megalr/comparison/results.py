@@ -33,16 +33,16 @@ class Results:
         self._path = path
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """What is noted, by key; a line that a kill cut off is not."""
+        """What is noted, by key; a line that a kill cut off, or that is no result, is not, and its run is missing."""
         found: dict[str, dict[str, Any]] = {}
         if not self._path.exists():
             return found
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and "key" in row:
+            if _is_result(row):
                 found[row["key"]] = row
         return found
 
@@ -55,6 +55,22 @@ class Results:
             else:
                 torn = False
             file.write(b"\n" * torn + json.dumps(row, allow_nan=False).encode() + b"\n")
+
+
+def _is_result(row: Any) -> bool:
+    """Whether a line has what the table is made of, in the types that it is written in."""
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str) or not isinstance(row.get("curve"), list):
+        return False
+    pairs = [
+        point for point in row["curve"] if isinstance(point, list) and len(point) == 2 and all(map(_number, point))
+    ]
+    scores = [row.get(name, "") for name in ("perplexity", "test_perplexity")]
+    speed = row.get("tokens_per_second")
+    return len(pairs) == len(row["curve"]) and all(v is None or _number(v) for v in (*scores, speed))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def score(row: Mapping[str, Any]) -> float:

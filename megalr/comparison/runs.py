@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megalr.comparison.recipe import Method, read_recipe
+from megalr.config.secrets import without_secrets
 from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
 from megalr.hosts import check_config
@@ -69,7 +70,7 @@ class Run:
     @cached_property
     def key(self) -> str:
         """Names the run: equal if and only if everything that determines it is equal. The method's name does not."""
-        config = copy.deepcopy(self.resolved)
+        config = without_secrets(self.resolved)
         rule, parametrization = self.megalr.optimizer.rule, self.megalr.parametrization  # which loads the plugins
         if plugins := (config.get("megalr") or {}).get("plugins"):
             config["megalr"]["plugins"] = [_fingerprint_of_plugin(plugin) for plugin in plugins]

@@ -103,7 +103,7 @@ class Trainer:
     def _command(self, one: Run) -> list[str]:
         """The launcher's flags; what a killed benchmark left of the run goes on from its checkpoint, or is deleted."""
         config = self._folder / f"{one.folder}.json"
-        config.write_text(json.dumps(one.config, indent=2) + "\n", encoding="utf-8")
+        _write_private(config, json.dumps(one.config, indent=2) + "\n")
         folder = RunFolder(self._folder / one.folder)
         start = "--overwrite"
         if folder.can_resume:  # of this very run: the folder's name has the key
@@ -136,6 +136,13 @@ class Trainer:
             if folder.path.is_dir() and not any(folder.path.iterdir()):
                 folder.path.rmdir()
             ended.log.unlink(missing_ok=True)
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write what may hold keys of services, for nobody else to read."""
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _prepare_text(one: Run) -> None:

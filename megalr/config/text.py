@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megalr.config.secrets import is_secret
 from megalr.errors import UserError
 from megalr.schema import Json
 
@@ -59,9 +60,8 @@ def parse(text: str, name: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise UserError(
-                    f'{name} has "{key}" twice in one object, {_short(found[key])} and {_short(value)}: remove one'
-                )
+                both = "" if is_secret(key, value) else f", {_short(found[key])} and {_short(value)}"
+                raise UserError(f'{name} has "{key}" twice in one object{both}: remove one')
             found[key] = value
         return found
 

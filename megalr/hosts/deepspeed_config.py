@@ -84,3 +84,9 @@ def _check_scheduler(section: Mapping[str, Any]) -> None:
     for key in needed:
         if key not in params:
             raise UserError(f'scheduler.params needs "{key}" for {name}')
+    if any(isinstance(value, list) for value in params.values()):
+        return  # of a value for each group of parameters, which are not known yet
+    try:
+        kind(torch.optim.Adam([torch.zeros(1)], lr=1.0), **params)
+    except Exception as error:  # whatever it thinks of the values
+        raise UserError(f"scheduler.params cannot be those of {name}: {error}") from error

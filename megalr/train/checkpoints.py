@@ -71,11 +71,23 @@ def find_checkpoint(folder: RunFolder) -> Resumable:
         UserError: there is none, or it is not a run's.
     """
     manifest, skipped = newest_whole(folder.checkpoints)
+    return Resumable(notes_of(manifest), manifest, skipped)
+
+
+def notes_of(manifest: Manifest) -> Notes:
+    """What a run's checkpoint says of the run.
+
+    Raises:
+        UserError: it is not a run's.
+    """
     try:
         notes = Notes(tag=manifest.folder.name, **manifest.content["client"]["run"])
+        for section in (notes.required, notes.settings):
+            if not isinstance(section, Mapping):
+                raise TypeError(f"its settings are {section!r}")
+        return notes
     except (KeyError, TypeError) as error:
         raise UserError(f"{manifest.folder} is no checkpoint of a pretraining run: {error}") from error
-    return Resumable(notes, manifest, skipped)
 
 
 def check_notes(notes: Notes, required: Mapping[str, Any], folder: RunFolder) -> None:

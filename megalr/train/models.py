@@ -51,8 +51,7 @@ def fit_to_text(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, sequenc
     Raises:
         UserError: a vocabulary that lacks tokens which a text can have, or a sequence longer than the model's.
     """
-    # The paper's models have 32,000 entries for T5's tokenizer, whose last 100 are marks that no text contains.
-    entries = 1 + largest_token(tokenizer)
+    entries = entries_of(tokenizer)
     if config.vocab_size < entries:
         raise UserError(
             f"the model's vocabulary has {config.vocab_size:,} entries, the tokenizer's {entries:,}: "
@@ -68,6 +67,12 @@ def fit_to_text(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, sequenc
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
+
+
+def entries_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    """How many entries of a vocabulary a text can have."""
+    # The paper's models have 32,000 entries for T5's tokenizer, whose last 100 are marks that no text contains.
+    return 1 + largest_token(tokenizer)
 
 
 def empty_model(config: LlamaConfig) -> LlamaForCausalLM:
@@ -96,8 +101,15 @@ def build_model(config: LlamaConfig, *, seed: int, activation_checkpointing: boo
 
 
 def config_from_dict(values: dict[str, Any]) -> LlamaConfig:
-    """The inverse of ``config.to_dict()``."""
+    """The inverse of ``config.to_dict()``.
+
+    Raises:
+        UserError: it is no LLaMA's.
+    """
     from transformers import LlamaConfig  # noqa: PLC0415
 
-    config: LlamaConfig = LlamaConfig.from_dict(values)
+    try:
+        config: LlamaConfig = LlamaConfig.from_dict(values)
+    except Exception as error:  # transformers validates with errors of several kinds
+        raise UserError(f"the model's configuration is no LLaMA's: {error}") from error
     return config

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from megalr.config.secrets import secrets_in
 from megalr.config.settings import MegalrConfig, read_json
 from megalr.data import Data, DataConfig, load_data, load_tokenizer
 from megalr.errors import UserError
@@ -28,6 +29,7 @@ from megalr.train.console import Screen
 from megalr.train.ds_config import Request, Resolved, resolve
 from megalr.train.export import check_export_folder
 from megalr.train.models import empty_model, fit_to_text, read_model_config
+from megalr.train.quiet import hide
 from megalr.train.ranks import Ranks
 from megalr.train.run_folder import RunFolder, take_run_folder
 
@@ -112,6 +114,7 @@ def make_plan(
     """
     with ranks.together():
         content = read_json(arguments.deepspeed)
+        hide(secrets_in(content))
         model = read_model_config(arguments.model or _default_model(ranks), models_folder)
         shared_by = tensor_parallel_size(content)
         check_tensor_parallel(model, shared_by, ranks.world_size)
@@ -189,9 +192,12 @@ def request_for(
 def data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
     """What the flags say of the text; seed: of the order of its examples."""
 
+    def absolute(name: str) -> str:
+        # Since run.json keeps them and the run may be scored from another folder.
+        return str(Path(name).absolute()) if Path(name).exists() else name
+
     def one_or_many(names: tuple[str, ...]) -> str | tuple[str, ...]:
-        # Absolute, since run.json keeps them and the run may be scored from another folder.
-        names = tuple(str(Path(name).absolute()) if Path(name).exists() else name for name in names)
+        names = tuple(map(absolute, names))
         return names[0] if len(names) == 1 else names
 
     return DataConfig(
@@ -199,7 +205,7 @@ def data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
         dataset_config=arguments.dataset_config,
         eval_dataset=None if arguments.eval_dataset is None else one_or_many(arguments.eval_dataset),
         text_column=arguments.text_column,
-        tokenizer=arguments.tokenizer,
+        tokenizer=None if arguments.tokenizer is None else absolute(arguments.tokenizer),
         sequence_length=arguments.sequence_length,
         pack=arguments.pack,
         seed=seed,

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from megalr.config.secrets import without_secrets
 from megalr.data import Batches, unigram_perplexity
+from megalr.errors import UserError
 from megalr.hosts import host_of
 from megalr.locks import FolderLock
 from megalr.train.arguments import PretrainArguments, parse_arguments
@@ -112,7 +114,12 @@ def build_loop(plan: Plan, ranks: Ranks, screen: Screen) -> Loop:
     np.random.seed(resolved.seed % 2**32)
     model = build_model(plan.model, seed=resolved.seed, activation_checkpointing=arguments.activation_checkpointing)
     with ranks.together():
-        engine, *_ = megalr.initialize(model=model, config=resolved.config)
+        try:
+            engine, *_ = megalr.initialize(model=model, config=resolved.config)
+        except UserError:
+            raise
+        except (AssertionError, ValueError) as error:  # as DeepSpeed says what it cannot do only now
+            raise UserError(f"DeepSpeed cannot make an engine of this configuration: {error}") from error
     optimizer = host_of(engine).optimizer
     table = optimizer.routing_table()
     if ranks.is_first:
@@ -179,7 +186,7 @@ def _write_settings(plan: Plan, ranks: Ranks) -> None:
         "arguments": asdict(plan.arguments),
         "processes": ranks.world_size,
         "device": str(ranks.device),
-        "deepspeed": plan.resolved.config,
+        "deepspeed": without_secrets(plan.resolved.config),
         "model": plan.model.to_dict(),
         "data": {**asdict(plan.data_config), "fingerprint": plan.data.train.fingerprint},
         "python": platform.python_version(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Collection
 
 # Warnings of DeepSpeed that a reader can do nothing about.
 _HARMLESS = (
@@ -12,6 +13,7 @@ _HARMLESS = (
     "ZeRO with an untested optimizer",
     "Attempting to get learning rate from scheduler before it has started",
 )
+_SHORTEST = 6  # characters of a key of a service, at least
 
 
 def quieten(*, first: bool) -> None:
@@ -34,6 +36,30 @@ def quieten(*, first: bool) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     if not first:
         warnings.filterwarnings("ignore")
+
+
+def hide(secrets: Collection[str]) -> None:
+    """Keep keys and passwords of the JSON out of DeepSpeed's log, which has all of the JSON where it says all.
+
+    Args:
+        secrets: as :func:`megalr.config.secrets.secrets_in` finds them.
+    """
+    if secrets:
+        logging.getLogger("DeepSpeed").addFilter(_Hiding(secrets))
+
+
+class _Hiding(logging.Filter):
+    def __init__(self, secrets: Collection[str]) -> None:
+        super().__init__()
+        # A shorter one is part of many a word, which would give it away.
+        self._secrets = sorted((each for each in secrets if len(each) >= _SHORTEST), key=len, reverse=True)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        for secret in self._secrets:
+            message = message.replace(secret, "***")
+        record.msg, record.args = message, ()
+        return True
 
 
 class _Filter(logging.Filter):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import shutil
 import time
@@ -12,8 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalr.checkpoint.publishing import not_ours
+from megalr.disk import write_and_sync
 from megalr.errors import UserError
 from megalr.locks import FolderInUseError, FolderLock
+from megalr.train import run_settings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class RunFolder:
     @property
     def settings(self) -> Path:
         """Arguments, configurations and versions; its presence marks the folder as a run's."""
-        return self.path / "run.json"
+        return self.path / run_settings.NAME
 
     @property
     def metrics(self) -> Path:
@@ -72,7 +78,8 @@ class RunFolder:
         """When the latest checkpoint was finished, in seconds; None without any."""
         # Where a run was killed just before it could say which one is the latest there is none that says so.
         files = [self.checkpoints / "latest", *self.checkpoints.glob("*/manifest.json")]
-        return max((file.stat().st_mtime for file in files if file.is_file()), default=None)
+        # Not Path.is_file, which raises where a folder cannot be read.
+        return max((file.stat().st_mtime for file in files if os.path.isfile(file)), default=None)
 
     @property
     def written(self) -> list[Path]:
@@ -85,27 +92,43 @@ class RunFolder:
         """Where a run is that is to be deleted, until the one in its place has made an update."""
         return self.path / ".replaced"
 
+    @property
+    def moving(self) -> Path:
+        """Where that run is while it is on its way there or back: what is beside it is its own as well."""
+        return self.path / ".moving"
+
+    @property
+    def has_old_run(self) -> bool:
+        """Whether there is one that comes back when the folder is taken."""
+        return self.old_run.is_dir() or self.moving.is_dir()
+
     def set_aside(self) -> None:
         """Make room for a new run; what was written comes back unless :meth:`drop_old_run` is called."""
-        self.old_run.mkdir()
+        self.moving.mkdir()
         for path in self.written:
             if path.exists():
-                path.rename(self.old_run / path.name)
+                path.rename(self.moving / path.name)
+        self.moving.rename(self.old_run)
 
     def put_back(self) -> None:
-        """Undo :meth:`set_aside`, if it was called and nothing has come of it."""
+        """Undo :meth:`set_aside`, however far it came, if nothing has come of it."""
         if self.old_run.is_dir():
             self.clear()
-            for path in self.old_run.iterdir():
+            self.old_run.rename(self.moving)
+        if self.moving.is_dir():
+            for path in self.moving.iterdir():
                 path.rename(self.path / path.name)
-            self.old_run.rmdir()
+            self.moving.rmdir()
 
     def drop_old_run(self) -> None:
-        """Delete what was set aside."""
+        """Delete what was set aside, and what killed deletions have left."""
         # A kill in mid-deletion must not have the rest come back as if it were a run.
         if self.old_run.is_dir():
-            dropped = self.old_run.rename(self.path / f".deleted-{time.time_ns()}")
-            shutil.rmtree(dropped, ignore_errors=True)
+            self.old_run.rename(self.path / f".deleted-{time.time_ns()}")
+            for dropped in self.path.glob(".deleted-*"):
+                shutil.rmtree(dropped, ignore_errors=True)
+                if dropped.exists():
+                    logger.warning("%s, of the run that was replaced, cannot be deleted: delete it yourself", dropped)
 
     def clear(self) -> None:
         """Delete what a run has written."""
@@ -135,17 +158,21 @@ def take_run_folder(name: str, output: str | None, *, resume: bool, overwrite: b
         lock: takes the folder.
 
     Raises:
-        UserError: the folder is taken, is a file, is in use, or has nothing to resume from.
+        UserError: the folder is taken, is a file, is in use (which is said first), or has nothing to resume from.
     """
     if output is not None:
         folder = RunFolder(Path(output).expanduser())
-        if not folder.old_run.is_dir():
-            _check(folder, resume=resume, overwrite=overwrite)  # before anything is made there
+        if not folder.path.is_dir():
+            _check(folder, resume=resume, overwrite=overwrite)  # before it is made
         _hold(folder, lock)
         _check(folder, resume=resume, overwrite=overwrite)
         return folder
     numbered = _default_folders(name)
     if resume:
+        for folder in numbered:
+            if folder.has_old_run:
+                with contextlib.suppress(FolderInUseError), FolderLock() as other:
+                    _hold(folder, other)
         candidates = [folder for folder in numbered if folder.can_resume]
         if not candidates:
             raise UserError(f"there is no checkpoint under {numbered[0].path}: name the run's folder with --output")
@@ -171,14 +198,14 @@ def take_run_folder(name: str, output: str | None, *, resume: bool, overwrite: b
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` so that a kill leaves the old file or the new one, never half of one."""
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    write_and_sync(temporary, json.dumps(content, indent=2, default=str) + "\n")
     os.replace(temporary, path)
 
 
 def _default_folders(name: str) -> list[RunFolder]:
     """``runs/<name>``, then those with a number, up to and including the first free one."""
     found = [_numbered(name, 1)]
-    while found[-1].is_taken:
+    while found[-1].is_taken or found[-1].has_old_run:
         found.append(_numbered(name, len(found) + 1))
     return found
 
@@ -189,13 +216,19 @@ def _numbered(name: str, number: int) -> RunFolder:
 
 def _hold(folder: RunFolder, lock: FolderLock) -> None:
     """Keep others out; what a killed ``--overwrite`` had set aside comes back."""
-    lock.take(folder.path)
-    folder.put_back()
+    try:
+        lock.take(folder.path)
+        folder.put_back()
+    except OSError as error:
+        raise UserError(
+            f"{folder.path} cannot be written: {error.strerror} ({error.filename}): name another folder with --output"
+        ) from error
 
 
 def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"--output {folder.path} is a file: name a folder")
+    foreign = _foreign_checkpoints(folder)
     if resume and not (folder.can_resume or folder.has_only_begun):
         raise UserError(f"there is no checkpoint in {folder.checkpoints}, so there is nothing to resume")
     strange = [] if folder.is_taken else [path.name for path in folder.written if path.exists()]
@@ -203,6 +236,19 @@ def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
         raise UserError(
             f"{folder.path} holds {', '.join(strange)}, which a run would write over, and holds no run: name another "
             "folder with --output"
+        )
+    begins_anew = overwrite or (resume and folder.has_only_begun)
+    if begins_anew and folder.is_taken and not run_settings.is_a_runs(folder.settings):
+        there = ", ".join(path.name for path in folder.written if path.exists())
+        state = "and none of a run" if folder.settings.exists() else "and no run.json, which a run writes first"
+        raise UserError(
+            f"{folder.path} holds {there}, {state}: what no run has written is not deleted. Delete it yourself, or "
+            "name another folder with --output"
+        )
+    if begins_anew and foreign:
+        raise UserError(
+            f"{folder.checkpoints} holds {', '.join(foreign[:3])}, which no run has written, and all there would be "
+            "deleted: move it elsewhere, or name another folder with --output"
         )
     links = [path for path in folder.written if path.is_symlink()]
     if overwrite and links:
@@ -216,3 +262,11 @@ def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
             f"{folder.path} holds {state}: add --resume to continue it, --overwrite to delete it, or name "
             "another folder with --output"
         )
+
+
+def _foreign_checkpoints(folder: RunFolder) -> list[str]:
+    """What lies among the checkpoints and is none; one that cannot be read is not one that is not there."""
+    try:
+        return not_ours(folder.checkpoints) if os.path.lexists(folder.checkpoints) else []
+    except OSError as error:
+        raise UserError(f"{folder.checkpoints} cannot be read: {error.strerror}") from error

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megalr.checkpoint.export.weights import Weights
-from megalr.checkpoint.folders import newest_whole
-from megalr.checkpoint.manifest import Manifest, read_manifest
+from megalr.checkpoint.folders import latest, listed, newest_whole, read_or_offer
+from megalr.checkpoint.manifest import Manifest
 from megalr.data import DataConfig, load_data, load_tokenizer
+from megalr.data.tokenizer import EMBEDDED_TOKENIZER
 from megalr.errors import UserError
+from megalr.layers import parametrize
 from megalr.train.arguments import PlainParser, add_text, positive
+from megalr.train.checkpoints import differences, notes_of
 from megalr.train.evaluation import evaluate
-from megalr.train.models import build_model, config_from_dict, fit_to_text
+from megalr.train.models import build_model, config_from_dict, entries_of, fit_to_text
 from megalr.train.ranks import Ranks
+from megalr.train.run_settings import RunSettings, read_settings
 from megalr.train.runner import run_program
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 _DEFAULT_MICRO_BATCH = 8
+_PADDED = 1024  # more entries than a vocabulary is padded with
+_NOT_SCORED = "Nothing was scored"
 _TEXT_FLAGS = (
     "dataset",
     "dataset_config",
@@ -57,11 +66,18 @@ class ScoreArguments:
 
 @dataclass(frozen=True)
 class Scored:
-    """A transformers model, and the text and batch that it is scored with unless the flags say otherwise."""
+    """A model, and what it is scored with unless the flags say otherwise.
+
+    Attributes:
+        model: of transformers.
+        text, micro_batch_size: what it is scored with.
+        notes: which weights these are, in lines.
+    """
 
     model: Any
     text: DataConfig
     micro_batch_size: int
+    notes: tuple[str, ...]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -118,11 +134,13 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
     if ranks.world_size > 1:
         raise UserError("evaluate.py runs in one process: start it with `python launchers/evaluate.py`")
     folder = Path(arguments.model).expanduser()
-    found = load_scored(folder)
     changes = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in arguments.text.items()}
+    found = load_scored(folder, tokenizer=changes.get("tokenizer"))
     text = replace(found.text, **changes)
     tokenizer = load_tokenizer(text.tokenizer, say=print)
+    notes = _check_tokenizer(found.model.config, tokenizer, folder, chosen="tokenizer" in changes)
     fit_to_text(found.model.config, tokenizer, text.sequence_length)
+    print("\n".join([*found.notes, *notes]))
     data = load_data(text, tokenizer, rank=0, barrier=ranks.barrier)
     print("\n".join(data.description.splitlines()[1:]))
     model = found.model.to(ranks.device)
@@ -137,41 +155,152 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
             print(f"  as published code computes it {result.galore_compatible:,.2f}")
 
 
-def load_scored(folder: Path) -> Scored:
-    """The model in ``folder``, whichever of the three kinds it is.
+def load_scored(folder: Path, *, tokenizer: str | None = None) -> Scored:
+    """The model in ``folder``, whichever of the three kinds it is; all of its weights have been checked.
+
+    Args:
+        folder: a run's, a checkpoint's, or an exported model's.
+        tokenizer: that the user has named, if so; an export that has none needs it.
 
     Raises:
-        UserError: it is none of them.
+        UserError: it is none of them, or is damaged, or newer weights are.
     """
-    if (folder / "run.json").is_file():
-        return _from_checkpoint(folder, newest_whole(folder / "checkpoints")[0])
-    if (folder.parent.parent / "run.json").is_file() and folder.parent.name == "checkpoints":
-        return _from_checkpoint(folder.parent.parent, read_manifest(folder))
-    if (folder / "config.json").is_file():
-        return _from_export(folder)
+    try:
+        os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read as a folder: {error.strerror}") from error
+    if os.path.isfile(folder / "run.json"):
+        return _from_checkpoint(folder, *_newest(folder))
+    run = folder.absolute().parent.parent
+    if os.path.isfile(run / "run.json") and folder.absolute().parent.name == "checkpoints":
+        return _from_checkpoint(run, read_or_offer(folder, folder, _NOT_SCORED), [])
+    if os.path.isfile(folder / "config.json"):
+        return _from_export(folder, tokenizer)
     raise UserError(f"{folder} is no run (run.json), no checkpoint of one, and no exported model (config.json)")
 
 
-def _from_checkpoint(run: Path, manifest: Manifest) -> Scored:
-    from megalr import parametrize  # noqa: PLC0415
+def _newest(run: Path) -> tuple[Manifest, list[str]]:
+    """A run's newest checkpoint, which must be whole, and which others cannot be read."""
+    directory = run / "checkpoints"
+    others, named = listed(directory), latest(directory)  # before all else: a run that goes on writes newer ones
+    manifest, skipped = newest_whole(directory)
+    newer = [each.folder.name for each in others if each.manifest and each.manifest.order > manifest.order]
+    unread = [each.folder.name for each in others if each.manifest is None]
+    if newer or named in unread:
+        raise UserError(
+            "\n  ".join([f"the newest checkpoint of {run} is damaged:", *skipped])
+            + f"\n{_NOT_SCORED}. The newest that is whole is {manifest.folder.name}: to have that one scored, name "
+            f"{manifest.folder}"
+        )
+    missing = named is not None and all(each.folder.name != named for each in others)
+    gone = [f"`latest` names {named}, which is not there"] if missing else []
+    return manifest, [*(f"passed over: {line}" for line in skipped), *gone]
 
-    settings = json.loads((run / "run.json").read_text())
-    config = settings["deepspeed"]
-    model: Any = build_model(config_from_dict(settings["model"]), seed=0)
-    parametrize(model, config)
-    model.load_state_dict(Weights(manifest).state_dict())
+
+def _from_checkpoint(run: Path, manifest: Manifest, notes: list[str]) -> Scored:
+    settings = read_settings(run)
+    _check_same_run(settings, manifest)
+    config = settings.deepspeed
+    weights = Weights(manifest)
+    model: Any = build_model(config_from_dict(settings.model), seed=0)
+    parametrize(model, weights.parametrization)
+    try:
+        model.load_state_dict(weights.state_dict())
+    except RuntimeError as error:  # names of weights, and their shapes
+        raise UserError(f"{manifest.folder} is of another model than {settings.path} describes: {error}") from error
+    _check_finite(model, manifest.folder)
     for section, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if (config.get(section) or {}).get("enabled"):
             for parameter in model.parameters():  # buffers stay fp32, as DeepSpeed leaves them
                 parameter.data = parameter.data.to(dtype)
-    known = {field.name for field in fields(DataConfig)}
-    text = {key: value for key, value in settings["data"].items() if key in known}
-    return Scored(model, DataConfig(**text), config["train_micro_batch_size_per_gpu"])
+    title = f"{manifest.folder} ({manifest.updates:,} updates)"
+    return Scored(model, settings.text, settings.micro_batch_size, (*notes, title))
 
 
-def _from_export(folder: Path) -> Scored:
+def _check_same_run(settings: RunSettings, manifest: Manifest) -> None:
+    """Refuse a ``run.json`` that has come from elsewhere: the weights might fit it, and mean something else there."""
+    saved = notes_of(manifest).required
+    section = settings.deepspeed.get("megalr") or {}
+    now = {
+        "model": {key: settings.model.get(key) for key in saved.get("model") or {}},
+        "megalr.parametrization": section.get("parametrization"),
+    }
+    found = differences({key: saved.get(key) for key in now}, now)
+    if found:
+        raise UserError(
+            f"{settings.path} is not of the run that has written {manifest.folder} (checkpoint -> run.json):\n"
+            + "\n".join(f"  {line}" for line in found)
+        )
+
+
+def _from_export(folder: Path, tokenizer: str | None) -> Scored:
+    has_one = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    if not has_one and tokenizer is None:
+        raise UserError(
+            f"{folder} has no tokenizer (tokenizer.json), and with another one than in training every model scores "
+            "badly: write --tokenizer and the one that it was trained with. That of a run without --tokenizer is "
+            f"{EMBEDDED_TOKENIZER}"
+        )
+    model = _read_export(folder)
+    text = DataConfig(tokenizer=str(folder) if has_one else None)
+    return Scored(model, text, _DEFAULT_MICRO_BATCH, (str(folder),))
+
+
+def _read_export(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype="auto")
-    text = DataConfig(tokenizer=str(folder) if (folder / "tokenizer.json").is_file() else None)
-    return Scored(model, text, _DEFAULT_MICRO_BATCH)
+    # No code that comes with the folder, no pickle, and nothing that it names elsewhere.
+    inert: Any = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="sdpa", dtype="auto", output_loading_info=True, **inert
+        )
+    except Exception as error:  # transformers, safetensors and torch raise errors of many kinds
+        raise UserError(
+            f"{folder} cannot be read as a model: {type(error).__name__}: {str(error)[:500]}. If its files are cut or "
+            "missing, write the export again"
+        ) from error
+    wrong = [
+        f"{kind.removesuffix('_keys')}: {', '.join(sorted(map(str, report[kind]))[:3])}"
+        + (f" and {len(report[kind]) - 3} more" if len(report[kind]) > 3 else "")  # noqa: PLR2004  (that are shown)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if report.get(kind)
+    ]
+    if wrong:
+        raise UserError(
+            f"the weights in {folder} are not those of the model that its config.json describes ({'; '.join(wrong)}): "
+            "write the export again"
+        )
+    _check_finite(model, folder)
+    return model
+
+
+def _check_finite(model: Any, folder: Path) -> None:
+    wrong = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
+    if wrong:
+        raise UserError(f"{folder} has weights that are not finite: {', '.join(wrong[:3])}. {_NOT_SCORED}")
+
+
+def _check_tokenizer(config: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, *, chosen: bool) -> Sequence[str]:
+    """Refuse a tokenizer that is not the model's, as far as that is seen; of one that the user has chosen, say it.
+
+    Args:
+        config: the model's, as it was saved: with the special tokens of the tokenizer that it was trained with.
+        tokenizer: to score it with.
+        folder: the model's, for the message.
+        chosen: by the user.
+    """
+    notes = []
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if ends != [None] and tokenizer.eos_token_id not in ends:
+        words = (
+            f"the model in {folder} has the end-of-text token {', '.join(map(str, ends))}, the tokenizer "
+            f"{tokenizer.eos_token_id}: it is not the one that the model was trained with"
+        )
+        if not chosen:
+            raise UserError(f"{words}. Write --tokenizer and that one")
+        notes.append(words)
+    entries = entries_of(tokenizer)
+    if config.vocab_size - entries >= _PADDED:
+        notes.append(f"the model's vocabulary has {config.vocab_size:,} entries, the tokenizer's {entries:,}")
+    return notes

@@ -10,15 +10,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import megalr
 from megalr.checkpoint.__main__ import main
 from megalr.config.settings import MegalrConfig
+from megalr.data.tokenizer import EMBEDDED_TOKENIZER
 from megalr.layers import densify
 from tests import processes
 from tests.deepspeed import rule_training
-from tests.deepspeed.harness import ROOT
 from tests.deepspeed.tool_training import CASES, UPDATES, model_of
 
 pytestmark = pytest.mark.distributed
@@ -339,10 +341,15 @@ def test_layers_without_a_dense_weight(made, tmp_path, capsys):
 
 
 def test_a_tokenizer_goes_with_the_model(made, tmp_path, capsys):
-    tokenizer = ROOT / "megalr/data/austen/tokenizer.json"
-    argv = ("export", made("low-rank")[0], "--to", "hf", tmp_path / "out", "--tokenizer", tokenizer)
+    tokenizer, directory = Tokenizer(WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a")), made("low-rank")[0]
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    argv = ("export", directory, "--to", "hf", tmp_path / "out", "--tokenizer", tmp_path / "tokenizer.json")
+    code, _, errors = run(capsys, *argv[:-1], EMBEDDED_TOKENIZER)
+    assert code == 2
+    assert "has 4,096 entries and the model" in errors
     assert run(capsys, *argv)[0] == 0
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 4096
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 2
     assert "tokenizer" in run(capsys, *argv[:-1], tmp_path / "none.json", "--overwrite")[2]
     assert (tmp_path / "out/model.safetensors").is_file()
 

@@ -25,6 +25,10 @@ def test_the_key_names_what_determines_a_run(write, launchers):
         assert not set(first) & set(keys(**change))
     base = {**content()["base"], "gradient_clipping": 2.0}
     assert not set(first) & set(keys(base=base))
+    base = {**content()["base"], "comet": {"enabled": False, "workspace": "ours"}}
+    assert keys(base=base) != first
+    with_key = [keys(base={**base, "comet": {**base["comet"], "api_key": key}}) for key in ("one", "rotated")]
+    assert with_key[0] == with_key[1] == keys(base=base)
 
 
 def test_the_key_follows_the_text_and_the_shape_not_their_names(write, launchers):

@@ -1,6 +1,7 @@
 """The comparison of methods trains what is missing, also after runs have failed or the comparison was killed."""
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -12,6 +13,7 @@ import pytest
 from megalr.comparison.results import Results
 from megalr.comparison.runs import Recipe
 from megalr.comparison.table import COLUMNS, memory_of
+from megalr.comparison.trainer import _write_private
 from megalr.errors import UserError
 from tests.processes import run, started
 from tests.unit.comparison_recipes import compare, content, method, running, starts
@@ -64,6 +66,35 @@ def test_a_second_start_trains_only_what_is_missing(write, launchers, capsys):
     compare(write(methods=more), launchers)
     assert starts(launchers)[before + 1 :] == ["0.03 0", "0.03 1", "0.03 2"]
     assert "9 of 10 runs" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"perplexity": "low"},
+        {"curve": [[1]]},
+        {"curve": None},
+        {"key": 1},
+        {"test_perplexity": []},
+        {"tokens_per_second": "x"},
+    ],
+)
+def test_a_line_that_is_no_result_is_left_out(tmp_path, changes):
+    results = Results(tmp_path / "results.jsonl")
+    row = {"key": "a", "perplexity": 1.0, "test_perplexity": None, "curve": [[8, 5.0]], "tokens_per_second": None}
+    results.append(row)
+    results.append({**row, **({"key": "b"} | changes)})
+    results.append({"key": "c"})
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write("[" * 100_000)
+    assert results.rows() == {"a": row}
+
+
+def test_a_runs_json_is_for_its_owner_alone(tmp_path):
+    for _ in range(2):  # one that is there already may be read by others
+        _write_private(tmp_path / "run.json", "{}")
+        assert (tmp_path / "run.json").stat().st_mode & 0o777 == 0o600
+        (tmp_path / "run.json").chmod(0o644)
 
 
 def test_every_rate_diverged(write, launchers, capsys):
@@ -182,7 +213,7 @@ def test_a_killed_comparison_takes_its_runs_with_it_and_keeps_others_out(write, 
         process.wait_for((launchers / "starts").exists)
         again = run(command, check=False, warm=True)
         assert again.code == 2
-        assert "another comparison is writing" in again.stderr
+        assert re.search(rf"process \d+ on .*, started .*, writes into {path.parent / 'out'}: wait", again.stderr)
         process.send_signal(signal.SIGKILL)
         process.wait()
     end = time.monotonic() + 60

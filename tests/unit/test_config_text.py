@@ -77,6 +77,8 @@ def test_words_of_monitors_may_be_any(tmp_path):
         ({"params": {}}, 'scheduler needs a "type"'),
         ({"type": "WarmupLR", "params": []}, "scheduler.params must be an object"),
         ({"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2}}, 'scheduler.params needs "total_num_steps"'),
+        ({"type": "WarmupLR", "params": {"warmup_num_steps": 0}}, "cannot be those of WarmupLR: .*positive"),
+        ({"type": "WarmupLR", "params": {"warmup_max_lr": "x"}}, "cannot be those of WarmupLR"),
     ],
 )
 def test_a_schedule_is_complete(section, words):

@@ -1,6 +1,7 @@
 """Which folder a run gets, and what may be deleted there."""
 
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 from megalr.errors import UserError
 from megalr.locks import FolderLock
 from megalr.train.run_folder import RunFolder, take_run_folder, write_json
+from tests.unprivileged import unprivileged
+
+SETTINGS = '{"command": "pretrain.py", "deepspeed": {}}'
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +24,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 def make_run(path, *, finished, checkpoint=True, age=0):
     folder = RunFolder(Path(path))
     folder.checkpoints.mkdir(parents=True)
-    folder.settings.write_text("{}")
+    folder.settings.write_text(SETTINGS)
     folder.metrics.write_text("")
     if checkpoint:
         latest = folder.checkpoints / "latest"
@@ -95,8 +99,7 @@ def test_a_second_run_in_the_folder_is_refused(first, second):
         folder = take_run_folder("zero2", "mine", **how[0], lock=lock)
         if not folder.is_taken:
             make_run("mine", finished=False)
-        words = "writes into mine" if second else "mine holds an unfinished run"
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on .* started .* writes into mine"):
             take_run_folder("zero2", "mine", **how[1], lock=other)
 
 
@@ -157,13 +160,119 @@ def test_a_run_comes_back_whose_replacement_was_killed_before_it_had_made_an_upd
         folder.settings.write_text("new")
     with contextlib.suppress(UserError):
         choose("mine", **how)
-    assert folder.summary.exists() and folder.settings.read_text() == "{}"
+    assert folder.summary.exists() and folder.settings.read_text() == SETTINGS
+
+
+WRITTEN = ["checkpoints", "metrics.jsonl", "run.json", "summary.json"]
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("after", range(len(WRITTEN)))
+def test_nothing_is_lost_where_a_move_is_killed(monkeypatch, after, back):
+    """On the way there, as where a folder is a file system of its own and cannot be moved, or on the way back."""
+    folder = make_run("mine", finished=True)
+    if back:
+        folder.set_aside()
+    rename, moved = Path.rename, []
+
+    def killed(path, target):
+        if path.name in WRITTEN:
+            if len(moved) == after:
+                raise OSError(errno.EBUSY, "in use", str(path))
+            moved.append(path)
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="in use"):
+        patch.setattr(Path, "rename", killed)
+        (folder.put_back if back else folder.set_aside)()
+    assert len(moved) == after
+    folder.put_back()
+    assert sorted(path.name for path in Path("mine").iterdir()) == WRITTEN
+    assert (folder.checkpoints / "latest").read_text() == "step5"
+
+
+def test_what_a_killed_deletion_has_left_goes_with_the_next():
+    folder = make_run("mine", finished=True)
+    (folder.path / ".deleted-1").mkdir()
+    folder.set_aside()
+    folder.drop_old_run()
+    assert list(folder.path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"name": "an app"}', SETTINGS[:-3], "[]"])
+@pytest.mark.parametrize("how", ["overwrite", "resume"])
+def test_what_is_no_runs_is_not_deleted(content, how):
+    """Many a program writes "checkpoints"."""
+    folder = make_run("mine", finished=False, checkpoint=how == "overwrite")
+    folder.settings.unlink()
+    words = "no run.json, which a run writes first"
+    if content is not None:
+        folder.settings.write_text(content)
+        words = "none of a run"
+    if content is None and how == "resume":
+        words = "nothing to resume"
+    with pytest.raises(UserError, match=words):
+        choose("mine", **{how: True})
+    assert folder.checkpoints.exists() and folder.metrics.exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "mine/notes.txt", "step7/notes.txt", ".hidden/notes.txt"])
+@pytest.mark.parametrize("how", ["overwrite", "resume"])
+def test_what_others_have_put_among_the_checkpoints_is_not_deleted(name, how):
+    folder = make_run("mine", finished=False, checkpoint=how == "overwrite")
+    for own in ("step5/manifest.json", "step5/rank-00000.safetensors", ".step6.part/rank-00000.safetensors"):
+        if how == "overwrite" or "part" in own:
+            (folder.checkpoints / own).parent.mkdir(exist_ok=True)
+            (folder.checkpoints / own).touch()
+    assert choose("mine", **{how: True}) == Path("mine")
+    (folder.checkpoints / name).parent.mkdir(exist_ok=True)
+    (folder.checkpoints / name).touch()
+    with pytest.raises(UserError, match=f"checkpoints holds {name.partition('/')[0]}, which no run has written"):
+        choose("mine", **{how: True})
+
+
+@pytest.mark.parametrize("how", [{}, {"overwrite": True}, {"resume": True}])
+def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(how):
+    """As where a network is away: the run would begin anew, and delete them."""
+    folder = make_run("mine", finished=False)
+    folder.checkpoints.chmod(0)
+    with unprivileged(), pytest.raises(UserError, match="checkpoints cannot be read: Permission denied"):
+        choose("mine", **how)
+    folder.checkpoints.chmod(0o700)
+
+
+def test_what_cannot_be_deleted_is_named(monkeypatch, caplog):
+    folder = make_run("mine", finished=True)
+    folder.set_aside()
+    monkeypatch.setattr("shutil.rmtree", lambda path, **how: None)
+    folder.drop_old_run()
+    assert "of the run that was replaced, cannot be deleted" in caplog.text
+
+
+def test_a_run_whose_settings_are_damaged_goes_on():
+    folder = make_run("mine", finished=False)
+    folder.settings.write_text("")
+    assert choose("mine", resume=True) == Path("mine")
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch):
+    def refuse(*args):
+        raise PermissionError(errno.EACCES, "Permission denied", "mine/.writer.json")
+
+    monkeypatch.setattr(FolderLock, "take", refuse)
+    with pytest.raises(
+        UserError, match=r"mine cannot be written: Permission denied \(mine/.writer.json\): name another"
+    ):
+        choose("mine")
 
 
 def test_without_a_folder_the_run_comes_back_too():
     folder = make_run("runs/zero2", finished=True)
     folder.set_aside()
     assert choose() == Path("runs/zero2-2")
+    assert folder.summary.exists()
+    folder.set_aside()
+    assert choose(resume=True) == folder.path
     assert folder.summary.exists()
 
 
@@ -186,7 +295,7 @@ def test_json_is_written_whole():
 
 def test_a_run_that_begins_anew_keeps_its_metrics(tmp_path):
     folder = RunFolder(tmp_path)
-    folder.settings.write_text("{}")
+    folder.settings.write_text(SETTINGS)
     folder.metrics.write_text("a row\n")
     assert folder.has_only_begun
     assert choose(str(tmp_path), resume=True) == folder.path

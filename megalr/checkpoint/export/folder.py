@@ -15,7 +15,11 @@ PART = ".part"
 ADAPTERS, BASE = "adapter_config.json", "base"  # as megalr.checkpoint.export.adapters writes them
 # Files that mark a folder as an earlier export, and files of an earlier export that must not stay beside a new one.
 MARKS = ("config.json", "model.safetensors", ADAPTERS)
-REPLACED = ("model*.safetensors*", "pytorch_model*", "adapter_*", "config.json", "generation_config.json")
+REPLACED = (
+    *("model*.safetensors*", "pytorch_model*", "adapter_*", "config.json", "generation_config.json"),
+    # As save_pretrained writes them: with another model's tokenizer a model scores badly, and nothing else shows it.
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
 
 
 def check_output(out: Path, *, may_replace: bool, flag: str = "", checkpoint: Path | None = None) -> None:
