@@ -15,7 +15,8 @@ from megalr.checkpoint.export.command import DTYPE_NAMES, export
 from megalr.checkpoint.inspecting import inspect
 from megalr.checkpoint.verifying import verify
 from megalr.errors import UserError
-from megalr.train.arguments import PlainParser
+from megalr.plugins import load_plugins
+from megalr.train.arguments import PlainParser, add_plugins
 from megalr.train.quiet import quieten
 
 DAMAGED_CODE, USER_ERROR_CODE = 1, 2
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             _check_flags(arguments)
             quieten(first=True)
+            load_plugins(arguments.plugins)
             export(
                 place,
                 Path(arguments.out).expanduser().absolute(),
@@ -128,6 +130,7 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tokenizer", metavar="NAME", help="save this one, too: a tokenizer.json, a folder, or a name on the hub"
     )
+    add_plugins(command)
     command.add_argument("--overwrite", action="store_true", help="replace an export that is in OUT")
 
 

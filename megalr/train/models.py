@@ -40,7 +40,7 @@ def read_model_config(name: str, folder: Path) -> LlamaConfig:
     if not isinstance(content, dict) or content.get("model_type", "llama") != "llama":
         raise UserError(f'{path} describes no LLaMA; it needs "model_type": "llama", see {folder} for examples')
     try:
-        return LlamaConfig(**content)
+        return _with_own_code(LlamaConfig(**content))
     except Exception as error:  # transformers validates with errors of several kinds
         raise UserError(f"{path} is no valid LLaMA configuration: {error}") from error
 
@@ -100,4 +100,10 @@ def config_from_dict(values: dict[str, Any]) -> LlamaConfig:
     from transformers import LlamaConfig  # noqa: PLC0415
 
     config: LlamaConfig = LlamaConfig.from_dict(values)
+    return _with_own_code(config)
+
+
+def _with_own_code(config: LlamaConfig) -> LlamaConfig:
+    """A configuration may name an attention kernel of the hub, which transformers would fetch and run."""
+    config._attn_implementation = "sdpa"
     return config

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from megalr.checkpoint.export.weights import Weights
 from megalr.checkpoint.folders import newest_whole
 from megalr.checkpoint.manifest import Manifest, read_manifest
 from megalr.data import DataConfig, load_data, load_tokenizer
 from megalr.errors import UserError
-from megalr.train.arguments import PlainParser, add_text, positive
+from megalr.layers import parametrize
+from megalr.plugins import load_plugins
+from megalr.train.arguments import PlainParser, add_plugins, add_text, positive
 from megalr.train.evaluation import evaluate
 from megalr.train.models import build_model, config_from_dict, fit_to_text
 from megalr.train.ranks import Ranks
@@ -46,6 +49,7 @@ class ScoreArguments:
         micro_batch_size: sequences at a time; None for what the run trained with.
         galore_compatible_eval: show that perplexity, too.
         verbose: show what the libraries log.
+        plugins: modules or files to import; those that the folder names are not.
     """
 
     model: str
@@ -53,6 +57,7 @@ class ScoreArguments:
     micro_batch_size: int | None
     galore_compatible_eval: bool
     verbose: bool
+    plugins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ def parse_score_arguments(argv: Sequence[str]) -> ScoreArguments:
         help="print the perplexity as published code computes it, too; it is lower",
     )
     parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed and transformers log")
+    add_plugins(parser)
     group = parser.add_argument_group("text", "For a run, its own text is the default.")
     add_text(group)
     group.set_defaults(**dict.fromkeys(_TEXT_FLAGS))
@@ -106,6 +112,7 @@ def parse_score_arguments(argv: Sequence[str]) -> ScoreArguments:
         micro_batch_size=values["micro_batch_size"],
         galore_compatible_eval=values["galore_compatible_eval"],
         verbose=values["verbose"],
+        plugins=tuple(values["plugins"]),
     )
 
 
@@ -117,6 +124,7 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
     """
     if ranks.world_size > 1:
         raise UserError("evaluate.py runs in one process: start it with `python launchers/evaluate.py`")
+    load_plugins(arguments.plugins)
     folder = Path(arguments.model).expanduser()
     found = load_scored(folder)
     changes = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in arguments.text.items()}
@@ -153,13 +161,12 @@ def load_scored(folder: Path) -> Scored:
 
 
 def _from_checkpoint(run: Path, manifest: Manifest) -> Scored:
-    from megalr import parametrize  # noqa: PLC0415
-
     settings = json.loads((run / "run.json").read_text())
     config = settings["deepspeed"]
+    weights = Weights(manifest)
     model: Any = build_model(config_from_dict(settings["model"]), seed=0)
-    parametrize(model, config)
-    model.load_state_dict(Weights(manifest).state_dict())
+    parametrize(model, weights.parametrization)  # nothing else of a folder's JSON, which may name plugins
+    model.load_state_dict(weights.state_dict())
     for section, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if (config.get(section) or {}).get("enabled"):
             for parameter in model.parameters():  # buffers stay fp32, as DeepSpeed leaves them
@@ -172,6 +179,14 @@ def _from_checkpoint(run: Path, manifest: Manifest) -> Scored:
 def _from_export(folder: Path) -> Scored:
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype="auto")
+    # No code that comes with the folder, no pickle, and nothing that it names elsewhere.
+    inert: Any = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype="auto", **inert)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise UserError(
+            f"transformers cannot load {folder} without code or pickles that come with it: {error}. evaluate.py reads "
+            "models that transformers itself knows, with their weights in safetensors"
+        ) from error
     text = DataConfig(tokenizer=str(folder) if (folder / "tokenizer.json").is_file() else None)
     return Scored(model, text, _DEFAULT_MICRO_BATCH)

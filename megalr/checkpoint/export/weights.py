@@ -14,6 +14,7 @@ from megalr.errors import UserError
 from megalr.layers.base import ParametrizationConfig
 from megalr.layers.export import densify
 from megalr.layers.registry import PARAMETRIZATIONS
+from megalr.plugins import load_plugins, unknown_method
 
 
 class Weights:
@@ -32,7 +33,7 @@ class Weights:
             manifest: of a checkpoint whose files have been checked.
 
         Raises:
-            UserError: the parametrization is of a plugin that is not there.
+            UserError: the parametrization is a plugin's that has not been loaded.
         """
         self.manifest = manifest
         self.aliases: Mapping[str, str] = manifest.content["numbers"]["names"]
@@ -87,8 +88,8 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _parametrization(manifest: Manifest) -> tuple[Mapping[str, str], ParametrizationConfig]:
     section = manifest.content["config"].get("megalr", {})
     chosen = section.get("parametrization") or {"type": "full"}
-    known = chosen.get("type") in PARAMETRIZATIONS
-    # A checkpoint has no modules imported but for layers that cannot be understood without.
-    plugins = {} if known else {"plugins": section.get("plugins", [])}
-    parsed = MegalrConfig.from_json({"megalr": {"parametrization": chosen, **plugins}})
-    return chosen, parsed.parametrization
+    load_plugins(())  # of installed packages; those that the checkpoint names are a stranger's code
+    kind = chosen.get("type")
+    if not isinstance(kind, str) or kind not in PARAMETRIZATIONS:
+        raise unknown_method(f"{manifest.folder} was trained with megalr.parametrization.type", kind, section)
+    return chosen, MegalrConfig.from_json({"megalr": {"parametrization": chosen}}).parametrization
