@@ -65,6 +65,11 @@ def document(updates: int) -> dict[str, Any]:
     }
 
 
+def content(updates: int) -> dict[str, Any]:
+    """The same of a whole manifest, of no tensors."""
+    return {**document(updates), "written": updates, "files": {}, "tensors": {}}
+
+
 def write(directory: Path, updates: int, tag: str | None = None, keep: int | None = None) -> Path:
     """Write a checkpoint from this process alone."""
     tag = tag or f"step{updates}"

@@ -7,11 +7,21 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalr.checkpoint.manifest import LATEST, MANIFEST, Manifest, problems, read_manifest, read_whole
+from megalr.checkpoint.inputs import read_inside
+from megalr.checkpoint.manifest import (
+    LATEST,
+    MANIFEST,
+    RANK_FILES,
+    Manifest,
+    OtherVersionError,
+    problems,
+    read_manifest,
+    read_whole,
+)
 from megalr.errors import UserError
 from megalr.hosts.deepspeed import CHECKPOINT_FILES
 
-RANK_FILES = "rank-*.safetensors"
+LONGEST_NAME = 255  # bytes; file systems take no longer ones
 
 
 @dataclass(frozen=True)
@@ -22,11 +32,21 @@ class Listed:
         folder: where it is.
         manifest: what it says of itself; None where that cannot be read.
         wrong: why not; empty where it can.
+        is_damaged: whether that is damage; otherwise another version of megalr has written it.
     """
 
     folder: Path
     manifest: Manifest | None
     wrong: str = ""
+    is_damaged: bool = False
+
+
+def look_at(folder: Path) -> Listed:
+    """A checkpoint's folder, its data not looked at."""
+    try:
+        return Listed(folder, read_manifest(folder))
+    except UserError as error:
+        return Listed(folder, None, str(error), is_damaged=not isinstance(error, OtherVersionError))
 
 
 def is_one(place: Path) -> bool:
@@ -59,10 +79,7 @@ def listed(directory: Path) -> list[Listed]:
     for folder in _folders(directory):
         hidden = folder.name.startswith(".")
         if (folder / MANIFEST).is_file() or (not hidden and _is_checkpoint(folder)):
-            try:
-                found.append(Listed(folder, read_manifest(folder)))
-            except UserError as error:
-                found.append(Listed(folder, None, str(error)))
+            found.append(look_at(folder))
     return sorted(found, key=lambda each: each.manifest.order if each.manifest else -1, reverse=True)
 
 
@@ -99,15 +116,16 @@ def newest_whole(directory: Path) -> tuple[Manifest, list[str]]:
         return manifest, skipped
     if not skipped and is_one(directory):
         read_manifest(directory)
-    raise UserError("\n  ".join([f"no checkpoint in {directory} is whole:", *skipped]))
+    raise UserError("\n  ".join([f"no checkpoint in {directory} can be loaded:", *skipped]))
 
 
 def latest(directory: Path) -> str | None:
-    """The name in the file ``latest``; None where there is no such file."""
+    """The name in the file ``latest``; None where there is no such file, or another kind of text in it."""
     try:
-        return (directory / LATEST).read_text(encoding="utf-8").strip()
+        name = read_inside(directory, LATEST, LONGEST_NAME + 1).decode().strip()
     except (OSError, ValueError):
         return None
+    return name if name.isprintable() and name == os.path.basename(name) else None
 
 
 def whole_checkpoint(place: Path) -> tuple[Manifest, list[str]]:

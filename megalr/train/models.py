@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megalr.checkpoint.export.weights import Weights, check_model
 from megalr.data.tokens import unused_marks
-from megalr.errors import UserError
+from megalr.errors import UserError, printable
+from megalr.layers import parametrize
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -101,6 +103,27 @@ def config_from_dict(values: dict[str, Any]) -> LlamaConfig:
 
     config: LlamaConfig = LlamaConfig.from_dict(values)
     return _with_own_code(config)
+
+
+def config_of(values: dict[str, Any], weights: Weights) -> LlamaConfig:
+    """A configuration whose model has just these weights, found out before one is built: it may ask for any size.
+
+    Raises:
+        UserError: it is of another model.
+    """
+    check_model(values, weights.manifest)
+    config = config_from_dict(values)
+    outline = parametrize(empty_model(config), weights.parametrization).state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in outline.items()}
+    found = {name: weights.shape(name) for name in (*weights, *weights.aliases)}
+    wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if wrong:
+        some = "; ".join(f"{name}: {found.get(name, 'none')} -> {expected.get(name, 'none')}" for name in wrong[:3])
+        raise UserError(
+            f"{weights.manifest.folder} is of another model than its run's configuration describes (checkpoint -> "
+            f"configuration): {printable(some)}" + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        )
+    return config
 
 
 def _with_own_code(config: LlamaConfig) -> LlamaConfig:

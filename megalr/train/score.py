@@ -20,7 +20,7 @@ from megalr.layers import parametrize
 from megalr.plugins import load_plugins
 from megalr.train.arguments import PlainParser, add_plugins, add_text, positive
 from megalr.train.evaluation import evaluate
-from megalr.train.models import build_model, config_from_dict, fit_to_text
+from megalr.train.models import build_model, config_of, fit_to_text
 from megalr.train.ranks import Ranks
 from megalr.train.runner import run_program
 
@@ -164,7 +164,7 @@ def _from_checkpoint(run: Path, manifest: Manifest) -> Scored:
     settings = json.loads((run / "run.json").read_text())
     config = settings["deepspeed"]
     weights = Weights(manifest)
-    model: Any = build_model(config_from_dict(settings["model"]), seed=0)
+    model: Any = build_model(config_of(settings["model"], weights), seed=0)
     parametrize(model, weights.parametrization)  # nothing else of a folder's JSON, which may name plugins
     model.load_state_dict(weights.state_dict())
     for section, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):

@@ -186,7 +186,9 @@ def test_a_kernel_that_a_configuration_names_is_not_fetched(tmp_path):
 
 
 def manifest_of(folder, **model):
-    return Manifest(folder, {"model": {"model_type": "llama", **SHAPE, **model}})
+    state = model_of({"type": "full"}).state_dict()
+    tensors = {f"weights/{key}": {"shape": list(tensor.shape)} for key, tensor in state.items()}
+    return Manifest(folder, {"model": {"model_type": "llama", **SHAPE, **model}, "tensors": tensors})
 
 
 @pytest.mark.parametrize(

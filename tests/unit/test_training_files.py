@@ -66,8 +66,7 @@ def test_notes_of_a_checkpoint_that_no_run_wrote(tmp_path):
     (folder.checkpoints / "global_step7/mp_rank_00_model_states.pt").write_text("")
     with pytest.raises(UserError, match="checkpoints holds checkpoints of DeepSpeed's own"):
         find_checkpoint(folder)
-    content = {**known_state.document(7), "written": 1, "files": {}, "tensors": {}}
-    write_manifest(folder.checkpoints / "global_step7", content)
+    write_manifest(folder.checkpoints / "global_step7", known_state.content(7))
     with pytest.raises(UserError, match="global_step7 is no checkpoint of a pretraining run"):
         find_checkpoint(folder)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalr.checkpoint.export.weights import check_model
 from megalr.checkpoint.manifest import Manifest
 from megalr.errors import UserError
 
@@ -46,6 +47,7 @@ def empty_model_of(manifest: Manifest) -> Any:
             f"{manifest.folder} is of a model without a configuration of transformers, which a Hugging Face folder "
             f"needs: {instead}"
         )
+    check_model(values, manifest)
     name = values.get("model_type")
     try:
         kind: Any = transformers.AutoConfig.for_model(name).__class__
