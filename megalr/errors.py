@@ -20,3 +20,8 @@ def in_short(error: Exception) -> str:
         found = [f'"{".".join(map(str, each["loc"]))}": {each["msg"]}' for each in error.errors()]
         return f"{getattr(error, 'title', '')}: {'; '.join(found)}"
     return str(error)
+
+
+def printable(text: str) -> str:
+    """Text of others for a terminal: control characters, which could rewrite the line, as Python writes them."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

@@ -7,6 +7,9 @@ examples/own_layers.py. A parametrization has the events of the class that it de
 of its own: ``@megalr.register_events(MyConfig)`` on a class that derives from
 :class:`megalr.optim.layer_events.LayerEvents`. With a method ``cut`` its layers can be split between tensor-parallel
 ranks; see :class:`megalr.layers.base.Parametrization`.
+
+A plugin is code that runs with the user's rights. So only what the user names is imported: in a JSON or a recipe on the
+command line, with ``--plugins``, or by installing a package. What a folder names is shown, and never imported.
 """
 
 from __future__ import annotations
@@ -15,13 +18,15 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from megalr.errors import UserError
+from megalr.errors import UserError, printable
 
 GROUP = "megalr.plugins"
 WHERE = "megalr.plugins"
@@ -31,7 +36,7 @@ def load_plugins(names: Sequence[str]) -> None:
     """Import modules that register methods, each once in a process; and those of installed packages.
 
     Args:
-        names: modules that can be imported, or paths of ``.py`` files.
+        names: modules that can be imported, or paths of ``.py`` files; the user's own words, never a folder's.
 
     Raises:
         UserError: a module is not there, cannot be imported, or registers a name that is taken.
@@ -45,6 +50,26 @@ def load_plugins(names: Sequence[str]) -> None:
         if not path.is_file():
             raise UserError(f"{WHERE} names {name}, and there is no such file ({path})")
         _import_file(path)
+
+
+def unknown_method(what: str, kind: object, section: object) -> UserError:
+    """The error where a folder needs a method that nothing has registered; says which plugins the folder names.
+
+    Args:
+        what: the folder and its need, such as "DIR was trained with megalr.parametrization.type".
+        kind: the method's name in the folder.
+        section: the "megalr" section that the folder holds.
+    """
+    named = section.get("plugins") if isinstance(section, Mapping) else None
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list | tuple) else []
+    need = f"{what} {json.dumps(kind)}, which neither megalr nor an installed plugin has"
+    if not names:
+        return UserError(f"{need}, and names no plugin: if you have the plugin, add --plugins and its file or module")
+    words = printable(shlex.join(names))
+    return UserError(
+        f"{need}. It names the plugins {words}. A plugin is code that runs with your rights, so it is not "
+        f"imported unasked: if you trust it, add --plugins {words}"
+    )
 
 
 def absolute_plugin(name: str, folder: Path | None = None) -> str:

@@ -15,6 +15,7 @@ from megalr.checkpoint.manifest import Manifest
 from megalr.checkpoint.reading import read_tensor
 from megalr.checkpoint.saving import write_entries
 from megalr.layout.rectangles import Entry, Piece
+from megalr.version import __version__
 
 PRIME = 8191
 SHARED = "frozen/bias"  # all ranks have all of it, and one writes it
@@ -54,7 +55,19 @@ def entries(updates: int | None, rank: int, world_size: int, columns: int = LIGH
 
 def document(updates: int) -> dict[str, Any]:
     """What a manifest says beside the tensors."""
-    return {"numbers": {"optimizer": {"updates": updates}}, "client": {}, "layout": {}, "config": {}, "model": None}
+    return {
+        "numbers": {"optimizer": {"updates": updates, "rule": {"rule": "adamw"}, "layers": {}}, "names": {}},
+        "client": {},
+        "layout": {"stage": 0, "processes": 1, "tensor_parallel": 1, "dtype": "float32"},
+        "config": {},
+        "model": None,
+        "versions": {"megalr": __version__},
+    }
+
+
+def content(updates: int) -> dict[str, Any]:
+    """The same of a whole manifest, of no tensors."""
+    return {**document(updates), "written": updates, "files": {}, "tensors": {}}
 
 
 def write(directory: Path, updates: int, tag: str | None = None, keep: int | None = None) -> Path:

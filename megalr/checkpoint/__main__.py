@@ -16,7 +16,8 @@ from megalr.checkpoint.folders import candidates, is_one
 from megalr.checkpoint.inspecting import inspect
 from megalr.checkpoint.verifying import verify
 from megalr.errors import UserError
-from megalr.train.arguments import PlainParser
+from megalr.plugins import load_plugins
+from megalr.train.arguments import PlainParser, add_plugins
 from megalr.train.quiet import quieten
 
 DAMAGED_CODE, USER_ERROR_CODE = 1, 2
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             _check_flags(arguments)
             quieten(first=True)
+            load_plugins(arguments.plugins)
             export(
                 place,
                 Path(arguments.out).expanduser().absolute(),
@@ -159,6 +161,7 @@ def _add_export(command: argparse.ArgumentParser) -> None:
         help="save this one with the model: a tokenizer.json, a folder, or a name on the hub (default: that of the run "
         "whose checkpoint it is)",
     )
+    add_plugins(command)
     command.add_argument("--overwrite", action="store_true", help="replace an export that is in OUT")
 
 

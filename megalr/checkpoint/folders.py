@@ -7,12 +7,22 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalr.checkpoint.manifest import LATEST, MANIFEST, Manifest, problems, read_manifest, read_whole
+from megalr.checkpoint.inputs import read_inside
+from megalr.checkpoint.manifest import (
+    LATEST,
+    MANIFEST,
+    RANK_FILES,
+    Manifest,
+    OtherVersionError,
+    problems,
+    read_manifest,
+    read_whole,
+)
 from megalr.errors import UserError
 from megalr.hosts.deepspeed import CHECKPOINT_FILES
 
-RANK_FILES = "rank-*.safetensors"
 LOST_AND_FOUND = "lost+found"  # of a file system of its own, for nobody but root
+LONGEST_NAME = 255  # bytes; file systems take no longer ones
 
 
 @dataclass(frozen=True)
@@ -24,12 +34,22 @@ class Listed:
         manifest: what it says of itself; None where that cannot be read.
         wrong: why not; empty where it can.
         is_open: whether this process may look into it; nothing is known of one that it may not.
+        is_damaged: whether that is damage; otherwise another version of megalr has written it.
     """
 
     folder: Path
     manifest: Manifest | None
     wrong: str = ""
     is_open: bool = True
+    is_damaged: bool = False
+
+
+def look_at(folder: Path) -> Listed:
+    """A checkpoint's folder, its data not looked at."""
+    try:
+        return Listed(folder, read_manifest(folder))
+    except UserError as error:
+        return Listed(folder, None, str(error), is_damaged=not isinstance(error, OtherVersionError))
 
 
 def is_one(place: Path) -> bool:
@@ -64,13 +84,12 @@ def listed(directory: Path) -> list[Listed]:
         hidden = folder.name.startswith(".")
         try:
             ours = os.path.isfile(folder / MANIFEST) if hidden else _looks_like_one(folder)
-            if ours:
-                found.append(Listed(folder, read_manifest(folder)))
-        except UserError as error:
-            found.append(Listed(folder, None, str(error)))
         except OSError as error:
             if folder.name != LOST_AND_FOUND:
                 found.append(Listed(folder, None, f"{folder} cannot be read: {error.strerror}", is_open=False))
+            continue
+        if ours:
+            found.append(look_at(folder))
     return sorted(found, key=lambda each: each.manifest.order if each.manifest else -1, reverse=True)
 
 
@@ -107,15 +126,16 @@ def newest_whole(directory: Path) -> tuple[Manifest, list[str]]:
         return manifest, skipped
     if not skipped and is_one(directory):
         read_manifest(directory)
-    raise UserError("\n  ".join([f"no checkpoint in {directory} is whole:", *skipped]))
+    raise UserError("\n  ".join([f"no checkpoint in {directory} can be loaded:", *skipped]))
 
 
 def latest(directory: Path) -> str | None:
-    """The name in the file ``latest``; None where there is no such file."""
+    """The name in the file ``latest``; None where there is no such file, or another kind of text in it."""
     try:
-        return (directory / LATEST).read_text(encoding="utf-8").strip()
+        name = read_inside(directory, LATEST, LONGEST_NAME + 1).decode().strip()
     except (OSError, ValueError):
         return None
+    return name if name.isprintable() and name == os.path.basename(name) else None
 
 
 def whole_checkpoint(place: Path) -> tuple[Manifest, list[str]]:

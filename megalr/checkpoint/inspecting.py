@@ -13,7 +13,7 @@ from typing import Any
 from megalr.checkpoint.folders import Listed, is_one, latest, listed
 from megalr.checkpoint.format import itemsize
 from megalr.checkpoint.manifest import MANIFEST, Manifest, missing_or_cut, read_manifest
-from megalr.errors import UserError
+from megalr.errors import UserError, printable
 from megalr.formatting import human_bytes
 
 LABEL = 22  # characters
@@ -58,14 +58,14 @@ def _print_several(directory: Path) -> None:
     width = max(len(each.folder.name) for each in found)
     for each in found:
         mark = "latest" if each.folder.name == named else ""
-        print(f"{each.folder.name:<{width}}  {mark:<6}  {_line(each)}")
+        print(printable(f"{each.folder.name:<{width}}  {mark:<6}  {_line(each)}"))
     if named is not None and all(each.folder.name != named for each in found):
         print(f"`latest` names {named}, which is not there")
 
 
 def _line(each: Listed) -> str:
     if each.manifest is None:
-        return f"damaged: {each.wrong}" if each.is_open else each.wrong
+        return f"damaged: {each.wrong}" if each.is_damaged else each.wrong
     manifest = each.manifest
     wrong = missing_or_cut(manifest)
     line = f"{manifest.updates:,} updates, {_written(manifest)}, {human_bytes(manifest.size)}, {_layout(manifest)}"
@@ -86,12 +86,12 @@ def _print_one(manifest: Manifest) -> None:
         ("client state", ", ".join(content["client"]) or "none"),
     ]
     for label, value in rows:
-        print(f"{label:<{LABEL}}{value}")
+        print(f"{printable(label):<{LABEL}}{printable(value)}")
     print(f"\n{'kind':<{LABEL}}{'tensors':>10}{'bytes':>12}")
     sizes = _kinds(manifest)
     for kind in sorted(sizes, key=lambda kind: list(KINDS).index(kind) if kind in KINDS else len(KINDS)):
         tensors, size = sizes[kind]
-        print(f"{kind:<{LABEL}}{tensors:>10,}{human_bytes(size):>12}   {KINDS.get(kind, '')}".rstrip())
+        print(f"{printable(kind):<{LABEL}}{tensors:>10,}{human_bytes(size):>12}   {KINDS.get(kind, '')}".rstrip())
     files = {name: file["bytes"] for name, file in content["files"].items()}
     files[MANIFEST] = (manifest.folder / MANIFEST).stat().st_size
     print(f"\n{'file':<{LABEL + 10}}{'bytes':>12}")
@@ -107,12 +107,12 @@ def _print_tensors(manifest: Manifest, pattern: str) -> None:
         print(f"no tensor's key contains or matches {pattern}")
         return
     shapes = {key: "x".join(map(str, manifest.tensors[key]["shape"])) for key in keys}
-    name_width, shape_width = max(map(len, keys)), max(map(len, shapes.values()))
+    name_width, shape_width = max(len(printable(key)) for key in keys), max(map(len, shapes.values()))
     for key in sorted(keys):
         found = manifest.tensors[key]
         pieces = len(found["pieces"])
         print(
-            f"{key:<{name_width}}  {shapes[key]:>{shape_width}}  {found['dtype']:<4}  "
+            f"{printable(key):<{name_width}}  {shapes[key]:>{shape_width}}  {found['dtype']:<4}  "
             f"{pieces} piece{'s' * (pieces != 1)}"
         )
 
@@ -125,17 +125,24 @@ def _method(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "parametrization", _words(section.get("parametrization", {"type": "full"}))
     for key, value in section.items():
         if key not in ("optimizer", "parametrization") and value is not None:
-            yield key, _words(value) if isinstance(value, Mapping) else json.dumps(value)
-    yield "state of", _words({**numbers["rule"], **numbers["layers"]})
+            yield key, _words(value)
+    yield "state of", _words({**numbers.get("rule", {}), **numbers.get("layers", {})})
 
 
-def _words(section: Mapping[str, Any]) -> str:
-    """A section as "AdamW: lr 0.003, betas [0.9, 0.99]"."""
-    rest = {**section, **section.get("params", {})}
+def _words(section: Any) -> str:
+    """A section as "AdamW: lr 0.003, betas [0.9, 0.99]", anything else as JSON has it."""
+    if not isinstance(section, Mapping):
+        return json.dumps(section)
+    params = section.get("params")
+    rest = {**section, **params} if isinstance(params, Mapping) else dict(section)
     kind = rest.pop("type", None)
     rest.pop("params", None)
-    values = ", ".join(f"{key} {v if isinstance(v, str) else json.dumps(v)}" for key, v in rest.items())
-    return ": ".join(part for part in (kind, values) if part) or "defaults"
+    values = ", ".join(f"{key} {_word(value)}" for key, value in rest.items())
+    return ": ".join(part for part in (None if kind is None else _word(kind), values) if part) or "defaults"
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _parameters(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -157,7 +164,8 @@ def _kinds(manifest: Manifest) -> dict[str, tuple[int, int]]:
 def _model(config: Mapping[str, Any] | None) -> str:
     if config is None:
         return "unknown: it has no configuration of transformers"
-    return f"{', '.join(config.get('architectures') or ['?'])} ({config.get('model_type')})"
+    names = config.get("architectures")
+    return f"{', '.join(map(_word, names if isinstance(names, list) else ())) or '?'} ({config.get('model_type')})"
 
 
 def _layout(manifest: Manifest) -> str:
@@ -171,4 +179,7 @@ def _layout(manifest: Manifest) -> str:
 
 def _written(manifest: Manifest) -> str:
     """In local time."""
-    return f"{datetime.fromtimestamp(manifest.content['written'] / 1e9):%Y-%m-%d %H:%M:%S}"
+    try:
+        return f"{datetime.fromtimestamp(manifest.order / 1e9):%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError, OSError):  # of no calendar
+        return "at an unknown time"

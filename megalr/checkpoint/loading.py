@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,10 +88,11 @@ def load_whole(engine: Any, manifest: Manifest) -> Loaded:
     def read(key: str) -> Tensor:
         return read_tensor(manifest, key)
 
-    dropped = _together(saver.group, lambda: contents.check(numbers, saved, read), "Nothing was loaded")
-    _together(saver.group, lambda: _make_room(contents, manifest, saved), PARTLY)
+    check = partial(_taken, manifest, lambda: contents.check(numbers, saved, read))
+    dropped = _together(saver.group, check, "Nothing was loaded")
+    _together(saver.group, partial(_taken, manifest, lambda: _make_room(contents, manifest, saved)), PARTLY)
     read_entries(manifest, contents.targets(), saver.group)
-    contents.settle(numbers)
+    _taken(manifest, lambda: contents.settle(numbers))
     notes = [f"dropped of {manifest.folder}, to begin anew: {dropped}"] if dropped else []
     if saver.is_first:
         for note in notes + contents.notes:
@@ -139,6 +141,19 @@ def _make_room(contents: Contents, manifest: Manifest, saved: Mapping[str, Tenso
     missing = [key for key in contents.targets() if key not in manifest.tensors]
     if missing:
         raise UserError(f"{manifest.folder} lacks {', '.join(missing[:3])}: another version of megalr has written it")
+
+
+def _taken(manifest: Manifest, act: Callable[[], T]) -> T:
+    """What it makes of a checkpoint's numbers, which may be anybody's; a UserError where it cannot use them."""
+    try:
+        return act()
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"{manifest.folder} says of the optimizer's state what this engine cannot take up "
+            f"({type(error).__name__}: {error}): load another checkpoint"
+        ) from error
 
 
 def _together(group: dist.ProcessGroup | None, act: Callable[[], T], otherwise: str) -> T:

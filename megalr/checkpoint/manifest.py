@@ -1,6 +1,6 @@
 """A checkpoint's manifest, which says what has to be in its folder, and whether it is.
 
-No file is a pickle: tensors are safetensors, the rest is JSON.
+No file is a pickle: tensors are safetensors, the rest is JSON. Both are input, see :mod:`megalr.checkpoint.checking`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,24 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from megalr.checkpoint.format import itemsize
+from megalr.checkpoint.checking import check_content
+from megalr.checkpoint.format import itemsize, piece_name
+from megalr.checkpoint.inputs import check_depth, open_inside, parse, read_inside
 from megalr.disk import write_and_sync
-from megalr.errors import UserError
+from megalr.errors import UserError, printable
+from megalr.version import __version__
 
 VERSION = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 READ_AT_ONCE = 1 << 24  # bytes
+LARGEST_HEADER = 100_000_008  # bytes, with the eight of its length; safetensors reads no more
+# Bytes of a manifest that are read at most, and more for each rank's file. A model of 80 layers takes a tenth of that.
+LARGEST_MANIFEST = 1 << 26
+LARGEST_PER_FILE = 1 << 22
+RANK_FILES = "rank-*.safetensors"
 READERS = 8  # threads
 
 
@@ -67,34 +75,63 @@ class Manifest:
         return sum(file["bytes"] for file in self.content["files"].values())
 
 
+class OtherVersionError(UserError):
+    """A checkpoint is of a format that this megalr does not read; nothing says that it is damaged."""
+
+
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write it, with its own checksum, to the disk; under its name it is whole at every moment."""
+    """Write it, with its own checksum, to the disk; under its name it is whole at every moment.
+
+    Raises:
+        UserError: it would be too large or too deep to be read again.
+    """
     content = json.loads(json.dumps(content))  # as it will be read: JSON makes one of keys that look alike
-    outer = {"version": VERSION, "checksum": _checksum(content), "content": content}
+    text = json.dumps({"version": VERSION, "checksum": _checksum(content), "content": content})
+    try:
+        check_depth(content)
+    except ValueError as error:
+        raise UserError(f"of what is to be saved as JSON, {error}: make client_state simpler") from error
+    if len(text) > (limit := _limit(len(content.get("files", ())))):
+        raise UserError(
+            f"what is to be saved as JSON has {len(text):,} bytes, of at most {limit:,}: keep large values of "
+            "client_state in a file of their own"
+        )
     part = folder / f"{MANIFEST}.part"
-    write_and_sync(part, json.dumps(outer))
+    write_and_sync(part, text)
     os.replace(part, folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read it, and make sure that it is as it was written.
+    """Read it, and make sure that it is as it was written, and that it can be used, whoever wrote it.
 
     Raises:
-        UserError: there is none, it is damaged, or it is of another version.
+        OtherVersionError: it is of another version.
+        UserError: there is none, or it is damaged.
     """
     path = folder / MANIFEST
     try:
-        outer = json.loads(path.read_text(encoding="utf-8"))
+        limit = _limit(sum(1 for _ in folder.glob(RANK_FILES)))
+        outer = parse(read_inside(folder, MANIFEST, limit))
+        if not isinstance(outer, dict) or type(outer.get("version")) is not int:
+            raise ValueError("it says no version")
         version = outer["version"]
         if version == VERSION:
-            if _checksum(outer["content"]) != outer["checksum"]:
+            content = outer["content"]
+            if _checksum(content) != outer["checksum"]:
                 raise ValueError("its checksum does not match")
-            return Manifest(folder, outer["content"])
+            check_content(content)
+            return Manifest(folder, content)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the checkpoint was never finished, or is no megalr checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}. Load another checkpoint") from error
-    raise UserError(
+    except (OSError, ValueError, KeyError, RecursionError, MemoryError) as error:
+        words = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is damaged: {words}. Load another checkpoint") from error
+    if version > VERSION:
+        raise OtherVersionError(
+            f"{path} was written by a newer megalr: it is of version {version}, and this megalr ({__version__}) reads "
+            f"version {VERSION}. Update megalr to load it"
+        )
+    raise OtherVersionError(
         f"{path} is of version {version}, and this megalr reads version {VERSION}: load the checkpoint with the megalr "
         "that wrote it"
     )
@@ -117,47 +154,89 @@ def missing_or_cut(manifest: Manifest) -> list[str]:
     """Files that are not there or have another size, which is seen without reading them."""
     found = []
     for name, expected in manifest.content["files"].items():
-        path = manifest.folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size is None:
+        try:
+            with open_inside(manifest.folder, name) as file:
+                size = os.fstat(file.fileno()).st_size
+            if size != expected["bytes"]:
+                found.append(f"{name} has {size:,} bytes instead of {expected['bytes']:,}")
+        except FileNotFoundError:
             found.append(f"{name} is missing")
-        elif size != expected["bytes"]:
-            found.append(f"{name} has {size:,} bytes instead of {expected['bytes']:,}")
+        except OSError as error:
+            found.append(f"{name} cannot be read ({error.strerror or error})")
     return found
 
 
 def problems(manifest: Manifest) -> list[str]:
     """What is wrong with a checkpoint's files: each missing, cut, too long or changed one, and the tensors in it."""
-    pieces: dict[str, list[tuple[int, int, int, str]]] = {name: [] for name in manifest.content["files"]}
+    pieces: dict[str, list[_Piece]] = {name: [] for name in manifest.content["files"]}
     for key, tensor in manifest.tensors.items():
-        for _, sizes, file, begin, checksum in tensor["pieces"]:
-            pieces[file].append((begin, math.prod(sizes) * itemsize(tensor["dtype"]), checksum, key))
+        for offsets, sizes, file, begin, checksum in tensor["pieces"]:
+            length = math.prod(sizes) * itemsize(tensor["dtype"])
+            header = {"dtype": tensor["dtype"], "shape": sizes, "data_offsets": [begin, begin + length]}
+            pieces[file].append(_Piece(begin, length, checksum, key, piece_name(key, offsets), header))
     with ThreadPoolExecutor(READERS) as pool:
         return [line for found in pool.map(lambda name: _check(manifest, name, pieces[name]), pieces) for line in found]
 
 
-def _check(manifest: Manifest, name: str, pieces: Sequence[tuple[int, int, int, str]]) -> list[str]:
-    """What is wrong with one file; pieces: (first byte, bytes, checksum, key)."""
+class _Piece(NamedTuple):
+    """Where a piece lies in its file, what of, and what the file's header has to say of it, places from its start."""
+
+    begin: int
+    length: int
+    checksum: int
+    key: str
+    name: str
+    header: dict[str, Any]
+
+
+def _check(manifest: Manifest, name: str, pieces: Sequence[_Piece]) -> list[str]:
+    """What is wrong with one file."""
     path, expected = manifest.folder / name, manifest.content["files"][name]
-    hit = f"it holds {_some(sorted({key for _, _, _, key in pieces}))}"
+    hit = f"it holds {_some(sorted({piece.key for piece in pieces}))}"
     try:
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            return [f"{path} has {size:,} bytes instead of {expected['bytes']:,}; {hit}"]
-        first = min((begin for begin, _, _, _ in pieces), default=size)
-        with path.open("rb") as file:
-            if _checksum_of(file.read, first) != expected["header"]:
-                return [f"{path} has another header than the one that was written (another file's?); {hit}"]
+        with open_inside(manifest.folder, name) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != expected["bytes"]:
+                return [f"{path} has {size:,} bytes instead of {expected['bytes']:,}; {hit}"]
+            first = min((piece.begin for piece in pieces), default=size)
+            wrong = _wrong_header(file.read(min(first, LARGEST_HEADER + 1)), expected["header"], pieces)
+            if wrong:
+                return [f"{path} has {wrong}; {hit}"]
             changed = []
-            for begin, length, checksum, key in sorted(pieces):
-                file.seek(begin)
-                if _checksum_of(file.read, length) != checksum:
-                    changed.append(key)
+            for piece in sorted(pieces, key=lambda piece: piece.begin):
+                file.seek(piece.begin)
+                if _checksum_of(file.read, piece.length) != piece.checksum:
+                    changed.append(piece.key)
         return [f"{path} has other values of {_some(changed)} than were written"] if changed else []
     except FileNotFoundError:
         return [f"{path} is missing; {hit}"]
     except OSError as error:
         return [f"{path} cannot be read ({error}); {hit}"]
+
+
+def _wrong_header(head: bytes, checksum: int, pieces: Sequence[_Piece]) -> str:
+    """What is wrong with a file's header, its length before it; empty if nothing.
+
+    Safetensors reads tensors where the header says that they are; the manifest's places are those that are checked.
+    """
+    if len(head) > LARGEST_HEADER:
+        return f"a header of more than {LARGEST_HEADER:,} bytes"
+    if zlib.crc32(head) != checksum:
+        return "another header than the one that was written (another file's?)"
+    expected = {}
+    for piece in pieces:
+        places = [place - len(head) for place in piece.header["data_offsets"]]
+        expected[piece.name] = {**piece.header, "data_offsets": places}
+    try:
+        agrees = int.from_bytes(head[:8], "little") == len(head) - 8 and parse(head[8:]) == expected
+    except ValueError:
+        agrees = False
+    return "" if agrees else "a header that says something else of its tensors than the manifest does"
+
+
+def _limit(files: int) -> int:
+    """The most bytes of a manifest that names so many files, each of which has a part of every tensor."""
+    return LARGEST_MANIFEST + files * LARGEST_PER_FILE
 
 
 def _checksum(content: Any) -> int:
@@ -176,5 +255,5 @@ def _checksum_of(read: Callable[[int], bytes], length: int) -> int:
 
 def _some(keys: Sequence[str]) -> str:
     """Parameters for a message: a few of them."""
-    names = list(dict.fromkeys(key.partition("/")[2] for key in keys))
+    names = list(dict.fromkeys(printable(key.partition("/")[2]) for key in keys))
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

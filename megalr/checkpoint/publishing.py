@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from megalr.checkpoint.folders import candidates
+from megalr.checkpoint.folders import candidates, look_at
 from megalr.checkpoint.manifest import LATEST, MANIFEST, missing_or_cut, read_manifest
 from megalr.disk import sync, write_and_sync
 from megalr.errors import UserError
@@ -59,7 +59,7 @@ def tidy(directory: Path) -> None:
     """Finish or undo what interrupted saves and deletions have left, while no other save is under way.
 
     A written checkpoint that only lacks its name gets it: the run may have gone on from it, and what it was to replace
-    may be hidden as well. What is hidden and not this module's stays.
+    may be hidden as well. What is hidden and not this module's stays, and so does what another version has written.
     """
     for part in _hidden(directory, ".part"):
         if _is_whole(part):
@@ -79,12 +79,14 @@ def prune(directory: Path, keep: int) -> None:
 
     One whose files are not there in full does not count, lest it displace one that can be loaded; it is removed when it
     is older than those that stay. Checksums are not looked at, which would take as long as loading: the newest, which
-    has just been written, stays in any case.
+    has just been written, stays in any case. So does a link, whose checkpoint is somebody else's.
     """
     left = 0
     for manifest in candidates(directory):
         if left < max(1, keep):
             left += _is_whole(manifest.folder)
+            continue
+        if manifest.folder.is_symlink():
             continue
         hidden = _replaced(directory, manifest.folder.name)
         _remove(hidden)
@@ -132,7 +134,8 @@ def _replaced(directory: Path, tag: str) -> Path:
 
 
 def _hidden(directory: Path, suffix: str) -> list[Path]:
-    return [f for f in sorted(directory.glob(f".*{suffix}")) if f.is_dir() and is_own(f)]
+    found = [f for f in sorted(directory.glob(f".*{suffix}")) if f.is_dir() and not f.is_symlink() and is_own(f)]
+    return [f for f in found if not (look_at(f).manifest is None and not look_at(f).is_damaged)]
 
 
 def _tag_of(hidden: Path) -> str:
@@ -159,5 +162,8 @@ def _is_whole(folder: Path) -> bool:
 def _remove(folder: Path) -> None:
     """Remove a folder; without its manifest it is no checkpoint any more, however far the deletion comes."""
     with suppress(OSError):
+        if folder.is_symlink():  # to a checkpoint elsewhere, which is not to be touched
+            folder.unlink()
+            return
         (folder / MANIFEST).unlink()
     shutil.rmtree(folder, ignore_errors=True)

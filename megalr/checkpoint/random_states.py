@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megalr.checkpoint.inputs import parse
+
 
 def random_states() -> Tensor:
     """Of Python, numpy, torch and this process's GPU: uint8, one dimension."""
@@ -24,15 +26,22 @@ def random_states() -> Tensor:
 
 
 def set_random_states(saved: Tensor) -> None:
-    """Take over what :func:`random_states` gave; of a GPU where there is one now."""
-    state = json.loads(bytes(saved.tolist()))
+    """Take over what :func:`random_states` gave; of a GPU where there is one now.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is something else.
+    """
+    state = parse(bytes(saved.tolist()))
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_bytes(state["torch"]))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+    try:
+        torch.set_rng_state(_bytes(state["torch"]))
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(_bytes(state["cuda"]))
+    except RuntimeError as error:  # of another length
+        raise ValueError(f"the state of torch's random numbers is none: {error}") from error
 
 
 def _text(state: Tensor) -> str:

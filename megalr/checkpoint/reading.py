@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalr.checkpoint.format import BY_NAME, piece_name
+from megalr.checkpoint.inputs import open_inside
 from megalr.checkpoint.manifest import Manifest
+from megalr.errors import UserError
 
 
 def read_tensor(manifest: Manifest, key: str) -> Tensor:
@@ -17,14 +21,34 @@ def read_tensor(manifest: Manifest, key: str) -> Tensor:
 
     Raises:
         KeyError: the checkpoint has no such tensor.
+        UserError: a file does not have what the manifest says.
     """
     found = manifest.tensors[key]
     whole = torch.empty(found["shape"], dtype=BY_NAME[found["dtype"]])
     for offsets, sizes, file, *_ in found["pieces"]:
-        with safe_open(manifest.folder / file, framework="pt") as opened:
+        with open_tensors(manifest, file) as opened:
             where = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
-            whole[where] = opened.get_tensor(piece_name(key, offsets))
+            piece = opened.get_tensor(piece_name(key, offsets))
+            if (list(piece.shape), piece.dtype) != (sizes, whole.dtype):
+                raise SafetensorError(f"{piece_name(key, offsets)} has another shape or dtype")
+            whole[where] = piece
     return whole
+
+
+@contextmanager
+def open_tensors(manifest: Manifest, file: str) -> Iterator[Any]:
+    """A checkpoint's safetensors file, opened by name because the library does not take an open file.
+
+    Raises:
+        UserError: it cannot be read, or what is read there is not there.
+    """
+    path = manifest.folder / file
+    try:
+        open_inside(manifest.folder, file).close()
+        with safe_open(path, framework="pt") as opened:
+            yield opened
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Check the checkpoint with `verify`") from error
 
 
 def outlines(manifest: Manifest) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import LoadPlan, LoadPlanner, Metadata, SavePlan, SavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -32,6 +31,7 @@ from torch.futures import Future
 from megalr.checkpoint.format import BY_NAME, DTYPES, piece_name
 from megalr.checkpoint.manifest import Manifest, write_manifest
 from megalr.checkpoint.publishing import is_own, prune, publish, tidy, unfinished, written_now
+from megalr.checkpoint.reading import open_tensors
 from megalr.disk import make_folder, sync
 from megalr.errors import UserError
 
@@ -196,7 +196,7 @@ class FolderReader(StorageReader):
             assert index.offset is not None
             by_file.setdefault(self._files[index.fqn, tuple(index.offset)], []).append(item)
         for name, items in by_file.items():
-            with safe_open(self._manifest.folder / name, framework="pt") as file:
+            with open_tensors(self._manifest, name) as file:
                 for item in items:
                     begin, lengths = item.storage_offsets, item.lengths
                     where = tuple(slice(b, b + n) for b, n in zip(begin, lengths, strict=True))

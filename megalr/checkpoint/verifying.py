@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megalr.checkpoint.folders import Listed, is_one, listed
-from megalr.checkpoint.manifest import problems, read_manifest
+from megalr.checkpoint.folders import Listed, is_one, listed, look_at
+from megalr.checkpoint.manifest import problems
 from megalr.errors import UserError
 
 
@@ -19,16 +19,16 @@ def verify(place: Path) -> bool:
         Whether all is as it was written.
 
     Raises:
-        UserError: there is no checkpoint.
+        UserError: there is no checkpoint; or none is damaged, but one is of another version of megalr.
     """
-    return all([_verify_one(each) for each in (_one(place) if is_one(place) else listed(place))])
-
-
-def _one(place: Path) -> list[Listed]:
-    try:
-        return [Listed(place, read_manifest(place))]
-    except UserError as error:
-        return [Listed(place, None, str(error))]
+    found = [look_at(place)] if is_one(place) else listed(place)
+    whole = all([_verify_one(each) for each in found if each.manifest is not None or each.is_damaged])
+    others = [each.wrong for each in found if each.manifest is None and not each.is_damaged]
+    if others and whole:
+        raise UserError("\n  ".join(["not all could be checked:", *others]))
+    for line in others:
+        print(f"not checked: {line}")
+    return whole
 
 
 def _verify_one(each: Listed) -> bool:

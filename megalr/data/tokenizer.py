@@ -132,7 +132,9 @@ def _from_pretrained(name: str, *, local: bool) -> PreTrainedTokenizerFast:
 
     problem = None if local else connection_problem()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local or problem is not None)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, local_files_only=local or problem is not None, trust_remote_code=False
+        )
     except Exception as error:  # missing, gated, broken, offline: one message for all
         reason = problem or str(error).strip()
         where = "in the folder" if local else "on the hub (nor is there a file or folder of that name)"

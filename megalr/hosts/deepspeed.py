@@ -201,8 +201,8 @@ class DeepSpeedEngine(DeepSpeed, RunningHost):
 
     def set_counters(self, counters: Mapping[str, int]) -> None:
         engine = self._engine
-        for key, value in counters.items():
-            setattr(engine, key, value)
+        for key in counters.keys() & set(COUNTS):  # and nothing else that a checkpoint names
+            setattr(engine, key, counters[key])
         # Where an update ends is counted in micro-batches, of which an update may have more or fewer now.
         engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
 
@@ -214,8 +214,8 @@ class DeepSpeedEngine(DeepSpeed, RunningHost):
 
     def set_loss_scale(self, state: Mapping[str, Any]) -> None:
         scaler = self._loss_scaler()
-        for key, value in state.items():
-            setattr(scaler, key, value)
+        for key in state.keys() & set(SCALER):
+            setattr(scaler, key, state[key])
 
     def prepare_load(self) -> None:
         prologue = getattr(self._engine.optimizer, "checkpoint_event_prologue", None)

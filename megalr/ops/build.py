@@ -3,7 +3,7 @@
 A library is named by what it depends on, a hash of its sources, its flags and torch's version and one of the compiler,
 and by a hash of itself: half of a file, as a crash of the machine leaves it, ends a process that loads it by SIGBUS. It
 is looked for beside this file (``MEGALR_BUILD_OPS=1 pip install .`` puts it there), then in the cache; else it is
-compiled into the cache, by one process while the others wait.
+compiled into the cache, by one process while the others wait. A cache that others could change is none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import hashlib
 import logging
 import os
 import shutil
-import stat
 import subprocess
 import tempfile
 import time
@@ -26,6 +25,7 @@ import torch
 
 from megalr.disk import sync
 from megalr.ops import toolchain
+from megalr.ops.trust import distrust
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,7 @@ def find(kind: str) -> list[Library]:
     found = [Library(path, "prebuilt") for path in _whole(PREBUILT, f"{_stem(kind)}-*")]
     name = _name(kind) if _missing(kind) is None else f"{_stem(kind)}-*"
     for folder in _caches():
-        if _is_ours(folder):
-            found += [Library(path, "cache") for path in _whole(folder, name)]
+        found += [Library(path, "cache") for path in _trusted(folder, name)]
     return found
 
 
@@ -93,7 +92,7 @@ def build(kind: str, *, broken: Sequence[Library] = ()) -> Library:
     failure = folder / f"{name}.failed"
     useless, old_failure = [(one.path, _written(one.path)) for one in broken], _written(failure)
     with _lock(folder / f"{name}.lock") as locked:
-        for path in _whole(folder, name):
+        for path in _trusted(folder, name):
             if (path, _written(path)) not in useless:
                 return Library(path, "cache")  # another process compiled it while this one waited
         if _written(failure) not in (None, old_failure):
@@ -139,6 +138,7 @@ def compile_library(kind: str, folder: Path) -> Path:
         path = folder / f"{name}-{_hash(linked)}.so"
         try:
             # A file system may remember a new name before the content.
+            linked.chmod(0o644)  # whatever the umask: a library that others may write to is not loaded
             sync(linked)
             os.replace(linked, path)
             sync(folder)
@@ -212,6 +212,11 @@ def _whole(folder: Path, name: str) -> list[Path]:
     return found
 
 
+def _trusted(folder: Path, name: str) -> list[Path]:
+    """Those of them that nobody else can have put there or changed."""
+    return [path for path in _whole(folder, name) if not distrust(path)] if not distrust(folder) else []
+
+
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.is_dir():
@@ -231,29 +236,20 @@ def _writable_cache() -> Path:
     reasons = []
     for folder in _caches():
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for each in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+                each.mkdir(mode=0o700, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            reasons.append(f"{folder}: {error}")
+            reasons.append(f"there is no writing to {folder}: {error}")
             continue
-        if _is_ours(folder):
-            if reasons:
-                logger.warning("the compiled ops are kept in %s, as there is no writing to %s", folder, reasons[0])
-            return folder
-        reasons.append(f"{folder}: others can write to it")
+        if why := distrust(folder):
+            reasons.append(f"{folder} is not to be trusted: {why}")
+            continue
+        if reasons:
+            logger.warning("the compiled ops are kept in %s, as %s", folder, reasons[0])
+        return folder
     raise BuildError(f"no folder for the compiled ops ({'; '.join(reasons)}): write one into MEGALR_OPS_CACHE")
-
-
-def _is_ours(folder: Path) -> bool:
-    """What is loaded runs as this user: nobody else may have put it there, as anybody can in /tmp."""
-    try:
-        state = folder.stat()
-    except OSError:
-        return False
-    if folder.parent == Path(tempfile.gettempdir()):
-        return state.st_uid == os.getuid() and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return True
 
 
 @contextlib.contextmanager

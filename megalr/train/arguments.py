@@ -205,6 +205,18 @@ def add_text(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_plugins(group: argparse._ActionsContainer) -> None:
+    """The flag that allows plugins, where no JSON on the command line names them."""
+    group.add_argument(
+        "--plugins",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="modules or .py files to import for methods of your own; a plugin that the folder names is imported only "
+        "if it is named here",
+    )
+
+
 def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--steps",

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megalr.checkpoint.export.weights import Weights, check_model
 from megalr.data.tokenizer import largest_token
-from megalr.errors import UserError
+from megalr.errors import UserError, printable
+from megalr.layers import parametrize
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -40,7 +42,7 @@ def read_model_config(name: str, folder: Path) -> LlamaConfig:
     if not isinstance(content, dict) or content.get("model_type", "llama") != "llama":
         raise UserError(f'{path} describes no LLaMA; it needs "model_type": "llama", see {folder} for examples')
     try:
-        return LlamaConfig(**content)
+        return _with_own_code(LlamaConfig(**content))
     except Exception as error:  # transformers validates with errors of several kinds
         raise UserError(f"{path} is no valid LLaMA configuration: {error}") from error
 
@@ -112,4 +114,31 @@ def config_from_dict(values: dict[str, Any]) -> LlamaConfig:
         config: LlamaConfig = LlamaConfig.from_dict(values)
     except Exception as error:  # transformers validates with errors of several kinds
         raise UserError(f"the model's configuration is no LLaMA's: {error}") from error
+    return _with_own_code(config)
+
+
+def config_of(values: dict[str, Any], weights: Weights) -> LlamaConfig:
+    """A configuration whose model has just these weights, found out before one is built: it may ask for any size.
+
+    Raises:
+        UserError: it is of another model.
+    """
+    check_model(values, weights.manifest)
+    config = config_from_dict(values)
+    outline = parametrize(empty_model(config), weights.parametrization).state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in outline.items()}
+    found = {name: weights.shape(name) for name in (*weights, *weights.aliases)}
+    wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if wrong:
+        some = "; ".join(f"{name}: {found.get(name, 'none')} -> {expected.get(name, 'none')}" for name in wrong[:3])
+        raise UserError(
+            f"{weights.manifest.folder} is of another model than its run's configuration describes (checkpoint -> "
+            f"configuration): {printable(some)}" + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        )
+    return config
+
+
+def _with_own_code(config: LlamaConfig) -> LlamaConfig:
+    """A configuration may name an attention kernel of the hub, which transformers would fetch and run."""
+    config._attn_implementation = "sdpa"
     return config

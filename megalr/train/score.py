@@ -17,10 +17,11 @@ from megalr.data import DataConfig, load_data, load_tokenizer
 from megalr.data.tokenizer import EMBEDDED_TOKENIZER
 from megalr.errors import UserError
 from megalr.layers import parametrize
-from megalr.train.arguments import PlainParser, add_text, positive
+from megalr.plugins import load_plugins
+from megalr.train.arguments import PlainParser, add_plugins, add_text, positive
 from megalr.train.checkpoints import differences, notes_of
 from megalr.train.evaluation import evaluate
-from megalr.train.models import build_model, config_from_dict, entries_of, fit_to_text
+from megalr.train.models import build_model, config_of, entries_of, fit_to_text
 from megalr.train.ranks import Ranks
 from megalr.train.run_settings import RunSettings, read_settings
 from megalr.train.runner import run_program
@@ -55,6 +56,7 @@ class ScoreArguments:
         micro_batch_size: sequences at a time; None for what the run trained with.
         galore_compatible_eval: show that perplexity, too.
         verbose: show what the libraries log.
+        plugins: modules or files to import; those that the folder names are not.
     """
 
     model: str
@@ -62,6 +64,7 @@ class ScoreArguments:
     micro_batch_size: int | None
     galore_compatible_eval: bool
     verbose: bool
+    plugins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ def parse_score_arguments(argv: Sequence[str]) -> ScoreArguments:
         help="print the perplexity as published code computes it, too; it is lower",
     )
     parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed and transformers log")
+    add_plugins(parser)
     group = parser.add_argument_group("text", "For a run, its own text is the default.")
     add_text(group)
     group.set_defaults(**dict.fromkeys(_TEXT_FLAGS))
@@ -122,6 +126,7 @@ def parse_score_arguments(argv: Sequence[str]) -> ScoreArguments:
         micro_batch_size=values["micro_batch_size"],
         galore_compatible_eval=values["galore_compatible_eval"],
         verbose=values["verbose"],
+        plugins=tuple(values["plugins"]),
     )
 
 
@@ -133,6 +138,7 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
     """
     if ranks.world_size > 1:
         raise UserError("evaluate.py runs in one process: start it with `python launchers/evaluate.py`")
+    load_plugins(arguments.plugins)
     folder = Path(arguments.model).expanduser()
     changes = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in arguments.text.items()}
     found = load_scored(folder, tokenizer=changes.get("tokenizer"))
@@ -202,8 +208,8 @@ def _from_checkpoint(run: Path, manifest: Manifest, notes: list[str]) -> Scored:
     _check_same_run(settings, manifest)
     config = settings.deepspeed
     weights = Weights(manifest)
-    model: Any = build_model(config_from_dict(settings.model), seed=0)
-    parametrize(model, weights.parametrization)
+    model: Any = build_model(config_of(settings.model, weights), seed=0)
+    parametrize(model, weights.parametrization)  # nothing else of a folder's JSON, which may name plugins
     try:
         model.load_state_dict(weights.state_dict())
     except RuntimeError as error:  # names of weights, and their shapes

@@ -283,7 +283,7 @@ def test_a_folder_that_cannot_be_written_to(tiny, tmp_path, monkeypatch, caplog)
     assert [one.path for one in build.find("cpu")] == [path]
     path.parent.chmod(0o777)  # then anybody may have put a library there
     assert build.find("cpu") == []
-    with pytest.raises(build.BuildError, match="others can write to it.*MEGALR_OPS_CACHE"):
+    with pytest.raises(build.BuildError, match="others may write to .*MEGALR_OPS_CACHE"):
         build.build("cpu")
 
 
@@ -347,3 +347,34 @@ def test_the_sources_are_shipped(tmp_path):
             assert (shipped / name).is_file() == (build.CSRC / name).is_file(), name
     assert (shipped / "adam.h").is_file() and not (shipped / "emulation").exists()
     assert not (tmp_path / "lib/megalr/ops/prebuilt").exists()
+
+
+@pytest.mark.parametrize("what", ["the cache", "above it", "the library"])
+def test_a_library_that_others_could_have_put_there_is_not_loaded(tiny, tmp_path, monkeypatch, caplog, what):
+    """Nor is anything compiled into such a folder: into a private one instead, and one line says why."""
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "private"))
+    cache = tmp_path / "open" / "cache"
+    monkeypatch.setenv("MEGALR_OPS_CACHE", str(cache))
+    path = build.build("cpu").path
+    assert build.find("cpu") == [build.Library(path, "cache")] and path.parent == cache
+    {"the cache": cache, "above it": cache.parent, "the library": path}[what].chmod(0o777)
+    assert build.find("cpu") == []
+    caplog.clear()
+    again = build.build("cpu")
+    assert again.origin == "compiled now"
+    if what == "the library":  # it is made anew, where nobody else may write
+        assert again.path == path and path.stat().st_mode & 0o777 == 0o644
+    else:
+        assert again.path.parent == tmp_path / "private" / f"megalr-ops-{os.getuid()}"
+        (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert f"as {cache} is not to be trusted: others may write to" in line
+    assert build.find("cpu") == [build.Library(again.path, "cache")]
+
+
+def test_what_is_compiled_is_private_whatever_the_umask(tiny):
+    before = os.umask(0)
+    try:
+        path = build.build("cpu").path
+    finally:
+        os.umask(before)
+    assert build.find("cpu") == [build.Library(path, "cache")]

@@ -55,6 +55,16 @@ def test_counters_put_the_next_micro_batch_at_the_start_of_an_update():
     assert engine.micro_steps == 20
 
 
+def test_a_checkpoint_sets_counts_and_nothing_else():
+    """What it says may be anybody's."""
+    engine = SimpleNamespace(basic_optimizer=None, gradient_accumulation_steps=lambda: 2, module="the model")
+    engine.optimizer = SimpleNamespace(loss_scaler=SimpleNamespace(cur_scale=1))
+    host_of(engine).set_counters({"global_steps": 5, "module": 3, "gradient_accumulation_steps": 7})
+    host_of(engine).set_loss_scale({"cur_scale": 2, "update_scale": 3})
+    assert (engine.global_steps, engine.micro_steps, engine.module) == (5, 10, "the model")
+    assert vars(engine.optimizer.loss_scaler) == {"cur_scale": 2}
+
+
 @pytest.mark.parametrize(
     ("holder", "kept"),
     [

@@ -20,6 +20,7 @@ DOCUMENTS = (
     "docs/design.md",
     "docs/equivalence.md",
     "docs/methods.md",
+    "docs/security.md",
 )
 FOLDERS = "benchmarks|csrc|docs|ds_configs|examples|launchers|megalr|tests"
 

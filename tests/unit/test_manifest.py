@@ -15,6 +15,7 @@ from megalr.checkpoint.loading import _find
 from megalr.checkpoint.manifest import (
     MANIFEST,
     VERSION,
+    OtherVersionError,
     problems,
     read_manifest,
     write_manifest,
@@ -43,7 +44,7 @@ def refusal(folder, tag="step3"):
 
 def test_a_manifest_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     """A process may be killed between any two calls; what looks like a checkpoint is one."""
-    write_manifest(tmp_path, {"number": 1})
+    write_manifest(tmp_path, known_state.content(1))
 
     def killed(handle):
         raise KeyboardInterrupt
@@ -52,8 +53,8 @@ def test_a_manifest_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     for folder in (tmp_path, tmp_path / "another"):
         folder.mkdir(exist_ok=True)
         with pytest.raises(KeyboardInterrupt):
-            write_manifest(folder, {"number": 2})
-    assert read_manifest(tmp_path).content == {"number": 1}
+            write_manifest(folder, known_state.content(2))
+    assert read_manifest(tmp_path).content == known_state.content(1)
     assert not (tmp_path / "another" / MANIFEST).exists()
 
 
@@ -170,16 +171,20 @@ def test_a_failure_that_nobody_waits_for_is_in_the_log(tmp_path, caplog):
     wait_for_checkpoint()  # it is said once
 
 
-def test_a_manifest_of_another_version(folder):
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        (VERSION + 1, "was written by a newer megalr: it is of version 3, .* Update megalr to load it$"),
+        (VERSION - 1, "is of version 1, and this megalr reads version 2: load the .* with the megalr that wrote it$"),
+    ],
+)
+def test_a_manifest_of_another_version(folder, version, words):
     path = folder / "step3" / MANIFEST
-    path.write_text('{"version": 3, "otherwise": []}')
-    with pytest.raises(UserError, match=rf"^{re.escape(str(path))} is of version 3, .* that wrote it$"):
+    path.write_text(f'{{"version": {version}, "otherwise": []}}')
+    with pytest.raises(OtherVersionError, match=f"^{re.escape(str(path))} {words}") as caught:
         read_manifest(path.parent)
-    check_passed_over(
-        folder,
-        f"{path} is of version 3, and this megalr reads version {VERSION}: load the checkpoint with the megalr that "
-        "wrote it",
-    )
+    assert "damaged" not in str(caught.value)
+    check_passed_over(folder, str(caught.value))
 
 
 def test_a_folder_without_a_manifest(folder):

@@ -211,9 +211,9 @@ def test_a_file_that_the_first_process_does_not_see(folder, monkeypatch):
 
 
 def test_json_that_is_read_is_what_was_summed(tmp_path):
-    content = {"numbers": {1: "a", "1": "b", "x": float("nan"), "y": (1, 2), "z": "é\udcff"}}
-    write_manifest(tmp_path, content)
-    assert read_manifest(tmp_path).content["numbers"]["1"] == "b"
+    client = {1: "a", "1": "b", "x": float("nan"), "y": (1, 2), "z": "é\udcff"}
+    write_manifest(tmp_path, {**known_state.content(1), "client": client})
+    assert read_manifest(tmp_path).content["client"]["1"] == "b"
 
 
 def test_nothing_has_its_name_before_the_disk_has_it(tmp_path, monkeypatch):

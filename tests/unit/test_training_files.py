@@ -10,6 +10,7 @@ from megalr.train.checkpoints import Notes, check_notes, differences, find_check
 from megalr.train.export import check_export_folder
 from megalr.train.metrics import MetricsLog
 from megalr.train.run_folder import RunFolder
+from tests import known_state
 
 
 def test_metrics_are_cut_where_a_resumed_run_goes_on(tmp_path):
@@ -65,9 +66,7 @@ def test_notes_of_a_checkpoint_that_no_run_wrote(tmp_path):
     (folder.checkpoints / "global_step7/mp_rank_00_model_states.pt").write_text("")
     with pytest.raises(UserError, match="checkpoints holds checkpoints of DeepSpeed's own"):
         find_checkpoint(folder)
-    numbers = {"optimizer": {"updates": 7}}
-    content = {"numbers": numbers, "client": {}, "written": 1, "files": {}, "tensors": {}}
-    write_manifest(folder.checkpoints / "global_step7", content)
+    write_manifest(folder.checkpoints / "global_step7", known_state.content(7))
     with pytest.raises(UserError, match="global_step7 is no checkpoint of a pretraining run"):
         find_checkpoint(folder)
 

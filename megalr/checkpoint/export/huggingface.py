@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalr.checkpoint.export.weights import check_model
 from megalr.checkpoint.manifest import Manifest
 from megalr.errors import UserError
 
@@ -46,12 +47,27 @@ def empty_model_of(manifest: Manifest) -> Any:
             f"{manifest.folder} is of a model without a configuration of transformers, which a Hugging Face folder "
             f"needs: {instead}"
         )
-    name, architectures = values.get("model_type"), values.get("architectures") or [""]
+    check_model(values, manifest)
+    name = values.get("model_type")
     try:
         kind: Any = transformers.AutoConfig.for_model(name).__class__
         config = kind.from_dict({**values, "use_cache": True})
-        model = getattr(transformers, architectures[0], None)
+        # A configuration may name code of the hub, which transformers would fetch and run.
+        config._attn_implementation = config._experts_implementation = "eager"
+        model = _class_of(config)
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config) if model is None else model(config)
+            if model is not None:
+                return model(config)
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises errors of many kinds
         raise UserError(f"this transformers cannot build the {name} that was saved: {error}. {instead}") from error
+
+
+def _class_of(config: Any) -> Any:
+    """The class of transformers' models that a configuration names, if it is one for such configurations."""
+    import transformers  # noqa: PLC0415
+
+    name = next(iter(config.architectures or ()), None)
+    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model and isinstance(config, found.config_class or ()) else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +12,11 @@ from torch import Tensor
 from megalr.checkpoint.manifest import Manifest
 from megalr.checkpoint.reading import keys_of, read_tensor
 from megalr.config.settings import MegalrConfig
-from megalr.errors import UserError
+from megalr.errors import UserError, printable
 from megalr.layers.base import ParametrizationConfig
 from megalr.layers.export import densify
 from megalr.layers.registry import PARAMETRIZATIONS
+from megalr.plugins import load_plugins, unknown_method
 
 
 class Weights:
@@ -32,10 +35,10 @@ class Weights:
             manifest: of a checkpoint whose files have been checked.
 
         Raises:
-            UserError: the parametrization is of a plugin that is not there.
+            UserError: the parametrization is a plugin's that has not been loaded.
         """
         self.manifest = manifest
-        self.aliases: Mapping[str, str] = manifest.content["numbers"]["names"]
+        self.aliases: Mapping[str, str] = manifest.content["numbers"].get("names", {})
         self._keys = {name: key for key, name in keys_of(manifest, "weights", "frozen", "buffers")}
         self._shapes: Mapping[str, list[int]] = manifest.content["numbers"].get("shapes", {})
         self.section, self.parametrization = _parametrization(manifest)
@@ -46,9 +49,23 @@ class Weights:
 
     def __getitem__(self, name: str) -> Tensor:
         """A parameter or buffer, whole, on the CPU, under any of its names."""
+        shape = self.shape(name)
+        return read_tensor(self.manifest, self._keys[self.aliases.get(name, name)]).view(shape)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter or buffer, without reading it.
+
+        Raises:
+            UserError: the checkpoint lacks it, or says two things of it.
+        """
         first = self.aliases.get(name, name)
-        tensor = read_tensor(self.manifest, self._keys[first])
-        return tensor.view(self._shapes[first]) if first in self._shapes else tensor
+        if first not in self._keys:
+            raise UserError(f"{self.manifest.folder} lacks {printable(first)}, which it names")
+        stored = self.manifest.shapes[self._keys[first]]
+        shape = tuple(self._shapes.get(first, stored))
+        if math.prod(shape) != math.prod(stored):
+            raise UserError(f"{self.manifest.folder} gives {printable(first)} the shapes {stored} and {shape}")
+        return shape
 
     def state_dict(self) -> dict[str, Tensor]:
         """All by every name: fp32 masters, and others in the dtype that they were trained with."""
@@ -84,11 +101,31 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
+def check_model(model: Mapping[str, Any], manifest: Manifest) -> None:
+    """Refuse a model's configuration that asks for more layers, labels, ... than the checkpoint has weights for.
+
+    To build a model, be it without memory for weights, takes time and memory for each of them.
+
+    Raises:
+        UserError: naming the key.
+    """
+    tensors = len(manifest.tensors)
+    elements = sum(math.prod(shape) for shape in manifest.shapes.values())
+    for key, value in model.items():
+        layers = key.endswith(("_layers", "n_layer")) and not key.startswith("max_")
+        most = tensors if layers else elements if key.startswith(("num_", "n_")) else None
+        if most is not None and isinstance(value, int) and value > most:
+            raise UserError(
+                f"the model's configuration says {printable(key)}: {value:,}, and {manifest.folder} has {tensors:,} "
+                f"tensors of {elements:,} elements: it is of another model"
+            )
+
+
 def _parametrization(manifest: Manifest) -> tuple[Mapping[str, str], ParametrizationConfig]:
     section = manifest.content["config"].get("megalr", {})
     chosen = section.get("parametrization") or {"type": "full"}
-    known = chosen.get("type") in PARAMETRIZATIONS
-    # A checkpoint has no modules imported but for layers that cannot be understood without.
-    plugins = {} if known else {"plugins": section.get("plugins", [])}
-    parsed = MegalrConfig.from_json({"megalr": {"parametrization": chosen, **plugins}})
-    return chosen, parsed.parametrization
+    load_plugins(())  # of installed packages; those that the checkpoint names are a stranger's code
+    kind = chosen.get("type")
+    if not isinstance(kind, str) or kind not in PARAMETRIZATIONS:
+        raise unknown_method(f"{manifest.folder} was trained with megalr.parametrization.type", kind, section)
+    return chosen, MegalrConfig.from_json({"megalr": {"parametrization": chosen}}).parametrization
