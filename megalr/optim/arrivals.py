@@ -15,7 +15,7 @@ SHOWN = 4  # parameters in a message
 
 
 class Arrivals:
-    """Counts gradients as backward passes make them, by hooks on the parameters: half a microsecond each.
+    """Counts gradients as backward passes make them, by hooks on the parameters.
 
     ZeRO's stage 2 puts gradients into buckets as they come, and adds buckets up over the ranks. Where ranks use
     different parameters, as those of experts, or the same in another order, gradients of one are added to those of
