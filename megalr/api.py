@@ -25,7 +25,8 @@ from megalr.hosts.autotp import (
     start_tensor_parallel,
     tensor_parallel_size,
 )
-from megalr.hosts.deepspeed_config import refuse_unsupported
+from megalr.hosts.deepspeed import refuse_experts
+from megalr.hosts.deepspeed_config import check_deepspeed_config, refuse_unsupported
 from megalr.hosts.deepspeed_pipeline import check_pipeline, check_stages
 from megalr.hosts.deepspeed_start import start_engine
 from megalr.hosts.tensor_parallel import (
@@ -81,6 +82,8 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
     if training_args is not None:
         content = fill_auto(content, training_args)
         _complete(training_args, content)
+    refuse_unsupported(content)
+    refuse_experts(dict(model.named_parameters()))
     size = tensor_parallel_size(content)
     if size > 1 and replaced_layers(model):
         raise UserError(
@@ -146,6 +149,7 @@ def trainer_optimizer(training_args: Any) -> tuple[Callable[[], Any], dict[str, 
             'transformers has DeepSpeed build what the JSON\'s "optimizer" names: move the section into "megalr", '
             'as in "megalr": {"optimizer": {"type": ...}}'
         )
+    refuse_unsupported(content)
     MegalrConfig.from_json(fill_auto(content, training_args))
     return lambda: build_optimizer, {"config": content, "training_args": training_args}
 
@@ -176,7 +180,8 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
                 "megalr.parametrize, megalr.build_optimizer and deepspeed.initialize"
             )
     content = read_json(config)
-    refuse_unsupported(content)
+    check_deepspeed_config(content, None)
+    refuse_experts(dict(model.named_parameters()))
     parametrize(model, content)
     optimizer = _build_optimizer(model, content)
     _cut(model, content, kwargs)

@@ -14,6 +14,7 @@ from megalr.hosts.choice import (
     is_replicated,
     logical_shape,
     read,
+    watch,
     write,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "is_replicated",
     "logical_shape",
     "read",
+    "watch",
     "write",
 ]

@@ -12,6 +12,7 @@ from megalr.errors import UserError
 from megalr.hosts.base import Host, NamedGroup, RunningHost
 from megalr.hosts.deepspeed import ENGINE, DeepSpeed, DeepSpeedEngine
 from megalr.hosts.deepspeed_pipeline import DeepSpeedPipeline
+from megalr.hosts.deepspeed_watch import watch as watch_deepspeed
 from megalr.hosts.plain import Plain
 from megalr.hosts.zero_layouts import told_of_parallelism
 from megalr.layout.shard import Shard
@@ -100,6 +101,14 @@ def gather(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
     parameters = list(parameters)
     host = next(host for host in HOSTS if any(map(host.recognizes, parameters)) or host is HOSTS[-1])
     return host.gather(parameters)
+
+
+def watch(optimizer: Any) -> None:
+    """Have engines that are given an optimizer of ours, now or later, not do in silence what would be wrong with it.
+
+    May be called again, where no engine had been imported.
+    """
+    watch_deepspeed(optimizer)
 
 
 def check_config(config: Any, data_size: int) -> None:

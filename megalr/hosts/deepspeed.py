@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megalr.errors import UserError
 from megalr.hosts import tensor_parallel, zero_layouts
 from megalr.hosts.base import EngineTensors, Groups, Host, NamedGroup, RunningHost
 from megalr.hosts.deepspeed_config import check_deepspeed_config
@@ -229,6 +230,7 @@ class DeepSpeedEngine(DeepSpeed, RunningHost):
         else:
             for buffer in range(len(shard.buffers)):
                 shard.publish(buffer)
+        zero_layouts.drop_secondary(self._engine.module.parameters())
         epilogue = getattr(wrapper, "checkpoint_event_epilogue", None)
         if epilogue is not None:
             epilogue()
@@ -271,6 +273,16 @@ class DeepSpeedEngine(DeepSpeed, RunningHost):
         wrapper = self._engine.optimizer
         found = (getattr(wrapper, name, None) for name in SCALER_HOLDERS)
         return next((scaler for scaler in found if scaler is not None), None)
+
+
+def refuse_experts(parameters: Mapping[str, Tensor]) -> None:
+    """Raise a UserError for DeepSpeed's experts, of which ranks have different ones under one name."""
+    expert = next((name for name, parameter in parameters.items() if _is_expert(parameter)), None)
+    if expert is not None:
+        raise UserError(
+            f"{expert} belongs to a layer of deepspeed.moe, whose experts are others on each rank, and megalr takes "
+            "what has one name for copies: have all experts on every rank, as in a ModuleList, at ZeRO stage 0, 1 or 3"
+        )
 
 
 def _is_expert(parameter: Tensor) -> bool:

@@ -11,9 +11,11 @@ import torch
 
 from megalr.errors import UserError, in_short
 from megalr.hosts.autotp import check_section
+from megalr.hosts.features import refuse_features
 from megalr.schema import Json
 
 CONFIG = "deepspeed.runtime.config"
+BATCH = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
 SCHEDULES = "deepspeed.runtime.lr_schedules"
 
 # What this file reads of DeepSpeed; held by tests/deepspeed/test_contract.py.
@@ -32,22 +34,17 @@ def refuse_unsupported(content: Json) -> None:
     """Raise a UserError for what DeepSpeed can do but megalr, or this machine, cannot."""
     if content.get("tensor_parallel"):
         check_section(content)
-    section = content.get("zero_optimization", {})
-    for key in ("offload_optimizer", "offload_param"):
-        if isinstance(section, dict) and (section.get(key) or {}).get("device") == "nvme":
-            raise UserError(
-                f'zero_optimization.{key}.device is "nvme", which megalr cannot update: write "cpu" or leave it out'
-            )
+    refuse_features(content)
     if (content.get("fp16") or {}).get("enabled") not in (None, False, "auto") and not torch.cuda.is_available():
         raise UserError('fp16 needs a GPU: write "fp16": {"enabled": false} and "bf16": {"enabled": "auto"}')
 
 
-def check_deepspeed_config(config: Mapping[str, Any], data_size: int) -> None:
+def check_deepspeed_config(config: Mapping[str, Any], data_size: int | None) -> None:
     """Let DeepSpeed read the configuration, and look at the scheduler, which it reads too late.
 
     Args:
         config: the JSON, without "auto".
-        data_size: number of processes that have data of their own.
+        data_size: number of processes that have data of their own; None: sizes of batches are not looked at.
 
     Raises:
         UserError: DeepSpeed's own words, shortened.
@@ -55,8 +52,11 @@ def check_deepspeed_config(config: Mapping[str, Any], data_size: int) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     refuse_unsupported(config)
+    section = deepspeed_section(config)
+    if data_size is None:
+        section = {key: value for key, value in section.items() if key not in BATCH} | {BATCH[0]: 1}
     try:
-        DeepSpeedConfig(deepspeed_section(config), mpu=SimpleNamespace(get_data_parallel_world_size=lambda: data_size))
+        DeepSpeedConfig(section, mpu=SimpleNamespace(get_data_parallel_world_size=lambda: data_size or 1))
     except Exception as error:  # pydantic's, assertions and ValueErrors
         raise UserError(f"DeepSpeed refuses the configuration: {in_short(error)}") from error
     if config.get("scheduler"):

@@ -9,6 +9,7 @@ from torch import nn
 
 from megalr.hosts.deepspeed import POSITION
 from megalr.hosts.deepspeed_config import deepspeed_section
+from megalr.hosts.deepspeed_watch import watch
 from megalr.schema import Json
 
 # What this file reads and writes of DeepSpeed; held by tests/deepspeed/test_contract.py.
@@ -54,6 +55,7 @@ def start_engine(model: nn.Module, optimizer: Any, content: Json, **kwargs: Any)
     """
     import deepspeed  # noqa: PLC0415  (slow to import, and `import megalr` is cheap)
 
+    watch(optimizer)
     results = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_section(content), **kwargs)
     engine, wrapped, loader, schedule = results
     if getattr(schedule, POSITION, None) == -1:

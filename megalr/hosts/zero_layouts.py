@@ -14,7 +14,7 @@ Only the layout of this rank's group is needed to know every rank's, so nothing 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,8 @@ from megalr.layout.shard import Shard
 
 CUT = "a parameter at ZeRO stage 3"
 FLAT = "a parameter at ZeRO stages 1 and 2"
+# Our marks of how stage 1 adds gradients up; see deepspeed_watch.py.
+IN_ANY_ORDER, IN_LAST_PASS = "megalr_reduced_in_any_order", "megalr_reduced_in_last_pass"
 RECORD = "a record in a parameter's _hp_mapping"
 STAGE_3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
 GROUPS = "deepspeed.utils.groups"
@@ -49,6 +51,7 @@ INTERNALS = {
         "_z3_optimizer",
     ),
     FLAT: ("_hp_mapping", "_dp_group"),
+    "a parameter of DeepSpeedZeroOptimizer": ("grad_accum",),
     RECORD: ("gradient_dict",),
     STAGE_3: (
         "dp_process_group",
@@ -120,6 +123,17 @@ def secondary(parameter: Tensor) -> list[tuple[int, Tensor]]:
         return []
     start = dist.get_rank(sharded.ds_zero_param_process_group) * copy.numel()
     return [(start, copy.data.view(-1)[: max(0, min(copy.numel(), sharded.ds_numel - start))])]
+
+
+def drop_secondary(parameters: Iterable[Tensor]) -> None:
+    """Have parameters gathered from the ranks' own parts, which have been written, and hpZ's copies made again.
+
+    DeepSpeed does so itself for trained parameters.
+    """
+    for parameter in parameters:
+        sharded: Any = parameter
+        if getattr(sharded, "ds_secondary_tensor", None) is not None:
+            sharded.ds_secondary_tensor = None
 
 
 def data_parallel_group() -> dist.ProcessGroup | None:
@@ -214,7 +228,10 @@ def _read_flat_groups(named_groups: Sequence[NamedGroup], param_groups: Sequence
         groups = [] if mapping is None else mapping.gradient_dict.values()
         return [grad for grads in groups if grads is not None for grad in grads if grad is not None]
 
-    return Shard(layout, [m.data for m in masters], masters, rank, group, publish, unseen)
+    # BF16_Optimizer, whose parameters have no grad_accum, adds up whole buffers.
+    ordered = hasattr(first, "grad_accum") and not hasattr(first, IN_ANY_ORDER)
+    every_pass = hasattr(first, IN_LAST_PASS)
+    return Shard(layout, [m.data for m in masters], masters, rank, group, publish, unseen, ordered, every_pass)
 
 
 def _read_stage_0(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]]) -> Shard:

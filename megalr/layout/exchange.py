@@ -232,13 +232,20 @@ class Exchange:
             self.sum(whole)
         return self.layout.whole(name, whole)
 
-    def all_true(self, mine: bool) -> bool:
-        """Whether it is so on every rank."""
+    def vote(self, mine: bool, number: int) -> tuple[bool, bool]:
+        """Whether something is so on every rank, and whether all ranks have the same number. Collective."""
         if self.layout.world_size == 1:
-            return mine
-        vote = torch.tensor(float(mine), device=self._device)
+            return mine, True
+        vote = torch.tensor([int(mine), number, -number], device=self._device)
         dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self._group)
-        return bool(vote.item())
+        all_true, least, most = vote.tolist()
+        return bool(all_true), least == -most
+
+    def range_of(self, numbers: Tensor) -> tuple[list[int], list[int]]:
+        """The least and the largest of each number that ranks have. Collective, for several ranks."""
+        extremes = torch.stack([numbers, -numbers]).to(self._device or numbers.device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MIN, group=self._group)
+        return extremes[0].tolist(), (-extremes[1]).tolist()
 
     def _start(self, plan: _Plan, count: int, read: _Read, write: _Put, like: Tensor) -> _Arrive:
         """Copy what is local, send the rest in one all-to-all, for each of ``count`` fields.

@@ -26,6 +26,8 @@ class Shard:
             DeepSpeed does after ``step()``; needed for a buffer that was changed after its own ``step()``.
         unseen_gradients: the gradients of this update that DeepSpeed has not yet handed to ``step()``, while the first
             call of the update runs. None: DeepSpeed makes no call at all when a gradient is not finite.
+        ordered: gradients are added up in the order in which they come, which has to be the same on every rank.
+        every_pass: the last backward pass of an update adds up the gradients of what it has reached, and no others.
         dry_run: DeepSpeed's wrapper calls ``step()`` once, with zero gradients, while it is being built.
         replicated: every data-parallel rank has all of what it trains (stage 0).
         replicas: ranks outside ``layout`` that have the same as this one and do the same with it, if there are any.
@@ -40,6 +42,8 @@ class Shard:
     group: dist.ProcessGroup | None
     publish: Callable[[int], None]
     unseen_gradients: Callable[[], list[Tensor]] | None = None
+    ordered: bool = False
+    every_pass: bool = False
     dry_run: bool = False
     replicated: bool = False
     replicas: dist.ProcessGroup | None = None

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalr import hosts
 from megalr.config.settings import MegalrConfig
 from megalr.hosts.base import Host
 from megalr.layout.shard import Shard
 from megalr.optim import engine_state
 from megalr.optim.adamw import adamw
+from megalr.optim.arrivals import Arrivals
 from megalr.optim.clock import Clock
 from megalr.optim.events.base import Event, LayerEvents, Step
 from megalr.optim.events.momentum_reset import MomentumReset
@@ -85,11 +87,13 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         self._sharded: Sharded | None = None
         self._loaded: engine_state.Loaded | None = None  # what waits for the parameters to be cut
         self._progress = Progress()
+        self._arrivals = Arrivals([group.parameters for group in self.groups])
         named = [{"params": list(g.parameters.values()), "name": g.name, "by_rule": g.rule is not None} for g in groups]
         param_groups = [given | vars(group.settings) for given, group in zip(named, groups, strict=True)]
         # accelerate reads a learning rate from the defaults when the JSON has a schedule.
         super().__init__(param_groups, defaults={"lr": config.optimizer.lr})
         self.all_groups = self.param_groups
+        hosts.watch(self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -99,7 +103,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         shard, progress = self.prepare(), self._progress
         if progress.is_dry_run(self.param_groups, shard):
             return  # it must not count, decay weights or run events
-        progress.begin(self.all_groups, shard, self.exchange)
+        progress.begin(self.all_groups, shard, self.exchange, self._arrivals)
         index = {id(parameter): buffer for buffer, parameter in enumerate(shard.parameters)}
         for group in self.param_groups:
             # A parameter without a buffer is frozen.
@@ -130,6 +134,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
     def forget_update(self) -> None:
         """Forget an update that has begun, or the gradients for one: another state is to be loaded."""
         self._progress.forget()
+        self._arrivals.forget()
         self._loaded = None
         self.begin_update()
 
@@ -175,7 +180,10 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
     @property
     def _prepared(self) -> Sharded:
         if self._sharded is None:
+            hosts.watch(self)
             self._sharded = Sharded.read(self.groups, self.all_groups, self.config, self._host)
+            if not self._sharded.shard.ordered:
+                self._arrivals.stop()
             for event in self.events:
                 event.attach(self._sharded.shard, self._sharded.exchange, self.moments)
             self._fill()

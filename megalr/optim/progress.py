@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megalr.layout.exchange import Exchange
 from megalr.layout.shard import Shard
+from megalr.optim.arrivals import Arrivals
 from megalr.optim.finiteness import all_finite
 
 ParamGroups = Sequence[Mapping[str, Any]]
@@ -33,16 +34,30 @@ class Progress:
         self._began = self._began or not dry
         return dry
 
-    def begin(self, groups: ParamGroups, shard: Shard, exchange: Exchange) -> None:
+    def begin(self, groups: ParamGroups, shard: Shard, exchange: Exchange, arrivals: Arrivals) -> None:
         """Decide whether the update is skipped, if this is the first call of one. Collective.
 
         Args:
             groups: all of the optimizer's.
             shard: the masters.
             exchange: over their ranks.
+            arrivals: of this update's gradients.
+
+        Raises:
+            UserError: ranks have used different parameters, where the engine needs them to use the same.
         """
-        if not self._stepped:
-            self.skipping = self.skip_asked or not _are_finite(groups, shard, exchange)
+        if self._stepped:
+            return
+        self.skipping = self.skip_asked
+        if not self.skipping and shard.unseen_gradients is not None:  # else the engine looks at gradients itself
+            gradients = [grad for grad in gradients_in(groups) + shard.unseen_gradients() if grad.numel()]
+            finite, same = exchange.vote(all_finite(gradients), arrivals.order if shard.ordered else 0)
+            if not same:
+                arrivals.raise_different(exchange)
+            if shard.every_pass:
+                arrivals.refuse_missing()
+            self.skipping = not finite
+        arrivals.forget()
 
     def add(self, buffers: Iterable[int]) -> None:
         """Some buffers have had their turn."""
@@ -64,11 +79,3 @@ class Progress:
 def gradients_in(groups: ParamGroups) -> list[Tensor]:
     """The gradients of parameter groups."""
     return [p.grad for group in groups for p in group["params"] if p.grad is not None]
-
-
-def _are_finite(groups: ParamGroups, shard: Shard, exchange: Exchange) -> bool:
-    """Whether all gradients of this update are, on all ranks; answered by the engine where it looks at them."""
-    if shard.unseen_gradients is None:
-        return True
-    gradients = [grad for grad in gradients_in(groups) + shard.unseen_gradients() if grad.numel()]
-    return exchange.all_true(all_finite(gradients))

@@ -114,6 +114,7 @@ def zero(name: str, folder: str) -> Answer:
     facts["report"] = [path.read_text() for path in Path(folder).rglob("*number*.csv")]
     facts["held"] = _held_in_all(host)
     facts["written"] = _writes_frozen_weights(engine, x)
+    facts["loaded"] = _loads_frozen_weights(engine, x, folder)
     facts["published"] = _publishes(engine)
     facts["files"] = _unknown_files(engine, folder)
     host.set_counters({"global_steps": 5, "global_samples": 3, "skipped_steps": 1})
@@ -196,6 +197,7 @@ def _things(engine: Any) -> Iterator[tuple[str, Any]]:
             name = f"{cls.__module__}.{cls.__qualname__}"
             if name in declared:
                 yield name, thing
+    yield "the configuration of an engine", engine._config
     if engine.lr_scheduler is not None:
         yield "a schedule of DeepSpeed's", engine.lr_scheduler
     for parameter in engine.module.parameters():
@@ -257,6 +259,17 @@ def _writes_frozen_weights(engine: Any, x: Tensor) -> tuple[bool, bool]:
     return torch.equal(before[0], before[1]), bool(
         torch.allclose(after, expected.expand_as(after), rtol=2e-2, atol=2e-2)
     )
+
+
+@torch.no_grad()
+def _loads_frozen_weights(engine: Any, x: Tensor, folder: str) -> tuple[bool, bool]:
+    """Whether the model computes as it did when it was saved, after a frozen weight was changed, and after the load."""
+    megalr.save_checkpoint(engine, Path(folder, "saved"))
+    before = engine(x)
+    hosts.write(engine.module.frozen.bias, torch.ones(WIDTH))
+    after = engine(x)
+    megalr.load_checkpoint(engine, Path(folder, "saved"))
+    return torch.equal(before, after), torch.equal(before, engine(x))
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ ZERO: dict[str, set[str]] = {
     "stage 1, bf16": {deepspeed.BF16, *PARTS},
     "stage 2, bf16": STAGES_1_AND_2,
 }
-EVERY = {deepspeed.ENGINE, "deepspeed.monitor.monitor.MonitorMaster"}
+EVERY = {deepspeed.ENGINE, "the configuration of an engine", "deepspeed.monitor.monitor.MonitorMaster"}
 MPU = "the mpu that DeepSpeed was given"
 AUTOTP = {tensor_parallel.CUT, tensor_parallel.MARK, tensor_parallel.CONVERSION, tensor_parallel.REPLACED, MPU}
 PIPELINE = {deepspeed_pipeline.MODULE, deepspeed_pipeline.TOPOLOGY, MPU}
@@ -121,6 +121,7 @@ def test_an_engine_has_what_is_read(ranks, name, tmp_path):
             assert facts["gradient norm"] > 0
         assert all(held == whole for held, whole in facts["held"].values())
         assert facts["written"] == (False, True)
+        assert facts["loaded"] == (False, True)
         assert facts["published"]
         assert facts["files"][0] > 0 and facts["files"][1] == []
         assert facts["set counters"] == ({"global_steps": 5, "global_samples": 3, "skipped_steps": 1}, (0, 2))

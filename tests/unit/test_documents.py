@@ -17,6 +17,7 @@ DOCUMENTS = (
     "CHANGELOG.md",
     "csrc/README.md",
     "docs/benchmark.md",
+    "docs/deepspeed.md",
     "docs/design.md",
     "docs/equivalence.md",
     "docs/methods.md",

@@ -134,7 +134,8 @@ def test_the_shipped_configurations_are_valid(stage):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"zero_optimization": {"stagee": 1}}, '"stagee": Extra inputs'),
+        ({"zero_optimization": {"stagee": 1}}, 'zero_optimization has no key "stagee"; did you mean "stage"'),
+        ({"hybrid_engine": {"enable": 1}}, '"enable": Extra inputs'),
         ({"zero_optimization": {"stage": 4}}, "DeepSpeed refuses"),
         ({"scheduler": {"type": "Warmup"}}, "scheduler.type is 'Warmup'.*WarmupCosineLR"),
         ({"scheduler": {"type": "WarmupLR", "params": {"steps": 3}}}, 'no "steps" for WarmupLR'),

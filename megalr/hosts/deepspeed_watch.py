@@ -1,0 +1,196 @@
+"""What DeepSpeed's engine would do wrongly, without a word, with our optimizer in it.
+
+A job may call ``deepspeed.initialize`` itself, or leave that to a Trainer, so there is no engine to look at when our
+optimizer is built. Four methods of DeepSpeed's class of engines are wrapped instead, once for a process. They do more
+for an engine whose optimizer :func:`watch` was given; any other engine is left as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from megalr.errors import UserError
+from megalr.hosts import zero_layouts
+from megalr.hosts.deepspeed import ACCUMULATING, ENGINE, STAGES_1_AND_2, UNFUSED, DeepSpeedEngine
+from megalr.hosts.deepspeed_config import refuse_unsupported
+
+ENGINES = "deepspeed.runtime.engine"
+WEIGHTS_OF_STAGE_3 = "get_fp32_state_dict_from_zero_checkpoint"
+
+# What this file reads and writes of DeepSpeed; held by tests/deepspeed/test_contract.py.
+INTERNALS = {
+    ENGINES: ("DeepSpeedEngine", WEIGHTS_OF_STAGE_3),
+    ENGINE: (
+        "basic_optimizer",
+        "global_steps",
+        "gradient_accumulation_steps",
+        "load_checkpoint",
+        "micro_steps",
+        "module",
+        "optimizer",
+        "pipeline_parallelism",
+        "set_train_batch_size",
+        "set_train_micro_batch_size",
+        "zero_optimization_stage",
+    ),
+    "the configuration of an engine": ("_param_dict",),
+    STAGES_1_AND_2: (
+        "bit16_groups",
+        "get_gradient_for_reduction",
+        "gradient_accumulation_dtype",
+        "overlap_comm",
+        "partition_gradients",
+        "reduce_gradients",
+        "use_grad_accum_attribute",
+    ),
+    ACCUMULATING: ("grad_accum",),
+    UNFUSED: ("refresh_fp32_params",),
+}
+
+_watched: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def watch(optimizer: Any) -> None:
+    """Have the engine that takes this optimizer check its configuration, and what it is asked to do later.
+
+    Where DeepSpeed has not been imported yet, nothing can be wrapped; a later call does it.
+
+    Args:
+        optimizer: what ``deepspeed.initialize`` is to be given.
+    """
+    _watched.add(optimizer)
+    engines = sys.modules.get(ENGINES)
+    engine_class = getattr(engines, "DeepSpeedEngine", None)
+    if engine_class is None or getattr(engine_class, "megalr_watches", False):
+        return
+    engine_class.megalr_watches = True
+    wrappers = {
+        "__init__": _made,
+        "load_checkpoint": _loading,
+        "set_train_batch_size": _resized,
+        "set_train_micro_batch_size": _resized,
+    }
+    for name, wrapper in wrappers.items():
+        setattr(engine_class, name, wrapper(getattr(engine_class, name)))
+
+
+def _is_ours(engine: Any) -> bool:
+    return getattr(engine, "basic_optimizer", None) in _watched
+
+
+def _made(original: Callable[..., None]) -> Callable[..., None]:
+    """An engine is made: refuse by name what megalr cannot do, before it is."""
+
+    @functools.wraps(original)
+    def init(engine: Any, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(original).bind(engine, *args, **kwargs).arguments
+        content = getattr(given.get("config_class"), "_param_dict", None)
+        if content is not None and given.get("optimizer") in _watched:
+            refuse_unsupported(content)
+        original(engine, *args, **kwargs)
+        if _is_ours(engine):
+            if content is not None:  # a callable has made the optimizer only now
+                refuse_unsupported(content)
+            _reduce_all(engine.optimizer)
+
+    return init
+
+
+def _resized(original: Callable[..., None]) -> Callable[..., None]:
+    """A batch gets another size: updates begin with their first micro-batch all the same."""
+
+    @functools.wraps(original)
+    def resize(engine: Any, *args: Any, **kwargs: Any) -> None:
+        if not _is_ours(engine):
+            return original(engine, *args, **kwargs)
+        _refuse_in_mid_update(engine, original.__name__)
+        original(engine, *args, **kwargs)
+        # DeepSpeed takes an update to end where micro_steps + 1 is a multiple of the micro-batches of an update.
+        engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+        return None
+
+    return resize
+
+
+def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A checkpoint of DeepSpeed's is loaded: the one that was asked for, into all that keeps weights."""
+
+    @functools.wraps(original)
+    def load(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_ours(engine):
+            return original(engine, *args, **kwargs)
+        _refuse_in_mid_update(engine, original.__name__)
+        call = inspect.signature(original).bind(engine, *args, **kwargs)
+        call.apply_defaults()
+        options = call.arguments
+        weights_alone = options["load_module_only"] or not options["load_optimizer_states"]
+        stage = engine.zero_optimization_stage()
+        with _weights_of(options["tag"]):
+            if weights_alone and stage == 3:
+                # Else it takes the model's tensors, which stage 3 has emptied.
+                options["load_optimizer_states"] = False
+            answer = original(*call.args, **call.kwargs)
+        wrapper = engine.optimizer
+        if weights_alone and stage == 0 and hasattr(wrapper, "refresh_fp32_params"):
+            wrapper.refresh_fp32_params()  # else the next update casts the old masters over what was loaded
+        zero_layouts.drop_secondary(engine.module.parameters())
+        return answer
+
+    return load
+
+
+def _reduce_all(wrapper: Any) -> None:
+    """Have stage 1 add up the gradients of all parameters, a zero for one that this rank has not used.
+
+    DeepSpeed adds up buckets of what has a gradient here: where ranks have used different parameters, as those of
+    experts, gradients of one would be added to those of another. Stage 2, and stage 1 with ``overlap_comm``, fill
+    buckets during the backward pass, so ranks are compared there (``optim/arrivals.py``).
+    """
+    if getattr(wrapper, "partition_gradients", True):  # what is no wrapper of stages 1 and 2 has no such attribute
+        return
+    mark = zero_layouts.IN_LAST_PASS if wrapper.overlap_comm else zero_layouts.IN_ANY_ORDER
+    for parameter in (p for group in wrapper.bit16_groups for p in group):
+        setattr(parameter, mark, True)
+    if wrapper.overlap_comm:
+        return
+    original = wrapper.reduce_gradients
+
+    def reduce_gradients(*args: Any, **kwargs: Any) -> None:
+        for parameter in (p for group in wrapper.bit16_groups for p in group if p.requires_grad):
+            if wrapper.get_gradient_for_reduction(parameter) is None:
+                if wrapper.use_grad_accum_attribute:
+                    parameter.grad_accum = torch.zeros_like(parameter, dtype=wrapper.gradient_accumulation_dtype)
+                else:
+                    parameter.grad = torch.zeros_like(parameter)
+        original(*args, **kwargs)
+
+    wrapper.reduce_gradients = reduce_gradients
+
+
+def _refuse_in_mid_update(engine: Any, method: str) -> None:
+    done, size = (0, 1) if getattr(engine, "pipeline_parallelism", False) else DeepSpeedEngine(engine).progress()
+    if done:
+        raise UserError(
+            f"engine.{method} was called after {done} of {size} micro-batches of an update: call it between two "
+            "updates, after the engine.step() that ends one"
+        )
+
+
+@contextmanager
+def _weights_of(tag: str | None) -> Iterator[None]:
+    """At stage 3 DeepSpeed reads weights alone from the newest checkpoint, whichever it is asked for."""
+    engines: Any = sys.modules[ENGINES]
+    original = getattr(engines, WEIGHTS_OF_STAGE_3)
+    setattr(engines, WEIGHTS_OF_STAGE_3, functools.partial(original, tag=tag))
+    try:
+        yield
+    finally:
+        setattr(engines, WEIGHTS_OF_STAGE_3, original)
