@@ -233,12 +233,26 @@ class Exchange:
         return self.layout.whole(name, whole)
 
     def all_true(self, mine: bool) -> bool:
-        """Whether it is so on every rank."""
-        if self.layout.world_size == 1:
+        """Whether it is so on every rank, replicas included."""
+        if not self._groups():
             return mine
         vote = torch.tensor(float(mine), device=self._device)
-        dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self._group)
+        for group in self._groups():
+            dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=group)
         return bool(vote.item())
+
+    def said(self, words: str) -> list[str]:
+        """Every rank's words, replicas included; the same list on all."""
+        found = [words]
+        for group in self._groups():
+            lists: list[list[str]] = [[]] * dist.get_world_size(group)
+            dist.all_gather_object(lists, found, group=group)
+            found = [each for one in lists for each in one]
+        return found
+
+    def _groups(self) -> list[dist.ProcessGroup]:
+        """Those in which this rank is not alone."""
+        return [g for g in (self._group if self.layout.world_size > 1 else None, self._replicas) if g is not None]
 
     def _start(self, plan: _Plan, count: int, read: _Read, write: _Put, like: Tensor) -> _Arrive:
         """Copy what is local, send the rest in one all-to-all, for each of ``count`` fields.

@@ -27,6 +27,11 @@ class Progress:
         self._stepped: set[int] = set()
         self._began = False
 
+    @property
+    def is_between(self) -> bool:
+        """Whether the next call is the first of an update."""
+        return not self._stepped
+
     def is_dry_run(self, groups: ParamGroups, shard: Shard) -> bool:
         """Whether this is the call that DeepSpeed makes, with zero gradients, to have states created."""
         dry = shard.dry_run and not self._began and not any(grad.any() for grad in gradients_in(groups))
@@ -41,7 +46,7 @@ class Progress:
             shard: the masters.
             exchange: over their ranks.
         """
-        if not self._stepped:
+        if self.is_between:
             self.skipping = self.skip_asked or not _are_finite(groups, shard, exchange)
 
     def add(self, buffers: Iterable[int]) -> None:
