@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megalr.api import build_optimizer, consolidated_state_dict, initialize, parametrize, trainer_optimizer
 from megalr.config.settings import MegalrConfig
 from megalr.errors import GuardError, UserError
+from megalr.guards.adoption import adopt_weights
 from megalr.guards.guard import attach_guard
 from megalr.layers.registry import register_parametrization
 from megalr.optim import MegalrOptimizer
@@ -23,6 +24,7 @@ __all__ = [
     "MegalrConfig",
     "MegalrOptimizer",
     "UserError",
+    "adopt_weights",
     "attach_guard",
     "build_optimizer",
     "consolidated_state_dict",

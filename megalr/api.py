@@ -17,7 +17,7 @@ from megalr.config.guards import GuardsConfig
 from megalr.config.settings import FullConfig, Json, MegalrConfig, fill_auto, read_json
 from megalr.errors import UserError
 from megalr.guards.guard import attach_guard
-from megalr.hosts import gather, host_of
+from megalr.hosts import gather, host_of, logical_shape
 from megalr.hosts.autotp import (
     check_heads,
     check_neighbours,
@@ -124,6 +124,7 @@ def _build_optimizer(model: nn.Module, content: Json) -> MegalrOptimizer:
         events=layer_events(parsed.parametrization, layers, parsed.seed),
         activations=Directions(compressed) if compressed else None,
         sections={key: content[key] for key in ("optimizer", "megalr") if key in content},
+        model=model,
     )
 
 
@@ -229,9 +230,13 @@ def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
     """The model's weights as whole tensors on rank 0's CPU, by qualified name; None on other ranks. Collective.
 
     Trained parameters come from the fp32 masters, at any ZeRO stage; frozen ones and persistent buffers as they are.
+
+    Raises:
+        UserError: the masters are not what the model has, see :func:`megalr.adopt_weights`; on all ranks alike.
     """
     host = host_of(engine)
     optimizer: MegalrOptimizer = host.optimizer
+    optimizer.check_model()
     state, module = optimizer.consolidate(), host.module
     trained = optimizer.prepare().layout.shapes
     for name, parameter in module.named_parameters():
@@ -240,7 +245,7 @@ def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
             state[name] = torch.empty_like(state[name]).index_copy_(0, places, state[name])
     # Layers may share a frozen parameter, and each has its own name for it.
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        if name not in trained and not parameter.requires_grad:
+        if name not in trained and (not parameter.requires_grad or 0 in logical_shape(parameter)):
             with gather([parameter]):
                 whole = whole_frozen(name, parameter)
                 if state is not None:

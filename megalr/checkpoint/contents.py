@@ -69,7 +69,12 @@ class Contents:
         self.notes: list[str] = []
 
     def numbers(self) -> dict[str, Any]:
-        """Counts and settings, as JSON has them; the same on every rank but for "matrices"."""
+        """Counts and settings, as JSON has them; the same on every rank but for "matrices".
+
+        Raises:
+            UserError: the masters are not what the model has, see :func:`megalr.adopt_weights`; on all ranks alike.
+        """
+        self._optimizer.check_model()
         host, numbers = self._host, numbers_of(self._optimizer)
         shared = {id(p): n for n, p in reversed(list(self._module.named_parameters()))}
         return {
@@ -112,6 +117,7 @@ class Contents:
             UserError: the checkpoint is of another model or of settings that cannot be continued; an update has begun.
         """
         self._check_boundary()
+        self._optimizer.check_model(weights=False)
         self._check_model(saved)
         shares = self._host.groups().tensor_size
         if numbers["chosen_by"] not in (0, shares):

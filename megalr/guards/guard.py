@@ -63,6 +63,7 @@ class Guard:
         """
         self._host = host_of(engine)
         self._optimizer: MegalrOptimizer = self._host.optimizer
+        self._optimizer.checks_model = False  # done here, before the engine has begun its step
         self.config = self._optimizer.config.guards
         self.skipped = 0
         self.skipped_in_a_row = 0
@@ -75,7 +76,13 @@ class Guard:
         self._engine_backward, self._engine_step = engine.backward, engine.step
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The engine's ``backward``, which remembers the loss."""
+        """The engine's ``backward``, which remembers the loss.
+
+        Raises:
+            UserError: another set of parameters is trained than when the engine was made; on all ranks alike.
+        """
+        if not self._losses:  # before gradients meet: ranks that train different ones would wait for each other
+            self._optimizer.check_model(weights=False)
         self._losses.append(loss.detach())
         return self._engine_backward(loss, *args, **kwargs)
 
@@ -83,12 +90,15 @@ class Guard:
         """The engine's ``step``; at the end of an update, with a decision before it. Collective there.
 
         Raises:
+            UserError: what was done to the model would be undone; on all ranks alike, before anything is. Once that is
+                set right, the step can be made again.
             GuardError: too many updates in a row were skipped, or ranks have drifted apart; on all ranks alike, after
                 the step.
         """
         if not self._host.ends_update():
             return self._engine_step(*args, **kwargs)
         optimizer = self._optimizer
+        optimizer.check_model()
         objection = self._objection()
         if self._asked is not None:
             objection, self._asked = self._asked, None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megalr.hosts.base import Host, NamedGroup
 from megalr.layout.layout import Fragment, Layout
-from megalr.layout.shard import Shard
+from megalr.layout.shard import Shard, Twin
 
 
 class Plain(Host):
@@ -44,14 +44,17 @@ def read_whole(
     fragments: list[Fragment] = []
     buffers: list[Tensor] = []
     weights: list[Tensor] = []
+    names: list[str] = []
     for named, param_group in zip(named_groups, param_groups, strict=True):
-        trainable = {name: p for name, p in named.items() if p.requires_grad}
-        tensors = [t for t in param_group["params"] if t.requires_grad]
+        # An engine makes no master of a parameter without elements.
+        trainable = {name: p for name, p in named.items() if p.requires_grad and p.numel()}
+        tensors = [t for t in param_group["params"] if t.requires_grad and t.numel()]
         for (name, parameter), tensor in zip(trainable.items(), tensors, strict=True):
             if parameter.shape != tensor.shape:
                 raise RuntimeError(
                     f"expected the master of {name} {tuple(parameter.shape)}, found {tuple(tensor.shape)}"
                 )
+            names.append(name)
             shapes[name] = tuple(parameter.shape)
             fragments += [Fragment(name, 0, parameter.numel(), r, len(buffers), 0, copy=r) for r in range(world_size)]
             buffers.append(tensor)
@@ -63,5 +66,9 @@ def read_whole(
         if weights[buffer] is not buffers[buffer]:
             weights[buffer].data.copy_(buffers[buffer].data)
 
+    def twins() -> list[Twin]:
+        flat = [(name, w.data.view(-1), b.data.view(-1)) for name, w, b in zip(names, weights, buffers, strict=True)]
+        return [Twin(*each) for each, w, b in zip(flat, weights, buffers, strict=True) if w is not b]
+
     # Nobody else looks at gradients; the optimizer sees all of them in its groups.
-    return Shard(layout, flat, buffers, rank, group, publish, unseen_gradients=list, replicated=True)
+    return Shard(layout, flat, buffers, rank, group, publish, unseen_gradients=list, replicated=True, twins=twins)

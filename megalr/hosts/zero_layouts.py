@@ -27,7 +27,7 @@ from megalr.hosts.base import NamedGroup
 from megalr.hosts.plain import read_whole
 from megalr.layout.layout import Fragment, Layout
 from megalr.layout.planned import chunks, parts
-from megalr.layout.shard import Shard
+from megalr.layout.shard import Shard, Twin
 
 CUT = "a parameter at ZeRO stage 3"
 FLAT = "a parameter at ZeRO stages 1 and 2"
@@ -35,6 +35,7 @@ FLAT = "a parameter at ZeRO stages 1 and 2"
 IN_ANY_ORDER, IN_LAST_PASS = "megalr_reduced_in_any_order", "megalr_reduced_in_last_pass"
 RECORD = "a record in a parameter's _hp_mapping"
 STAGE_3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
+OFFLOAD = "deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload"
 GROUPS = "deepspeed.utils.groups"
 
 # What this file reads of DeepSpeed, by whose it is; held by tests/deepspeed/test_contract.py.
@@ -58,8 +59,10 @@ INTERNALS = {
         "fp16_groups",
         "fp16_partitioned_groups_flat",
         "fp32_partitioned_groups_flat",
+        "parameter_offload",
         "swap_optimizer",
     ),
+    OFFLOAD: ("zero_quantized_weights",),
     GROUPS: ("mpu",),
     "the mpu that DeepSpeed was given": ("get_data_parallel_group",),
 }
@@ -75,11 +78,12 @@ def read_shard(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[s
         RuntimeError: the buffers do not hold what this reading says; DeepSpeed's layout has changed.
         UserError: parameters or states lie on NVMe.
     """
-    first = next(p for group in named_groups for p in group.values())
-    if is_cut(first):
-        return _read_stage_3(named_groups, first)
-    if hasattr(first, "_hp_mapping"):
-        return _read_flat_groups(named_groups, param_groups, first)
+    parameters = [p for group in named_groups for p in group.values()]
+    for has_mark, read in ((is_cut, _read_stage_3), (is_flat, _read_flat_groups)):
+        # One that was frozen, or a user has put in another's place, has none.
+        marked = next(filter(has_mark, parameters), None)
+        if marked is not None:
+            return read(named_groups, param_groups, marked)
     return _read_stage_0(named_groups, param_groups)
 
 
@@ -150,7 +154,7 @@ def told_of_parallelism() -> Any:
     return getattr(sys.modules.get(GROUPS), "mpu", None)
 
 
-def _read_stage_3(named_groups: Sequence[NamedGroup], first: Any) -> Shard:
+def _read_stage_3(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]], first: Any) -> Shard:
     zero = first._z3_optimizer
     names = {id(p): name for group in named_groups for name, p in group.items()}
     group = getattr(first, "ds_process_group", None) or zero.dp_process_group
@@ -182,12 +186,21 @@ def _read_stage_3(named_groups: Sequence[NamedGroup], first: Any) -> Shard:
         weights[buffer].data.copy_(buffers[buffer].data)
 
     parameters = {name: p for named in named_groups for name, p in named.items()}
-    for fragment in fragments:
-        if fragment.rank == rank:
-            own = parameters[fragment.name].ds_tensor.data.view(-1)[: fragment.length]
-            _verify(fragment, own, _master(buffers, fragment))
+    mine = [fragment for fragment in fragments if fragment.rank == rank]
+    quantized = zero.parameter_offload.zero_quantized_weights  # what is gathered is rounded, then
+
+    def twins() -> list[Twin]:
+        found = []
+        for f in mine:
+            (_, chunk), *whole = held(parameters[f.name])
+            weights = [chunk, *(flat[f.start : f.start + f.length] for _, flat in whole if not quantized)]
+            found += [Twin(f.name, weight, _master(buffers, f)) for weight in weights]
+        return found
+
+    for f in mine:
+        _verify(f.name, held(parameters[f.name])[0][1], _master(buffers, f))
     layout = Layout(world_size, shapes, fragments)
-    return Shard(layout, [b.data for b in buffers], buffers, rank, group, publish)
+    return Shard(layout, [b.data for b in buffers], buffers, rank, group, publish, twins=twins)
 
 
 def _read_flat_groups(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]], first: Any) -> Shard:
@@ -200,26 +213,29 @@ def _read_flat_groups(named_groups: Sequence[NamedGroup], param_groups: Sequence
     for buffer, (named, master) in enumerate(zip(named_groups, masters, strict=True)):
         part = master.numel()
         for name, parameter in named.items():
-            if not parameter.requires_grad:
+            if not is_flat(parameter):
                 continue
             shapes[name] = tuple(parameter.shape)
             begin = int(parameter.data.storage_offset())
             fragments += parts(name, begin, parameter.numel(), part, buffer)
     layout = Layout(world_size, shapes, fragments)
     parameters = {name: p for named in named_groups for name, p in named.items()}
-    here = [[f for f in fragments if f.rank == rank and f.buffer == buffer] for buffer in range(len(masters))]
+    mine = [fragment for fragment in fragments if fragment.rank == rank]
 
     def own_weights(fragment: Fragment) -> Tensor:
         flat = parameters[fragment.name].data.view(-1)
         return flat[fragment.start : fragment.start + fragment.length]
 
     def publish(buffer: int) -> None:
-        for fragment in here[buffer]:
-            own_weights(fragment).copy_(_master(masters, fragment))
+        for fragment in mine:
+            if fragment.buffer == buffer:
+                own_weights(fragment).copy_(_master(masters, fragment))
 
-    for part in here:
-        for fragment in part:
-            _verify(fragment, own_weights(fragment), _master(masters, fragment))
+    def twins() -> list[Twin]:
+        return [Twin(f.name, own_weights(f), _master(masters, f)) for f in mine]
+
+    for twin in twins():
+        _verify(*vars(twin).values())
     # The records of any parameter that has a fragment here lead to the averaged gradients of all groups.
     mappings = [getattr(p, "_hp_mapping", None) for p in parameters.values()]
     mapping = next((found for found in mappings if found is not None), None)
@@ -231,7 +247,18 @@ def _read_flat_groups(named_groups: Sequence[NamedGroup], param_groups: Sequence
     # BF16_Optimizer, whose parameters have no grad_accum, adds up whole buffers.
     ordered = hasattr(first, "grad_accum") and not hasattr(first, IN_ANY_ORDER)
     every_pass = hasattr(first, IN_LAST_PASS)
-    return Shard(layout, [m.data for m in masters], masters, rank, group, publish, unseen, ordered, every_pass)
+    return Shard(
+        layout,
+        [m.data for m in masters],
+        masters,
+        rank,
+        group,
+        publish,
+        unseen,
+        ordered=ordered,
+        every_pass=every_pass,
+        twins=twins,
+    )
 
 
 def _read_stage_0(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]]) -> Shard:
@@ -247,10 +274,12 @@ def _master(masters: Sequence[Tensor], fragment: Fragment) -> Tensor:
     return masters[fragment.buffer].data[fragment.offset : fragment.offset + fragment.length]
 
 
-def _verify(fragment: Fragment, weights: Tensor, master: Tensor) -> None:
+def _verify(name: str, weights: Tensor, master: Tensor) -> None:
     """The model's weights are the masters cast down: if not, training on would silently mix parameters up."""
     if not torch.equal(weights, master.to(weights)):
         raise RuntimeError(
-            f"the flat fp32 buffer does not hold {fragment.name} where it was expected; this DeepSpeed release lays "
-            "parameters out in another way than megalr.hosts.zero_layouts reads them"
+            f"the flat fp32 buffer does not hold {name} where it was expected. Either the weight was written after "
+            "deepspeed.initialize: write it before, or call optimizer.prepare() right after deepspeed.initialize, and "
+            "megalr.adopt_weights(engine) once it is written. Or this DeepSpeed release lays parameters out in another "
+            "way than megalr.hosts.zero_layouts reads them"
         )

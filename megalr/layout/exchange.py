@@ -232,12 +232,13 @@ class Exchange:
             self.sum(whole)
         return self.layout.whole(name, whole)
 
-    def vote(self, mine: bool, number: int) -> tuple[bool, bool]:
-        """Whether something is so on every rank, and whether all ranks have the same number. Collective."""
-        if self.layout.world_size == 1:
+    def vote(self, mine: bool, number: int = 0) -> tuple[bool, bool]:
+        """Whether it is so on every rank, replicas included, and whether all have the same number. Collective."""
+        if not self._groups():
             return mine, True
         vote = torch.tensor([int(mine), number, -number], device=self._device)
-        dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self._group)
+        for group in self._groups():
+            dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=group)
         all_true, least, most = vote.tolist()
         return bool(all_true), least == -most
 
@@ -246,6 +247,19 @@ class Exchange:
         extremes = torch.stack([numbers, -numbers]).to(self._device or numbers.device)
         dist.all_reduce(extremes, op=dist.ReduceOp.MIN, group=self._group)
         return extremes[0].tolist(), (-extremes[1]).tolist()
+
+    def said(self, words: str) -> list[str]:
+        """Every rank's words, replicas included; the same list on all."""
+        found = [words]
+        for group in self._groups():
+            lists: list[list[str]] = [[]] * dist.get_world_size(group)
+            dist.all_gather_object(lists, found, group=group)
+            found = [each for one in lists for each in one]
+        return found
+
+    def _groups(self) -> list[dist.ProcessGroup]:
+        """Those in which this rank is not alone."""
+        return [g for g in (self._group if self.layout.world_size > 1 else None, self._replicas) if g is not None]
 
     def _start(self, plan: _Plan, count: int, read: _Read, write: _Put, like: Tensor) -> _Arrive:
         """Copy what is local, send the rest in one all-to-all, for each of ``count`` fields.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalr.layout.layout import Layout
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Elements of a trained parameter that this rank has twice.
+
+    Attributes:
+        name: the parameter's.
+        weight: as the model computes with them; a flat view.
+        master: the same elements of the masters; a flat view.
+    """
+
+    name: str
+    weight: Tensor
+    master: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,8 @@ class Shard:
         replicas: ranks outside ``layout`` that have the same as this one and do the same with it, if there are any.
         is_first_copy, is_first_replica: of those in ``layout`` that have the same of what is not trained, whether this
             is the first tensor-parallel and the first data-parallel rank.
+        twins: all that this rank holds both as a weight and as a master, where it lies now. Between two updates each
+            weight is its master in the model's dtype. Empty where the masters are the weights.
     """
 
     layout: Layout
@@ -49,6 +66,7 @@ class Shard:
     replicas: dist.ProcessGroup | None = None
     is_first_copy: bool = True
     is_first_replica: bool | None = None
+    twins: Callable[[], Sequence[Twin]] = tuple
 
     def __post_init__(self) -> None:
         if self.is_first_replica is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalr import hosts
 from megalr.config.settings import MegalrConfig
@@ -21,6 +21,7 @@ from megalr.optim.events.momentum_reset import MomentumReset
 from megalr.optim.events.refactorization import Refactorization
 from megalr.optim.groups import ParameterGroup
 from megalr.optim.inspection import Inspection
+from megalr.optim.model_check import ModelCheck
 from megalr.optim.progress import Progress
 from megalr.optim.sharded import Sharded
 
@@ -42,6 +43,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         sections: what the JSON says of the method, to be kept with checkpoints.
         groups: the parameters as they were given.
         all_groups: torch's parameter groups; in :meth:`step` ZeRO shows one at a time in ``param_groups``.
+        checks_model: whether :meth:`step` begins an update with :meth:`check_model`; else somebody has to call that.
         updates: updates made so far, skipped ones not counted.
         skipped: updates skipped so far in this process.
         last_events: what the last update ended with, in order: "refactorization", "momentum_reset", or "skipped".
@@ -60,6 +62,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         activations: LayerEvents | None = None,
         sections: Mapping[str, Any] | None = None,
         host: Host | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         """
         Args:
@@ -70,11 +73,13 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
             activations: of the compression of saved activations.
             sections: see the attribute.
             host: the engine that will step this optimizer; None: recognized by what it has made of the parameters.
+            model: what is trained, to notice what is done to it; None: its parameters alone are watched.
         """
         self.config = config
         self.sections = dict(sections or {})
         self.groups = list(groups)
         self.updates = self.skipped = 0
+        self.checks_model = True
         self.last_events: list[str] = []
         self.clocks = {"factors": Clock(), "dense": Clock()}
         self.layer_events = events
@@ -83,11 +88,12 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         if config.refactorization and pairs:
             balance = Refactorization(config.refactorization, pairs, reset, lambda: self.matrices)
         self.events: list[Event] = [each for each in (balance, reset, events, activations) if each is not None]
-        self._host = host
+        self._host, self._model = host, model
         self._sharded: Sharded | None = None
         self._loaded: engine_state.Loaded | None = None  # what waits for the parameters to be cut
         self._progress = Progress()
         self._arrivals = Arrivals([group.parameters for group in self.groups])
+        self._are_loaded = False  # weights and masters, by the engine, since the last update
         named = [{"params": list(g.parameters.values()), "name": g.name, "by_rule": g.rule is not None} for g in groups]
         param_groups = [given | vars(group.settings) for given, group in zip(named, groups, strict=True)]
         # accelerate reads a learning rate from the defaults when the JSON has a schedule.
@@ -97,12 +103,18 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update the parameters of the current groups; after the last buffer of this update, run the events due."""
+        """Update the parameters of the current groups; after the last buffer of this update, run the events due.
+
+        Raises:
+            UserError: what is done to the model since its engine was made would be undone; on all ranks alike.
+        """
         if closure is not None:
             raise NotImplementedError("MegalrOptimizer.step takes no closure")
         shard, progress = self.prepare(), self._progress
         if progress.is_dry_run(self.param_groups, shard):
             return  # it must not count, decay weights or run events
+        if progress.is_between and self.checks_model:
+            self.check_model()
         progress.begin(self.all_groups, shard, self.exchange, self._arrivals)
         index = {id(parameter): buffer for buffer, parameter in enumerate(shard.parameters)}
         for group in self.param_groups:
@@ -138,6 +150,18 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         self._loaded = None
         self.begin_update()
 
+    def check_model(self, *, weights: bool = True) -> None:
+        """Raise if something was done to the model that an update would undo or a checkpoint leave out. Collective.
+
+        Args:
+            weights: whether to compare the weights with the masters as well.
+
+        Raises:
+            UserError: see :mod:`megalr.optim.model_check`; on all ranks alike.
+        """
+        self.prepare()
+        self._check.run(weights=weights, are_loaded=self._are_loaded)
+
     def prepare(self) -> Shard:
         """Read what lies where, choose owners; done once, on first use after the engine was made."""
         return self._prepared.shard
@@ -161,7 +185,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         self.all_groups = self.param_groups
         for group, given in zip(self.param_groups, self.groups, strict=True):
             group.update({key: value for key, value in vars(given.settings).items() if key != "lr"})
-        self._loaded = loaded
+        self._loaded, self._are_loaded = loaded, True
         if self._sharded is not None:
             self._fill()
 
@@ -184,6 +208,8 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
             self._sharded = Sharded.read(self.groups, self.all_groups, self.config, self._host)
             if not self._sharded.shard.ordered:
                 self._arrivals.stop()
+            given = {name: p for group in self.groups for name, p in group.parameters.items()}
+            self._check = ModelCheck(self._model, given, self._sharded.shard, self._sharded.exchange)
             for event in self.events:
                 event.attach(self._sharded.shard, self._sharded.exchange, self.moments)
             self._fill()
@@ -233,6 +259,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
             self.last_events = ["skipped"]
             return
         self.updates += 1
+        self._are_loaded = False
         for clock in self.clocks.values():
             clock.advance()
         zeroed = self._resets_due(self.updates)

@@ -28,6 +28,11 @@ class Progress:
         self._stepped: set[int] = set()
         self._began = False
 
+    @property
+    def is_between(self) -> bool:
+        """Whether the next call is the first of an update."""
+        return not self._stepped
+
     def is_dry_run(self, groups: ParamGroups, shard: Shard) -> bool:
         """Whether this is the call that DeepSpeed makes, with zero gradients, to have states created."""
         dry = shard.dry_run and not self._began and not any(grad.any() for grad in gradients_in(groups))
@@ -46,7 +51,7 @@ class Progress:
         Raises:
             UserError: ranks have used different parameters, where the engine needs them to use the same.
         """
-        if self._stepped:
+        if not self.is_between:
             return
         self.skipping = self.skip_asked
         if not self.skipping and shard.unseen_gradients is not None:  # else the engine looks at gradients itself

@@ -191,7 +191,7 @@ def _things(engine: Any) -> Iterator[tuple[str, Any]]:
     """What hosts/ may meet, with the keys of its tables; a thing may have several."""
     declared = {kind for table in tables().values() for kind in table}
     things = [engine, engine.optimizer, engine.module, engine.monitor, getattr(engine.optimizer, "loss_scaler", None)]
-    things.append(getattr(engine.optimizer, "loss_scale_config", None))
+    things += [getattr(engine.optimizer, name, None) for name in ("loss_scale_config", "parameter_offload")]
     for thing in things:
         for cls in type(thing).__mro__:
             name = f"{cls.__module__}.{cls.__qualname__}"

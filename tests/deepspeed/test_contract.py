@@ -21,13 +21,14 @@ pytestmark = pytest.mark.distributed
 
 PARTS = {zero_layouts.FLAT, zero_layouts.RECORD}
 STAGES_1_AND_2 = {deepspeed.STAGES_1_AND_2, deepspeed.ACCUMULATING, *PARTS}
+STAGE_3 = {deepspeed.STAGE_3, zero_layouts.CUT, zero_layouts.OFFLOAD}
 # Whose attributes each engine shows.
 ZERO: dict[str, set[str]] = {
     "stage 0": set(),
     "stage 1": STAGES_1_AND_2,
     "stage 2": STAGES_1_AND_2,
-    "stage 3": {deepspeed.STAGE_3, zero_layouts.CUT},
-    "stage 3, hpZ": {deepspeed.STAGE_3, zero_layouts.CUT},
+    "stage 3": STAGE_3,
+    "stage 3, hpZ": STAGE_3,
     "stage 0, bf16": {deepspeed.UNFUSED, "deepspeed.runtime.fp16.loss_scaler.LossScaleConfig"},
     "stage 1, bf16": {deepspeed.BF16, *PARTS},
     "stage 2, bf16": STAGES_1_AND_2,

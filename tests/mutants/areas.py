@@ -32,6 +32,7 @@ AREAS: dict[str, str] = {
     "resume": f"{W}/test_rules.py {W}/test_parametrizations.py {D}/test_old_checkpoints.py {D}/test_checkpoints.py "
     f"{D}/test_checkpoint_jobs.py {D}/test_training.py {D}/test_projected.py {D}/test_factors.py {D}/test_ways_in.py",
     "guards": f"{U}/test_guards.py {D}/test_guards.py",
+    "model check": f"{U}/test_model_check.py {W}/test_modified_models.py {D}/test_modified_models.py",
     "clipping": f"{D}/test_tensor_parallel.py",
     "tensor-parallel layers": f"{U}/test_tensor_parallel.py {U}/test_joined_layouts.py {W}/test_cutting.py "
     f"{D}/test_tensor_parallel.py",

@@ -26,6 +26,9 @@ OWN = f"{WORLD} 'test_equals_one_plain_process and state_dict'"
 NORM = "tests/deepspeed/test_tensor_parallel.py -k test_the_norm_for_clipping"
 LOGITS = "tests/deepspeed/test_tensor_parallel.py -k 'test_logits_loss_and_gradients'"
 NEVER_WAS = "tests/deepspeed/test_guards.py -k test_a_bad_update_never_was"
+MODEL_CHECK = "megalr/optim/model_check.py"
+ADOPTION = "megalr/guards/adoption.py"
+MODIFIED = "tests/deepspeed/test_modified_models.py"
 POISON = "tests/world/test_skipping.py"
 
 RUNS = [
@@ -261,12 +264,50 @@ RUNS = [
         ),
     ),
     *mutants(
+        "model check",
+        (
+            "what was written into a model is not looked for",
+            MODEL_CHECK,
+            "        if weights:\n            return",
+            "        if False:\n            return",
+            MODIFIED,
+        ),
+        (
+            "a frozen parameter is not looked for",
+            MODEL_CHECK,
+            "if p.requires_grad} != self._ids",
+            "} != self._ids",
+            MODIFIED,
+        ),
+        (
+            "each rank complains on its own",
+            MODEL_CHECK,
+            "        if self._exchange.vote(not complaint)[0]:",
+            "        if not complaint:",
+            MODIFIED,
+        ),
+        (
+            "adopted weights take the masters' digits from all",
+            ADOPTION,
+            "changed = [twin.weight != twin.master.to(twin.weight) for twin in twins]",
+            "changed = [twin.weight == twin.weight for twin in twins]",
+            MODIFIED,
+        ),
+        (
+            "a checkpoint is written without a look at the model",
+            CONTENTS,
+            "        self._optimizer.check_model()\n        host",
+            "        host",
+            MODIFIED,
+        ),
+    ),
+    *mutants(
         "skipping",
         (
             "ranks skip on their own",
             EXCHANGE,
-            "        dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self._group)\n",
-            "",
+            "        if not self._groups():\n            return mine\n",
+            "        return mine\n",
             POISON,
         ),
         (

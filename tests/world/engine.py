@@ -20,7 +20,7 @@ from megalr.hosts.base import Host, NamedGroup
 from megalr.layers.replacement import factor_pairs, replaced_layers
 from megalr.layers.velora import compressed_layers
 from megalr.layout.planned import planned_layout
-from megalr.layout.shard import Shard
+from megalr.layout.shard import Shard, Twin
 from megalr.optim.events.registry import layer_events
 from megalr.optim.events.velora import Directions
 from megalr.optim.groups import parameter_groups
@@ -198,8 +198,10 @@ class Engine:
                 groups[index]["params"] = []
             else:
                 optimizer.param_groups = [groups[index]]
-                optimizer.step()
-                optimizer.param_groups = groups
+                try:
+                    optimizer.step()
+                finally:
+                    optimizer.param_groups = groups
             self.publish(buffer)
             master.grad = None
         self.share_weights()
@@ -238,6 +240,17 @@ class _WorldHost(Host):
 
     def read(self, named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]]) -> tuple[Shard, Shard]:
         engine = self._engine
+
+        def twins() -> list[Twin]:
+            if engine.stage == 0:
+                pairs = zip(engine._parameters.items(), engine.masters, strict=True)
+                return [Twin(n, p.data.view(-1), m.data.view(-1)) for (n, p), m in pairs if p is not m]
+            found = []
+            for f in engine._own:
+                weight = engine._parameters[f.name].data.view(-1)[f.start : f.start + f.length]
+                found.append(Twin(f.name, weight, engine.masters[f.buffer].data[f.offset : f.offset + f.length]))
+            return found
+
         shard = Shard(
             engine.layout,
             [master.data.view(-1) for master in engine.masters],
@@ -247,6 +260,7 @@ class _WorldHost(Host):
             engine.publish,
             None if engine.looks else engine.gradients,
             replicated=engine.stage == 0,
+            twins=twins,
         )
         return shard, shard
 
@@ -262,6 +276,7 @@ def optimizer_of(model: nn.Module, config: dict[str, Any], host: Host) -> Megalr
         events=layer_events(parsed.parametrization, replaced_layers(model), parsed.seed),
         activations=Directions(compressed) if compressed else None,
         host=host,
+        model=model,
     )
 
 
