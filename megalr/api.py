@@ -42,24 +42,32 @@ from megalr.layers.tensor_parallel.cutting import cut_layers
 from megalr.layers.velora import compress_activations, compressed_layers
 from megalr.optim.events.registry import layer_events
 from megalr.optim.events.velora import Directions
+from megalr.optim.foreign import attend, needs, watch
 from megalr.optim.groups import parameter_groups
 from megalr.optim.optimizer import MegalrOptimizer
 
 UNSHARED = "compressed activations cannot be shared by tensor-parallel ranks: remove megalr.activations"
 
 
-def parametrize(model: nn.Module, config: Json | str | Path) -> nn.Module:
+def parametrize(model: nn.Module, config: Json | str | Path, *, other_optimizer: bool = False) -> nn.Module:
     """Give the model's linear layers the parametrization that the JSON's "megalr" section asks for, in place.
 
-    Where it asks for compressed activations, linear layers that it names save those from then on.
+    Where it asks for compressed activations, linear layers that it names save those from then on. Where it asks for
+    what only megalr's optimizer does, such as refactorizations, the first backward pass raises a UserError if there is
+    no such optimizer.
 
     Args:
         model: a dense model, not yet partitioned by DeepSpeed.
         config: the DeepSpeed JSON, as a path or a dictionary.
+        other_optimizer: let any optimizer train the model, without what only megalr's does.
     """
-    parsed = MegalrConfig.from_json(fill_auto(read_json(config), None))
+    content = fill_auto(read_json(config), None)
+    parsed = MegalrConfig.from_json(content)
     _parametrize(model, parsed.parametrization, seed=parsed.seed)
-    return model if parsed.activations is None else compress_activations(model, parsed.activations)
+    if parsed.activations is not None:
+        compress_activations(model, parsed.activations)
+    watch(model, () if other_optimizer else needs(parsed, content))
+    return model
 
 
 def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: Any | None = None) -> MegalrOptimizer:
@@ -114,7 +122,7 @@ def _build_optimizer(model: nn.Module, content: Json) -> MegalrOptimizer:
             "the configuration asks for compressed activations, but the model has no such layer: call "
             "megalr.parametrize(model, config) before megalr.build_optimizer"
         )
-    return MegalrOptimizer(
+    optimizer = MegalrOptimizer(
         groups,
         parsed,
         pairs=list(factor_pairs(model)),
@@ -122,6 +130,8 @@ def _build_optimizer(model: nn.Module, content: Json) -> MegalrOptimizer:
         activations=Directions(compressed) if compressed else None,
         sections={key: content[key] for key in ("optimizer", "megalr") if key in content},
     )
+    attend(model, optimizer)
+    return optimizer
 
 
 def trainer_optimizer(training_args: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
