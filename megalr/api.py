@@ -25,7 +25,7 @@ from megalr.hosts.autotp import (
     start_tensor_parallel,
     tensor_parallel_size,
 )
-from megalr.hosts.deepspeed_config import refuse_unsupported
+from megalr.hosts.deepspeed_config import refuse_compiled, refuse_unsupported
 from megalr.hosts.deepspeed_pipeline import check_pipeline, check_stages
 from megalr.hosts.deepspeed_start import start_engine
 from megalr.hosts.tensor_parallel import (
@@ -40,6 +40,7 @@ from megalr.layers import parametrize as _parametrize
 from megalr.layers.replacement import factor_pairs, replaced_layers
 from megalr.layers.tensor_parallel.cutting import cut_layers
 from megalr.layers.velora import compress_activations, compressed_layers
+from megalr.naming import named_buffers, named_parameters, plain_name
 from megalr.optim.events.registry import layer_events
 from megalr.optim.events.velora import Directions
 from megalr.optim.foreign import attend, needs, watch
@@ -89,6 +90,7 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
     if training_args is not None:
         content = fill_auto(content, training_args)
         _complete(training_args, content)
+    refuse_compiled(model, content)
     size = tensor_parallel_size(content)
     if size > 1 and replaced_layers(model):
         raise UserError(
@@ -187,6 +189,7 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
             )
     content = read_json(config)
     refuse_unsupported(content)
+    refuse_compiled(model, content)
     parametrize(model, content)
     optimizer = _build_optimizer(model, content)
     _cut(model, content, kwargs)
@@ -239,18 +242,18 @@ def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
     optimizer: MegalrOptimizer = host.optimizer
     state, module = optimizer.consolidate(), host.module
     trained = optimizer.prepare().layout.shapes
-    for name, parameter in module.named_parameters():
+    for name, parameter in named_parameters(module):
         places = indices_in_whole(parameter)
         if places is not None and state is not None:
             state[name] = torch.empty_like(state[name]).index_copy_(0, places, state[name])
     # Layers may share a frozen parameter, and each has its own name for it.
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(module, remove_duplicate=False):
         if name not in trained and not parameter.requires_grad:
             with gather([parameter]):
                 whole = whole_frozen(name, parameter)
                 if state is not None:
                     state[name] = whole
     if state is not None:
-        persistent = {name for name in module.state_dict() if name not in state}
-        state.update({n: b.detach().cpu().clone() for n, b in module.named_buffers() if n in persistent})
+        persistent = {name for name in (plain_name(module, each) for each in module.state_dict()) if name not in state}
+        state.update({n: b.detach().cpu().clone() for n, b in named_buffers(module) if n in persistent})
     return state

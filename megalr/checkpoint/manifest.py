@@ -18,6 +18,7 @@ from typing import Any
 from megalr.checkpoint.format import itemsize
 from megalr.disk import write_and_sync
 from megalr.errors import UserError
+from megalr.naming import without_wrappers
 
 VERSION = 2
 MANIFEST = "manifest.json"
@@ -34,7 +35,7 @@ class Manifest:
         folder: where it is.
         content: "numbers", "client", "layout", "config", "model", "versions", "written"; and of the data "files", by
             name {"bytes", "header"}, and "tensors", by key {"shape", "dtype", "pieces"}, a piece being
-            [offsets, sizes, file, first byte in the file, checksum].
+            [offsets, sizes, file, first byte in the file, checksum]; "stored" is the files' own key, if it is another.
     """
 
     folder: Path
@@ -89,7 +90,7 @@ def read_manifest(folder: Path) -> Manifest:
         if version == VERSION:
             if _checksum(outer["content"]) != outer["checksum"]:
                 raise ValueError("its checksum does not match")
-            return Manifest(folder, outer["content"])
+            return Manifest(folder, _by_plain_names(outer["content"]))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the checkpoint was never finished, or is no megalr checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -158,6 +159,15 @@ def _check(manifest: Manifest, name: str, pieces: Sequence[tuple[int, int, int, 
         return [f"{path} is missing; {hit}"]
     except OSError as error:
         return [f"{path} cannot be read ({error}); {hit}"]
+
+
+def _by_plain_names(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Earlier versions wrote tensors of compiled models by the names that these have; the files still do."""
+    tensors = {without_wrappers(key): {"stored": key, **found} for key, found in content.get("tensors", {}).items()}
+    if tensors.keys() == content.get("tensors", {}).keys():
+        return content
+    numbers = json.loads(without_wrappers(json.dumps(content["numbers"])))
+    return {**content, "numbers": numbers, "tensors": tensors}
 
 
 def _checksum(content: Any) -> int:

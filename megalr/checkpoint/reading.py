@@ -23,7 +23,7 @@ def read_tensor(manifest: Manifest, key: str) -> Tensor:
     for offsets, sizes, file, *_ in found["pieces"]:
         with safe_open(manifest.folder / file, framework="pt") as opened:
             where = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
-            whole[where] = opened.get_tensor(piece_name(key, offsets))
+            whole[where] = opened.get_tensor(piece_name(found.get("stored", key), offsets))
     return whole
 
 

@@ -12,6 +12,7 @@ from megalr.hosts import is_partitioned
 from megalr.layers.base import FactorizedLinear, FullConfig, Parametrization, ParametrizationConfig
 from megalr.layers.low_rank import LowRankLinear
 from megalr.layers.projected import ProjectedLinear
+from megalr.naming import named_modules, named_parameters, submodule
 
 
 def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 0) -> nn.Module:
@@ -39,14 +40,14 @@ def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 
         parent, _, child = name.rpartition(".")
         replaced[name] = config.replace(targets.pop(name), seed=seed, name=name)
         _check_layer(replaced[name], config)
-        setattr(model.get_submodule(parent), child, replaced[name])
+        setattr(submodule(model, parent), child, replaced[name])
     config.connect(replaced)
     return model
 
 
 def factor_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     """The qualified names of every low-rank pair of the model, as (B, A)."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, LowRankLinear):
             prefix = f"{name}." if name else ""
             yield f"{prefix}B", f"{prefix}A"
@@ -54,19 +55,19 @@ def factor_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def factor_names(model: nn.Module) -> Iterator[str]:
     """The qualified names of what low-rank layers and their kin train in place of a dense weight."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, FactorizedLinear):
             yield from (f"{name}.{factor}" if name else factor for factor in module.factors)
 
 
 def replaced_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of the model that stand in the place of a linear one, by qualified name, in its order."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, FactorizedLinear | ProjectedLinear)}
+    return {n: m for n, m in named_modules(model) if isinstance(m, FactorizedLinear | ProjectedLinear)}
 
 
 def projected_layers(model: nn.Module) -> dict[str, ProjectedLinear]:
     """The projected layers of the model by qualified name, in its order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ProjectedLinear)}
+    return {name: module for name, module in named_modules(model) if isinstance(module, ProjectedLinear)}
 
 
 def matching(names: Iterable[str], patterns: tuple[str, ...] | str, where: str, what: str) -> set[str]:
@@ -103,7 +104,7 @@ def matching(names: Iterable[str], patterns: tuple[str, ...] | str, where: str, 
 
 
 def _targets(model: nn.Module, config: Parametrization) -> dict[str, nn.Linear]:
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name: module for name, module in named_modules(model) if isinstance(module, nn.Linear)}
     names = matching(linear, config.target_modules, "megalr.parametrization.target_modules", "linear layer")
     chosen = {name: layer for name, layer in linear.items() if name in names}
     _refuse_shared(model, chosen)
@@ -132,7 +133,7 @@ def _check_layer(layer: nn.Module, config: Parametrization) -> None:
 
 def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(model, remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for name, layer in chosen.items():
         if is_partitioned(layer.weight):

@@ -11,6 +11,7 @@ from megalr.config.sections import GroupConfig, OptimizerConfig
 from megalr.errors import UserError
 from megalr.hosts import logical_shape
 from megalr.layers.replacement import factor_names, matching
+from megalr.naming import named_parameters
 from megalr.roles import MATRICES, Role, roles
 from megalr.rules.base import Rule
 
@@ -60,7 +61,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
         UserError: the rule would get nothing, or no head or embeddings where it is to have them, or a pattern of
             ``target_modules`` matches nothing.
     """
-    found, parameters = roles(model), dict(model.named_parameters())
+    found, parameters = roles(model), dict(named_parameters(model))
     members: dict[GroupName, dict[str, nn.Parameter]] = {name: {} for name in GROUPS}
     for name, role in found.items():
         members[_group_of(role, config)][name] = parameters[name]

@@ -85,6 +85,14 @@ def test_what_one_rank_cannot_load_all_give_up(ranks, tmp_path, stage):
     assert found == [(others, True), ("no such device", True), (others, True)]
 
 
+@pytest.mark.parametrize("stage", [2, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_compiled_and_plain_runs_go_on_from_each_other(ranks, tmp_path, stage):
+    pairs = [("plain", "before"), ("before", "plain"), ("before", "engine"), ("plain", "engine"), ("engine", "plain")]
+    if stage == 3:  # where DeepSpeed takes no model that is compiled before
+        pairs = [pair for pair in pairs if "before" not in pair]
+    assert ranks(2).run(f"{MODULE}:compiled", stage, str(tmp_path), pairs) == [[], []]
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_load_in_mid_update_is_refused(ranks, tmp_path, stage):
     for message in ranks(2).run(f"{MODULE}:begun", stage, str(tmp_path)):

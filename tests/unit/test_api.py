@@ -76,6 +76,13 @@ def test_what_cannot_work_is_refused_first(changes, arguments, message):
     assert isinstance(net[0], nn.Linear)
 
 
+def test_stage_3_takes_no_compiled_model():
+    config = {"zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW"}}
+    for build in (megalr.build_optimizer, megalr.initialize):
+        with pytest.raises(UserError, match=r"give the model itself, and call engine.compile\(\) afterwards"):
+            build(nn.Sequential(torch.compile(model(), backend="eager")), config)
+
+
 ARGUMENTS = SimpleNamespace(learning_rate=2e-3, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-7)
 AUTO = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
 
