@@ -37,14 +37,14 @@ from megalr.hosts.tensor_parallel import (
     whole_frozen,
 )
 from megalr.layers import parametrize as _parametrize
-from megalr.layers.replacement import factor_pairs, replaced_layers
+from megalr.layers.replacement import check_whole, factor_pairs, replaced_layers
 from megalr.layers.tensor_parallel.cutting import cut_layers
 from megalr.layers.velora import compress_activations, compressed_layers
 from megalr.naming import named_buffers, named_parameters, plain_name
 from megalr.optim.events.registry import layer_events
 from megalr.optim.events.velora import Directions
 from megalr.optim.foreign import attend, needs, watch
-from megalr.optim.groups import parameter_groups
+from megalr.optim.groups import check_names, parameter_groups
 from megalr.optim.optimizer import MegalrOptimizer
 
 UNSHARED = "compressed activations cannot be shared by tensor-parallel ranks: remove megalr.activations"
@@ -109,6 +109,7 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
 def _build_optimizer(model: nn.Module, content: Json) -> MegalrOptimizer:
     """:func:`build_optimizer` for a configuration that is complete, whoever cuts the layers."""
     parsed = MegalrConfig.from_json(content)
+    check_whole(model)
     check_pipeline(model, tensor_parallel_size(content), guarded=parsed.guards != GuardsConfig())
     layers = replaced_layers(model)
     if not layers and not isinstance(parsed.parametrization, FullConfig):
@@ -237,9 +238,13 @@ def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
     """The model's weights as whole tensors on rank 0's CPU, by qualified name; None on other ranks. Collective.
 
     Trained parameters come from the fp32 masters, at any ZeRO stage; frozen ones and persistent buffers as they are.
+
+    Raises:
+        UserError: the optimizer was built for another module than the engine's.
     """
     host = host_of(engine)
     optimizer: MegalrOptimizer = host.optimizer
+    check_names(optimizer.groups, host.module)
     state, module = optimizer.consolidate(), host.module
     trained = optimizer.prepare().layout.shapes
     for name, parameter in named_parameters(module):

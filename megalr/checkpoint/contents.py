@@ -22,6 +22,7 @@ from megalr.layout.placement import Unit
 from megalr.layout.rectangles import Entry, Piece, folded, rectangles
 from megalr.naming import named_buffers, named_modules, named_parameters, submodule
 from megalr.optim.forms import logical_form
+from megalr.optim.groups import check_names
 from megalr.optim.optimizer import MegalrOptimizer
 from megalr.optim.state import MOMENTS, check, entries_of, make_room, numbers_of, set_rates, settle
 
@@ -41,7 +42,7 @@ class Contents:
             engine: DeepSpeed's, with a :class:`~megalr.optim.MegalrOptimizer`.
 
         Raises:
-            UserError: it is a pipeline's, or has another optimizer.
+            UserError: it is a pipeline's, or has another optimizer, or one that was built for another module.
         """
         host = host_of(engine)
         if not isinstance(host.optimizer, MegalrOptimizer):
@@ -59,6 +60,7 @@ class Contents:
         self._guard = getattr(engine, "megalr_guard", None)
         self._optimizer = host.optimizer
         self._module: nn.Module = host.module
+        check_names(self._optimizer.groups, self._module)
         self._shard = self._optimizer.prepare()
         for name, module in named_modules(self._module):
             if type(module).get_extra_state is not nn.Module.get_extra_state:

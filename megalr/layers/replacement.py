@@ -14,6 +14,8 @@ from megalr.layers.low_rank import LowRankLinear
 from megalr.layers.projected import ProjectedLinear
 from megalr.naming import named_modules, named_parameters, submodule
 
+NAME = "megalr_name"  # the attribute in which a replaced layer keeps its qualified name
+
 
 def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 0) -> nn.Module:
     """Replace every ``nn.Linear`` that ``config.target_modules`` names, in place, and return the model.
@@ -40,9 +42,21 @@ def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 
         parent, _, child = name.rpartition(".")
         replaced[name] = config.replace(targets.pop(name), seed=seed, name=name)
         _check_layer(replaced[name], config)
+        setattr(replaced[name], NAME, name)
         setattr(submodule(model, parent), child, replaced[name])
     config.connect(replaced)
     return model
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise a UserError for a module that is a part of the one that was parametrized."""
+    for name, layer in replaced_layers(model).items():
+        given = getattr(layer, NAME, name)
+        if given.endswith(f".{name}"):
+            raise UserError(
+                f"megalr.build_optimizer was given a part of the model that megalr.parametrize got: {name} is {given} "
+                "there. Give both of them the model that the engine gets"
+            )
 
 
 def factor_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:

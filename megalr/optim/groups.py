@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -86,6 +87,24 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
     }
     rules = _rules(config, set(found.values()))
     return [ParameterGroup(name, chosen, settings[name], rules.get(name)) for name, chosen in members.items() if chosen]
+
+
+def check_names(groups: Iterable[ParameterGroup], module: nn.Module) -> None:
+    """Make sure that an optimizer's names are those of the module that the engine has.
+
+    Raises:
+        UserError: the optimizer was built for a part of that module, or for another one.
+    """
+    names = {id(parameter): name for name, parameter in named_parameters(module)}
+    for group in groups:
+        for name, parameter in group.parameters.items():
+            found = names.get(id(parameter))
+            if found != name:
+                theirs = f"{found} in the engine's model" if found else "no parameter of the engine's model"
+                raise UserError(
+                    f"megalr's optimizer was built for another module than the engine's: {name} is {theirs}. Give "
+                    "megalr.build_optimizer the model that the engine gets, as it is then"
+                )
 
 
 def _group_of(role: Role, config: OptimizerConfig) -> GroupName:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
@@ -154,12 +155,18 @@ def empty_parameters(stage: int, folder: str) -> tuple[int, int]:
 def refused(stage: int, folder: str, what: str) -> str:
     """The message of a save that must fail."""
     engine = engine_of(stage, spectrum=what == "spectrum")
-    if what == "optimizer":
+    if what in ("optimizer", "inner"):
         plain = {"train_batch_size": torch.distributed.get_world_size(), "zero_optimization": {"stage": stage}}
         net = Net()
-        optimizer = torch.optim.AdamW(net.parameters())
+        inner = megalr.build_optimizer(net.layers, {"optimizer": {"type": "AdamW"}})
+        optimizer = inner if what == "inner" else torch.optim.AdamW(net.parameters())
         plain["zero_allow_untested_optimizer"] = True
         engine = deepspeed.initialize(model=net, optimizer=optimizer, config=plain)[0]
+    if what == "inner":
+        with pytest.raises(megalr.UserError, match="built for another module"):
+            megalr.consolidated_state_dict(engine)
+        with pytest.raises(megalr.UserError, match="built for another module"):
+            megalr.attach_guard(engine)
     try:
         megalr.save_checkpoint(engine, folder)
     except megalr.UserError as error:

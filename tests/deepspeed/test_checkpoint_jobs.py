@@ -53,6 +53,7 @@ def test_parameters_without_elements(ranks, tmp_path, stage):
     [
         ("spectrum", "spectrum (buffers) has dtype torch.complex64, which checkpoints cannot hold"),
         ("optimizer", "the engine's optimizer is AdamW, of which megalr's checkpoints know nothing"),
+        ("inner", "another module than the engine's: 0.weight is layers.0.weight in the engine's model"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_on_all_ranks(ranks, tmp_path, what, words):

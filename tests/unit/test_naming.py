@@ -9,8 +9,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import megalr
 from megalr.checkpoint.manifest import read_manifest, write_manifest
+from megalr.config.sections import OptimizerConfig
+from megalr.errors import UserError
 from megalr.layers import LowRankLinear
 from megalr.naming import named_buffers, named_modules, named_parameters, plain_name, submodule, unwrapped
+from megalr.optim.groups import check_names, parameter_groups
 
 CONFIG = {
     "optimizer": {"type": "AdamW"},
@@ -88,6 +91,23 @@ def test_layers_and_groups_are_those_of_the_plain_model(wrap):
     assert sum(isinstance(module, LowRankLinear) for module in wrapped.modules()) == 2
     x = torch.randn(3, 6)
     assert torch.equal(plain(x), wrapped(x))
+
+
+def test_an_optimizer_for_a_part_of_the_model_is_refused():
+    net = megalr.parametrize(Net(), CONFIG)
+    words = "0.attn is blocks.0.attn there. Give both of them the model that the engine gets"
+    with pytest.raises(UserError, match=words):
+        megalr.build_optimizer(net.blocks, CONFIG)
+    whole = Net()
+    megalr.parametrize(whole.blocks, CONFIG)
+    megalr.build_optimizer(whole, CONFIG)
+
+
+@pytest.mark.parametrize("other", [Net(), Net().blocks])
+def test_names_are_held_against_the_engines_model(other):
+    groups = parameter_groups(Net(), OptimizerConfig())
+    with pytest.raises(UserError, match="weight is no parameter of the engine's model. Give megalr.build_optimizer"):
+        check_names(groups, other)
 
 
 def test_checkpoints_of_compiled_models_by_earlier_versions(tmp_path):
