@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megalr.agreement import agree
 from megalr.config.guards import GuardsConfig
 from megalr.config.settings import FullConfig, Json, MegalrConfig, fill_auto, read_json
 from megalr.errors import UserError
@@ -27,7 +28,7 @@ from megalr.hosts.autotp import (
 )
 from megalr.hosts.deepspeed_config import refuse_compiled, refuse_unsupported
 from megalr.hosts.deepspeed_pipeline import check_pipeline, check_stages
-from megalr.hosts.deepspeed_start import start_engine
+from megalr.hosts.deepspeed_start import join_before_engine, start_engine
 from megalr.hosts.tensor_parallel import (
     indices_in_whole,
     is_marked,
@@ -43,6 +44,7 @@ from megalr.layers.velora import compress_activations, compressed_layers
 from megalr.naming import named_buffers, named_parameters, plain_name
 from megalr.optim.events.registry import layer_events
 from megalr.optim.events.velora import Directions
+from megalr.optim.facts import facts_of
 from megalr.optim.foreign import attend, needs, watch
 from megalr.optim.groups import check_names, parameter_groups
 from megalr.optim.optimizer import MegalrOptimizer
@@ -103,6 +105,7 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
     optimizer = _build_optimizer(model, content)
     if size > 1 or any(map(is_marked, model.parameters())):
         mark_gradients(model.parameters(), content)
+    optimizer.agree_first(facts_of(model, content))
     return optimizer
 
 
@@ -180,7 +183,7 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
         ``engine.megalr_guard`` (not of a pipeline).
 
     Raises:
-        UserError: for a configuration that cannot work, before anything is built.
+        UserError: for a configuration that cannot work, or that other ranks have otherwise, before anything is built.
     """
     for taken in ("optimizer", "model_parameters"):
         if kwargs.get(taken) is not None:
@@ -188,7 +191,8 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
                 f"megalr.initialize builds the optimizer itself and takes no {taken}=; to pass your own, use "
                 "megalr.parametrize, megalr.build_optimizer and deepspeed.initialize"
             )
-    content = read_json(config)
+    join_before_engine(kwargs)
+    content = _read_together(model, config)
     refuse_unsupported(content)
     refuse_compiled(model, content)
     parametrize(model, content)
@@ -199,6 +203,20 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     if not host_of(results[0]).has_stages:
         attach_guard(results[0])
     return results
+
+
+def _read_together(model: nn.Module, config: Json | str | Path) -> dict[str, Any]:
+    """Read the JSON, and make sure that all ranks have the same, and the same code and model. Collective.
+
+    First of all, since a rank that refused something alone would leave the others waiting.
+    """
+    try:
+        content = read_json(config)
+    except UserError as error:
+        agree({"the configuration": str(error)})
+        raise
+    agree({"the configuration": "can be read", **facts_of(model, content)})
+    return content
 
 
 def _cut(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalr.agreement import agree
 from megalr.config.settings import MegalrConfig
 from megalr.hosts.base import Host
 from megalr.layout.shard import Shard
@@ -83,6 +84,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         self._sharded: Sharded | None = None
         self._loaded: engine_state.Loaded | None = None  # what waits for the parameters to be cut
         self._progress = Progress()
+        self._to_agree: Mapping[str, str] = {}  # what all ranks are to have in common, until they have compared it
         named = [{"params": list(g.parameters.values()), "name": g.name, "by_rule": g.rule is not None} for g in groups]
         param_groups = [given | vars(group.settings) for given, group in zip(named, groups, strict=True)]
         # accelerate reads a learning rate from the defaults when the JSON has a schedule.
@@ -97,6 +99,9 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         shard, progress = self.prepare(), self._progress
         if progress.is_dry_run(self.param_groups, shard):
             return  # it must not count, decay weights or run events
+        if self._to_agree:
+            agree(self._to_agree)
+            self._to_agree = {}
         progress.begin(self.all_groups, shard, self.exchange)
         index = {id(parameter): buffer for buffer, parameter in enumerate(shard.parameters)}
         for group in self.param_groups:
@@ -124,6 +129,14 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         self._progress.skip_asked = False
         for event in self.events:
             event.forget_gradients()
+
+    def agree_first(self, facts: Mapping[str, str]) -> None:
+        """Have all ranks compare facts before the first update, which they all make together.
+
+        Args:
+            facts: see :func:`megalr.agreement.agree`, which raises a UserError in :meth:`step` where they differ.
+        """
+        self._to_agree = facts
 
     def forget_update(self) -> None:
         """Forget an update that has begun, or the gradients for one: another state is to be loaded."""
