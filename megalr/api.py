@@ -30,6 +30,7 @@ from megalr.hosts.deepspeed_config import refuse_compiled, refuse_unsupported
 from megalr.hosts.deepspeed_pipeline import check_pipeline, check_stages
 from megalr.hosts.deepspeed_start import join_before_engine, start_engine
 from megalr.hosts.tensor_parallel import (
+    check_earlier_groups,
     indices_in_whole,
     is_marked,
     mark_gradients,
@@ -195,6 +196,7 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     content = _read_together(model, config)
     refuse_unsupported(content)
     refuse_compiled(model, content)
+    check_earlier_groups(max(tensor_parallel_size(content), ranks_that_share(kwargs.get("mpu"))))
     parametrize(model, content)
     optimizer = _build_optimizer(model, content)
     _cut(model, content, kwargs)

@@ -29,11 +29,13 @@ def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 
         seed: key of random starts.
 
     Raises:
-        UserError: a pattern matches nothing, a rank exceeds a matrix, a weight is shared, the model was partitioned by
-            ``deepspeed.zero.Init`` before, or a user's parametrization makes layers that the optimizer cannot know.
+        UserError: a pattern matches nothing, a rank exceeds a matrix, a weight is shared, the model was parametrized or
+            partitioned by ``deepspeed.zero.Init`` before, or a user's parametrization makes layers that the optimizer
+            cannot know.
     """
     if isinstance(config, FullConfig):
         return model
+    _refuse_parametrized(model, config)
     targets = _targets(model, config)
     for name, layer in targets.items():
         config.check(name, layer)
@@ -123,6 +125,17 @@ def _targets(model: nn.Module, config: Parametrization) -> dict[str, nn.Linear]:
     chosen = {name: layer for name, layer in linear.items() if name in names}
     _refuse_shared(model, chosen)
     return chosen
+
+
+def _refuse_parametrized(model: nn.Module, config: Parametrization) -> None:
+    patterns = config.target_modules
+    for name in replaced_layers(model):
+        if re.search(patterns, name) if isinstance(patterns, str) else any(p in name for p in patterns):
+            raise UserError(
+                f"{name} has been parametrized before: megalr.parametrize or megalr.initialize takes a dense model, "
+                "once. Build the model anew, and after megalr.parametrize call megalr.build_optimizer and "
+                "deepspeed.initialize"
+            )
 
 
 def _check_layer(layer: nn.Module, config: Parametrization) -> None:
