@@ -87,9 +87,7 @@ def test_a_model_is_parametrized_once():
 def test_an_engine_after_a_tensor_parallel_one_is_refused(monkeypatch):
     left = SimpleNamespace(get_tensor_model_parallel_world_size=lambda: 2)
     monkeypatch.setattr("megalr.hosts.tensor_parallel.told_of_parallelism", lambda: left)
-    with pytest.raises(
-        UserError, match="had 2 tensor-parallel ranks, and this one is to have 1: DeepSpeed keeps"
-    ):
+    with pytest.raises(UserError, match="had 2 tensor-parallel ranks, and this one is to have 1: DeepSpeed keeps"):
         megalr.initialize(model(), LOW_RANK)
     check_earlier_groups(2)
 
