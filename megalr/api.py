@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megalr.agreement import agree
 from megalr.config.guards import GuardsConfig
 from megalr.config.settings import FullConfig, Json, MegalrConfig, fill_auto, read_json
 from megalr.errors import UserError
@@ -26,10 +27,11 @@ from megalr.hosts.autotp import (
     tensor_parallel_size,
 )
 from megalr.hosts.deepspeed import refuse_experts
-from megalr.hosts.deepspeed_config import check_deepspeed_config, refuse_unsupported
+from megalr.hosts.deepspeed_config import check_deepspeed_config, refuse_compiled, refuse_unsupported
 from megalr.hosts.deepspeed_pipeline import check_pipeline, check_stages
-from megalr.hosts.deepspeed_start import start_engine
+from megalr.hosts.deepspeed_start import join_before_engine, start_engine
 from megalr.hosts.tensor_parallel import (
+    check_earlier_groups,
     indices_in_whole,
     is_marked,
     mark_gradients,
@@ -38,29 +40,39 @@ from megalr.hosts.tensor_parallel import (
     whole_frozen,
 )
 from megalr.layers import parametrize as _parametrize
-from megalr.layers.replacement import factor_pairs, replaced_layers
+from megalr.layers.replacement import check_whole, factor_pairs, replaced_layers
 from megalr.layers.tensor_parallel.cutting import cut_layers
 from megalr.layers.velora import compress_activations, compressed_layers
+from megalr.naming import named_buffers, named_parameters, plain_name
 from megalr.optim.events.registry import layer_events
 from megalr.optim.events.velora import Directions
-from megalr.optim.groups import parameter_groups
+from megalr.optim.facts import facts_of
+from megalr.optim.foreign import attend, needs, watch
+from megalr.optim.groups import check_names, parameter_groups
 from megalr.optim.optimizer import MegalrOptimizer
 
 UNSHARED = "compressed activations cannot be shared by tensor-parallel ranks: remove megalr.activations"
 
 
-def parametrize(model: nn.Module, config: Json | str | Path) -> nn.Module:
+def parametrize(model: nn.Module, config: Json | str | Path, *, other_optimizer: bool = False) -> nn.Module:
     """Give the model's linear layers the parametrization that the JSON's "megalr" section asks for, in place.
 
-    Where it asks for compressed activations, linear layers that it names save those from then on.
+    Where it asks for compressed activations, linear layers that it names save those from then on. Where it asks for
+    what only megalr's optimizer does, such as refactorizations, the first backward pass raises a UserError if there is
+    no such optimizer.
 
     Args:
         model: a dense model, not yet partitioned by DeepSpeed.
         config: the DeepSpeed JSON, as a path or a dictionary.
+        other_optimizer: let any optimizer train the model, without what only megalr's does.
     """
-    parsed = MegalrConfig.from_json(fill_auto(read_json(config), None))
+    content = fill_auto(read_json(config), None)
+    parsed = MegalrConfig.from_json(content)
     _parametrize(model, parsed.parametrization, seed=parsed.seed)
-    return model if parsed.activations is None else compress_activations(model, parsed.activations)
+    if parsed.activations is not None:
+        compress_activations(model, parsed.activations)
+    watch(model, () if other_optimizer else needs(parsed, content))
+    return model
 
 
 def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: Any | None = None) -> MegalrOptimizer:
@@ -83,7 +95,8 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
         content = fill_auto(content, training_args)
         _complete(training_args, content)
     refuse_unsupported(content)
-    refuse_experts(dict(model.named_parameters()))
+    refuse_experts(dict(named_parameters(model)))
+    refuse_compiled(model, content)
     size = tensor_parallel_size(content)
     if size > 1 and replaced_layers(model):
         raise UserError(
@@ -96,12 +109,14 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
     optimizer = _build_optimizer(model, content)
     if size > 1 or any(map(is_marked, model.parameters())):
         mark_gradients(model.parameters(), content)
+    optimizer.agree_first(facts_of(model, content))
     return optimizer
 
 
 def _build_optimizer(model: nn.Module, content: Json) -> MegalrOptimizer:
     """:func:`build_optimizer` for a configuration that is complete, whoever cuts the layers."""
     parsed = MegalrConfig.from_json(content)
+    check_whole(model)
     check_pipeline(model, tensor_parallel_size(content), guarded=parsed.guards != GuardsConfig())
     layers = replaced_layers(model)
     if not layers and not isinstance(parsed.parametrization, FullConfig):
@@ -117,7 +132,7 @@ def _build_optimizer(model: nn.Module, content: Json) -> MegalrOptimizer:
             "the configuration asks for compressed activations, but the model has no such layer: call "
             "megalr.parametrize(model, config) before megalr.build_optimizer"
         )
-    return MegalrOptimizer(
+    optimizer = MegalrOptimizer(
         groups,
         parsed,
         pairs=list(factor_pairs(model)),
@@ -126,6 +141,8 @@ def _build_optimizer(model: nn.Module, content: Json) -> MegalrOptimizer:
         sections={key: content[key] for key in ("optimizer", "megalr") if key in content},
         model=model,
     )
+    attend(model, optimizer)
+    return optimizer
 
 
 def trainer_optimizer(training_args: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
@@ -172,7 +189,7 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
         ``engine.megalr_guard`` (not of a pipeline).
 
     Raises:
-        UserError: for a configuration that cannot work, before anything is built.
+        UserError: for a configuration that cannot work, or that other ranks have otherwise, before anything is built.
     """
     for taken in ("optimizer", "model_parameters"):
         if kwargs.get(taken) is not None:
@@ -180,9 +197,12 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
                 f"megalr.initialize builds the optimizer itself and takes no {taken}=; to pass your own, use "
                 "megalr.parametrize, megalr.build_optimizer and deepspeed.initialize"
             )
-    content = read_json(config)
+    join_before_engine(kwargs)
+    content = _read_together(model, config)
     check_deepspeed_config(content, None)
-    refuse_experts(dict(model.named_parameters()))
+    refuse_experts(dict(named_parameters(model)))
+    refuse_compiled(model, content)
+    check_earlier_groups(max(tensor_parallel_size(content), ranks_that_share(kwargs.get("mpu"))))
     parametrize(model, content)
     optimizer = _build_optimizer(model, content)
     _cut(model, content, kwargs)
@@ -191,6 +211,20 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     if not host_of(results[0]).has_stages:
         attach_guard(results[0])
     return results
+
+
+def _read_together(model: nn.Module, config: Json | str | Path) -> dict[str, Any]:
+    """Read the JSON, and make sure that all ranks have the same, and the same code and model. Collective.
+
+    First of all, since a rank that refused something alone would leave the others waiting.
+    """
+    try:
+        content = read_json(config)
+    except UserError as error:
+        agree({"the configuration": str(error)})
+        raise
+    agree({"the configuration": "can be read", **facts_of(model, content)})
+    return content
 
 
 def _cut(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> None:
@@ -232,25 +266,27 @@ def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
     Trained parameters come from the fp32 masters, at any ZeRO stage; frozen ones and persistent buffers as they are.
 
     Raises:
-        UserError: the masters are not what the model has, see :func:`megalr.adopt_weights`; on all ranks alike.
+        UserError: the masters are not what the model has, see :func:`megalr.adopt_weights`, or the optimizer was built
+            for another module than the engine's; on all ranks alike.
     """
     host = host_of(engine)
     optimizer: MegalrOptimizer = host.optimizer
+    check_names(optimizer.groups, host.module)
     optimizer.check_model()
     state, module = optimizer.consolidate(), host.module
     trained = optimizer.prepare().layout.shapes
-    for name, parameter in module.named_parameters():
+    for name, parameter in named_parameters(module):
         places = indices_in_whole(parameter)
         if places is not None and state is not None:
             state[name] = torch.empty_like(state[name]).index_copy_(0, places, state[name])
     # Layers may share a frozen parameter, and each has its own name for it.
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(module, remove_duplicate=False):
         if name not in trained and (not parameter.requires_grad or 0 in logical_shape(parameter)):
             with gather([parameter]):
                 whole = whole_frozen(name, parameter)
                 if state is not None:
                     state[name] = whole
     if state is not None:
-        persistent = {name for name in module.state_dict() if name not in state}
-        state.update({n: b.detach().cpu().clone() for n, b in module.named_buffers() if n in persistent})
+        persistent = {name for name in (plain_name(module, each) for each in module.state_dict()) if name not in state}
+        state.update({n: b.detach().cpu().clone() for n, b in named_buffers(module) if n in persistent})
     return state

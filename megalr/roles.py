@@ -8,6 +8,7 @@ from torch import nn
 
 from megalr.hosts import logical_shape
 from megalr.layers.replacement import factor_names, projected_layers
+from megalr.naming import named_modules, named_parameters, unwrapped
 
 Role = Literal["factor", "projected", "head", "tied", "embedding", "linear", "matrix", "stack", "vector", "other"]
 
@@ -45,7 +46,7 @@ def roles(model: nn.Module) -> dict[str, Role]:
             return "linear"
         return _by_dimensions(len(logical_shape(parameter)))
 
-    return {name: role(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: role(name, parameter) for name, parameter in named_parameters(model) if parameter.requires_grad}
 
 
 def _by_dimensions(dimensions: int) -> Role:
@@ -57,9 +58,9 @@ def _by_dimensions(dimensions: int) -> Role:
 def _head(model: nn.Module) -> nn.Parameter | None:
     """The weight of the output head, if the model has one that can be told."""
     # Hugging Face models name their head; elsewhere the customary name is the only sign.
-    get_head = getattr(model, "get_output_embeddings", None)
+    get_head = getattr(unwrapped(model), "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     if head is None:
-        head = next((m for n, m in model.named_modules() if n.rpartition(".")[2] == "lm_head"), None)
+        head = next((m for n, m in named_modules(model) if n.rpartition(".")[2] == "lm_head"), None)
     weight = getattr(head, "weight", None)
     return weight if isinstance(weight, nn.Parameter) else None

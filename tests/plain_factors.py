@@ -101,7 +101,7 @@ def _replace(model: nn.Module, section: dict[str, Any]) -> dict[str, Plain]:
     """Our plain layers in the place of megalr's, starting as they do."""
     given = {key: value for key, value in section.items() if key != "restarts"}
     dense = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    megalr.parametrize(model, {"megalr": {"parametrization": given}})
+    megalr.parametrize(model, {"megalr": {"parametrization": given}}, other_optimizer=True)
     layers: dict[str, Plain] = {}
     for name in sorted(dense):
         module = model.get_submodule(name)

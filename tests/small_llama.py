@@ -16,7 +16,7 @@ MODEL = {
 }
 
 
-def small_llama() -> LlamaForCausalLM:
-    """The same dense model each time."""
+def small_llama(*, tied: bool = False) -> LlamaForCausalLM:
+    """The same dense model each time; tied: its head is its embedding."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**MODEL))
+    return LlamaForCausalLM(LlamaConfig(**MODEL, tie_word_embeddings=tied))

@@ -20,7 +20,9 @@ from megalr.layers.base import FactorizedLinear
 from megalr.layout.exchange import write
 from megalr.layout.placement import Unit
 from megalr.layout.rectangles import Entry, Piece, folded, rectangles
+from megalr.naming import named_buffers, named_modules, named_parameters, submodule
 from megalr.optim.forms import logical_form
+from megalr.optim.groups import check_names
 from megalr.optim.optimizer import MegalrOptimizer
 from megalr.optim.state import MOMENTS, check, entries_of, make_room, notes, numbers_of, set_rates, settle
 
@@ -40,7 +42,7 @@ class Contents:
             engine: DeepSpeed's, with a :class:`~megalr.optim.MegalrOptimizer`.
 
         Raises:
-            UserError: it is a pipeline's, or has another optimizer.
+            UserError: it is a pipeline's, or has another optimizer, or one that was built for another module.
         """
         host = host_of(engine)
         if not isinstance(host.optimizer, MegalrOptimizer):
@@ -58,12 +60,13 @@ class Contents:
         self._guard = getattr(engine, "megalr_guard", None)
         self._optimizer = host.optimizer
         self._module: nn.Module = host.module
+        check_names(self._optimizer.groups, self._module)
         self._shard = self._optimizer.prepare()
-        for name, module in self._module.named_modules():
+        for name, module in named_modules(self._module):
             if type(module).get_extra_state is not nn.Module.get_extra_state:
                 warnings.warn(f"megalr's checkpoints do not hold what get_extra_state of {name} gives", stacklevel=3)
         # Values that tensor-parallel ranks have chosen from a sparse vector, and the places that they have in it.
-        found = {name: indices_in_whole(p) for name, p in self._module.named_parameters()}
+        found = {name: indices_in_whole(p) for name, p in named_parameters(self._module)}
         self._chosen = {name: places for name, places in found.items() if places is not None}
         self._targets: dict[str, Entry] = {}
         self.notes: list[str] = []
@@ -76,7 +79,7 @@ class Contents:
         """
         self._optimizer.check_model()
         host, numbers = self._host, numbers_of(self._optimizer)
-        shared = {id(p): n for n, p in reversed(list(self._module.named_parameters()))}
+        shared = {id(p): n for n, p in reversed(list(named_parameters(self._module)))}
         return {
             "matrices": numbers.pop("matrices"),
             "optimizer": numbers,
@@ -86,7 +89,7 @@ class Contents:
             "guard": None if self._guard is None else self._guard.state_dict(),
             "names": {
                 name: shared[id(p)]
-                for name, p in self._module.named_parameters(remove_duplicate=False)
+                for name, p in named_parameters(self._module, remove_duplicate=False)
                 if shared[id(p)] != name
             },
             "shapes": {name: list(shape) for name, shape in self._shapes() if folded(shape) != tuple(shape)},
@@ -273,7 +276,7 @@ class Contents:
         return groups.data_rank, groups.tensor_rank
 
     def _frozen_parameters(self) -> Iterator[tuple[str, Any]]:
-        return ((n, p) for n, p in self._module.named_parameters() if not p.requires_grad)
+        return ((n, p) for n, p in named_parameters(self._module) if not p.requires_grad)
 
     def _frozen(self) -> dict[str, Entry]:
         found = {}
@@ -289,20 +292,20 @@ class Contents:
         return ((f"buffers/{name}", Entry.of(buffer.contiguous())) for name, buffer in self._persistent_buffers())
 
     def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        for module_name, module in self._module.named_modules():
+        for module_name, module in named_modules(self._module):
             for name, buffer in module.named_buffers(module_name, recurse=False):
                 if name.rpartition(".")[2] not in module._non_persistent_buffers_set and buffer.numel():
                     yield name, buffer
 
     def _settle_buffers(self) -> None:
         changed = set()
-        for name, buffer in self._module.named_buffers():
+        for name, buffer in named_buffers(self._module):
             entry = self._buffers_read.get(f"buffers/{name}")
             if entry is not None and not torch.equal(buffer.view(entry.shape), entry.pieces[0].data):
                 buffer.copy_(entry.pieces[0].data.view(buffer.shape))
                 changed.add(name.rpartition(".")[0])
         for name in changed:
-            layer = self._module.get_submodule(name)
+            layer = submodule(self._module, name)
             if isinstance(layer, FactorizedLinear):
                 layer.buffers_changed()
 

@@ -20,6 +20,7 @@ from megalr.checkpoint.format import itemsize, piece_name
 from megalr.checkpoint.inputs import check_depth, open_inside, parse, read_inside
 from megalr.disk import write_and_sync
 from megalr.errors import UserError, printable
+from megalr.naming import without_wrappers
 from megalr.version import __version__
 
 VERSION = 2
@@ -42,7 +43,7 @@ class Manifest:
         folder: where it is.
         content: "numbers", "client", "layout", "config", "model", "versions", "written"; and of the data "files", by
             name {"bytes", "header"}, and "tensors", by key {"shape", "dtype", "pieces"}, a piece being
-            [offsets, sizes, file, first byte in the file, checksum].
+            [offsets, sizes, file, first byte in the file, checksum]; "stored" is the files' own key, if it is another.
     """
 
     folder: Path
@@ -120,7 +121,7 @@ def read_manifest(folder: Path) -> Manifest:
             if _checksum(content) != outer["checksum"]:
                 raise ValueError("its checksum does not match")
             check_content(content)
-            return Manifest(folder, content)
+            return Manifest(folder, _by_plain_names(content))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the checkpoint was never finished, or is no megalr checkpoint") from None
     except (OSError, ValueError, KeyError, RecursionError, MemoryError) as error:
@@ -212,6 +213,15 @@ def _check(manifest: Manifest, name: str, pieces: Sequence[_Piece]) -> list[str]
         return [f"{path} is missing; {hit}"]
     except OSError as error:
         return [f"{path} cannot be read ({error}); {hit}"]
+
+
+def _by_plain_names(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Earlier versions wrote tensors of compiled models by the names that these have; the files still do."""
+    tensors = {without_wrappers(key): {"stored": key, **found} for key, found in content.get("tensors", {}).items()}
+    if tensors.keys() == content.get("tensors", {}).keys():
+        return content
+    numbers = json.loads(without_wrappers(json.dumps(content["numbers"])))
+    return {**content, "numbers": numbers, "tensors": tensors}
 
 
 def _wrong_header(head: bytes, checksum: int, pieces: Sequence[_Piece]) -> str:

@@ -28,9 +28,10 @@ def read_tensor(manifest: Manifest, key: str) -> Tensor:
     for offsets, sizes, file, *_ in found["pieces"]:
         with open_tensors(manifest, file) as opened:
             where = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
-            piece = opened.get_tensor(piece_name(key, offsets))
+            name = piece_name(found.get("stored", key), offsets)
+            piece = opened.get_tensor(name)
             if (list(piece.shape), piece.dtype) != (sizes, whole.dtype):
-                raise SafetensorError(f"{piece_name(key, offsets)} has another shape or dtype")
+                raise SafetensorError(f"{name} has another shape or dtype")
             whole[where] = piece
     return whole
 

@@ -30,6 +30,7 @@ from megalr.errors import UserError
 from megalr.hosts import host_of
 from megalr.hosts.base import RunningHost
 from megalr.layout.rectangles import Entry, Piece
+from megalr.naming import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +243,7 @@ def _model_config(module: nn.Module) -> Any:
     to_json = getattr(getattr(module, "config", None), "to_json_string", None)
     if to_json is None:
         return None
-    return json.loads(to_json(use_diff=False)) | {"architectures": [type(module).__name__]}
+    return json.loads(to_json(use_diff=False)) | {"architectures": [type(unwrapped(module)).__name__]}
 
 
 def _check_tag(tag: str) -> None:

@@ -201,7 +201,7 @@ class FolderReader(StorageReader):
                     begin, lengths = item.storage_offsets, item.lengths
                     where = tuple(slice(b, b + n) for b, n in zip(begin, lengths, strict=True))
                     target = planner.resolve_tensor(item)
-                    target.copy_(file.get_slice(_name_of(item.storage_index))[where])
+                    target.copy_(file.get_slice(self._stored_name(item.storage_index))[where])
                     planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
@@ -211,6 +211,10 @@ class FolderReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """It is never asked for a place by its name."""
         return False
+
+    def _stored_name(self, index: MetadataIndex) -> str:
+        assert index.offset is not None
+        return piece_name(self._manifest.tensors[index.fqn].get("stored", index.fqn), index.offset)
 
 
 def _name_of(index: MetadataIndex) -> str:

@@ -18,6 +18,7 @@ from megalr.hosts.tensor_parallel import indices_in_whole, part_offset
 from megalr.layers.base import FactorizedLinear
 from megalr.layout.exchange import write
 from megalr.layout.shard import Shard
+from megalr.naming import named_buffers, named_parameters, submodule
 from megalr.optim.optimizer import MegalrOptimizer
 
 SHOWN = 3  # names in a message
@@ -111,9 +112,9 @@ def _from_first(
 
 def _check_names(module: nn.Module, shard: Shard, given: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse tensors that the model does not have in this shape."""
-    first = {id(parameter): name for name, parameter in module.named_parameters()}
-    known = {name: tuple(buffer.shape) for name, buffer in module.named_buffers()}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    first = {id(parameter): name for name, parameter in named_parameters(module)}
+    known = {name: tuple(buffer.shape) for name, buffer in named_buffers(module)}
+    for name, parameter in named_parameters(module, remove_duplicate=False):
         known[name] = tuple(shard.layout.shapes.get(first[id(parameter)]) or part_offset(name, parameter)[1])
         if name in given and indices_in_whole(parameter) is not None:
             raise UserError(
@@ -133,7 +134,7 @@ def _check_names(module: nn.Module, shard: Shard, given: Mapping[str, tuple[int,
 def _take(module: nn.Module, shard: Shard, name: str, whole: Tensor) -> None:
     """Write a whole tensor where this rank holds parts of it: into the masters, or a weight or buffer without any."""
     owner, _, leaf = name.rpartition(".")
-    layer = module.get_submodule(owner)
+    layer = submodule(module, owner)
     parameter = layer._parameters.get(leaf)
     if parameter is None:
         layer.get_buffer(leaf).copy_(whole)
@@ -141,7 +142,7 @@ def _take(module: nn.Module, shard: Shard, name: str, whole: Tensor) -> None:
             layer.buffers_changed()
         return
     # The optimizer knows one of the names of a parameter that has several.
-    first = next(n for n, each in module.named_parameters() if each is parameter)
+    first = next(n for n, each in named_parameters(module) if each is parameter)
     if first in shard.layout.shapes:
         write(shard.layout.flat(first, whole), shard.buffers, shard.layout.on(first, shard.rank))
         return
@@ -167,7 +168,7 @@ def _take_written(host: RunningHost, shard: Shard) -> None:
 
 def _check_replicas(host: RunningHost) -> None:
     """Refuse weights that were written on some ranks only."""
-    parameters = {name for name, _ in host.module.named_parameters()}
+    parameters = {name for name, _ in named_parameters(host.module)}
     replicas = [replica for replica in find_replicas(host.module, {}) if replica.name in parameters]
     found = compare_replicas(replicas, host.device) if replicas else {}
     if found:

@@ -14,6 +14,7 @@ from megalr.guards.losses import LossWindow
 from megalr.guards.replicas import compare_replicas, find_replicas, in_words
 from megalr.hosts import host_of
 from megalr.hosts.deepspeed_pipeline import UNGUARDED
+from megalr.optim.groups import check_names
 from megalr.optim.optimizer import MegalrOptimizer
 
 GRADIENT = "gradient is not finite"
@@ -31,10 +32,12 @@ def attach_guard(engine: Any) -> Guard:
             ``megalr_guard``.
 
     Raises:
-        UserError: it is a pipeline's.
+        UserError: it is a pipeline's, or its optimizer was built for another module.
     """
-    if host_of(engine).has_stages:
+    host = host_of(engine)
+    if host.has_stages:
         raise UserError(UNGUARDED)
+    check_names(host.optimizer.groups, host.module)
     guard = Guard(engine)
     engine.backward, engine.step, engine.megalr_guard = guard.backward, guard.step, guard
     return guard

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megalr.hosts import is_replicated
 from megalr.hosts.tensor_parallel import tensor_parallel_cuts, tensor_parallel_rank
+from megalr.naming import named_parameters
 
 CHUNK = 1 << 20  # elements that are integers at a time
 SHOWN = 5  # names in a message
@@ -50,7 +51,7 @@ def find_replicas(module: nn.Module, counts: dict[str, Any]) -> list[Replica]:
         module: the model, as the engine has it.
         counts: JSON that should be the same on all ranks.
     """
-    parameters = dict(module.named_parameters())
+    parameters = dict(named_parameters(module))
     cuts = tensor_parallel_cuts(parameters)
     found = []
     for name, parameter in parameters.items():

@@ -11,6 +11,7 @@ from torch import nn
 
 from megalr.errors import UserError, in_short
 from megalr.hosts.tensor_parallel import tensor_parallel_cuts
+from megalr.naming import named_modules
 
 # Of the weight: column-parallel in Megatron-LM's words, the same with whole outputs on every rank, and row-parallel.
 Cut = Literal["rows", "gathered", "columns"]
@@ -148,7 +149,7 @@ def planned_cuts(model: nn.Module, content: Mapping[str, Any], factorized: Colle
         except ValueError as error:
             raise UserError(f"DeepSpeed refuses the model's own tensor-parallel plan: {error}") from error
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    found = {name: config.find_matching_spec(f"{name}.weight", kind) for name, _ in model.named_modules() if name}
+    found = {name: config.find_matching_spec(f"{name}.weight", kind) for name, _ in named_modules(model) if name}
     by_vocabulary = (content.get("tensor_parallel") or {}).get("vocab_parallel_lm_head")
     for name in factorized:
         _check_spec(name, found[name])
@@ -172,10 +173,10 @@ def check_neighbours(model: nn.Module, cuts: Mapping[str, Cut], factorized: Coll
     """
     ours = [name for name in factorized if cuts.get(name) in ("rows", "columns")]
     by_parent = {name.rpartition(".")[0]: name for name in ours}
-    for name, layer in model.named_modules():
+    for name, layer in named_modules(model):
         beside = by_parent.get(name.rpartition(".")[0])
-        planned = isinstance(layer, nn.Linear) and cuts.get(name) in ("rows", "columns")
-        if beside is not None and planned and not tensor_parallel_cuts({f"{name}.weight": layer.weight}):
+        planned = beside is not None and cuts.get(name) in ("rows", "columns")
+        if planned and isinstance(layer, nn.Linear) and not tensor_parallel_cuts({f"{name}.weight": layer.weight}):
             raise UserError(
                 f"{beside} is to be cut between the tensor-parallel ranks of mpu=, but every rank has {name} whole, "
                 "and their activations do not fit: name it in megalr.parametrization.target_modules, or cut it and "

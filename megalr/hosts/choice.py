@@ -14,7 +14,7 @@ from megalr.hosts.deepspeed import ENGINE, DeepSpeed, DeepSpeedEngine
 from megalr.hosts.deepspeed_pipeline import DeepSpeedPipeline
 from megalr.hosts.deepspeed_watch import watch as watch_deepspeed
 from megalr.hosts.plain import Plain
-from megalr.hosts.zero_layouts import told_of_parallelism
+from megalr.hosts.zero_layouts import is_in_engine, told_of_parallelism
 from megalr.layout.shard import Shard
 
 # What this file reads of DeepSpeed; held by tests/deepspeed/test_contract.py.
@@ -59,6 +59,18 @@ def host_of_groups(named_groups: Sequence[NamedGroup], param_groups: Sequence[di
     if wrapped or told_of_parallelism() is not None:
         return HOSTS[0]
     return next(host for host in HOSTS if any(map(host.recognizes, parameters)))
+
+
+def is_left_out(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether an engine has cut the parameters for another optimizer: these groups still have them as they were.
+
+    Args:
+        named_groups, param_groups: see :meth:`~megalr.hosts.base.Host.read`.
+    """
+    parameters = [parameter for named in named_groups for parameter in named.values()]
+    own = {id(parameter) for parameter in parameters}
+    given = [tensor for group in param_groups for tensor in group["params"]]
+    return any(map(is_in_engine, parameters)) and any(id(tensor) in own for tensor in given)
 
 
 def read(named_groups: Sequence[NamedGroup], param_groups: Sequence[dict[str, Any]]) -> tuple[Shard, Shard]:

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from megalr.errors import UserError, in_short
 from megalr.hosts.autotp import check_section
 from megalr.hosts.features import refuse_features
+from megalr.naming import has_compiled
 from megalr.schema import Json
 
 CONFIG = "deepspeed.runtime.config"
@@ -37,6 +39,16 @@ def refuse_unsupported(content: Json) -> None:
     refuse_features(content)
     if (content.get("fp16") or {}).get("enabled") not in (None, False, "auto") and not torch.cuda.is_available():
         raise UserError('fp16 needs a GPU: write "fp16": {"enabled": false} and "bf16": {"enabled": "auto"}')
+
+
+def refuse_compiled(model: nn.Module, content: Json) -> None:
+    """Raise a UserError for a model that torch.compile has wrapped, whole or in parts, where stage 3 cannot run it."""
+    stage = (content.get("zero_optimization") or {}).get("stage", 0)
+    if stage == 3 and has_compiled(model):
+        raise UserError(
+            "at ZeRO stage 3 DeepSpeed cannot run modules that torch.compile has wrapped: give the model itself, and "
+            "call engine.compile() afterwards"
+        )
 
 
 def check_deepspeed_config(config: Mapping[str, Any], data_size: int | None) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
+from megalr.agreement import gathered
 from megalr.errors import UserError
 from megalr.hosts.deepspeed import DeepSpeedEngine
 from megalr.schema import Json
@@ -44,7 +44,7 @@ def check_pipeline(model: nn.Module, tensor: int, *, guarded: bool) -> None:
         tensor: tensor-parallel ranks that the configuration asks for.
         guarded: whether it asks for guards.
     """
-    if not _has_stages(model):
+    if not has_stages(model):
         return
     pipeline: Any = model
     if max(tensor, pipeline.topology().get_dim("model")) > 1:
@@ -64,12 +64,9 @@ def check_stages(model: nn.Module, content: Json, groups: int) -> None:
         content: the DeepSpeed JSON.
         groups: how many groups of parameters the optimizer of this stage has.
     """
-    if not _has_stages(model) or not (content.get("zero_optimization") or {}).get("stage", 0):
+    if not has_stages(model) or not (content.get("zero_optimization") or {}).get("stage", 0):
         return
-    group = dist.new_group(backend="gloo")  # on the CPU: nobody may have said yet which GPU is whose
-    counts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(counts, groups, group=group)
-    dist.destroy_process_group(group)
+    counts = gathered(groups)
     if len(set(counts)) > 1:
         raise UserError(
             f"pipeline stages have {' and '.join(map(str, sorted(set(counts))))} groups of parameters (of matrices, of "
@@ -78,5 +75,6 @@ def check_stages(model: nn.Module, content: Json, groups: int) -> None:
         )
 
 
-def _has_stages(model: nn.Module) -> bool:
+def has_stages(model: nn.Module) -> bool:
+    """Whether it is a ``PipelineModule``, of which each stage has layers of its own."""
     return callable(getattr(model, "topology", None))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
+from os import environ
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from megalr.hosts.deepspeed import POSITION
@@ -37,6 +40,18 @@ def join_processes(timeout: timedelta | None) -> None:
     # a minute and serves nothing here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed(verbose=False, **({} if timeout is None else {"timeout": timeout}))
+
+
+def join_before_engine(kwargs: Mapping[str, Any]) -> None:
+    """Join the processes of a launcher where ``deepspeed.initialize`` would, and nobody has said how.
+
+    Args:
+        kwargs: of ``deepspeed.initialize``.
+    """
+    ways = ("dist_init_required", "distributed_port")
+    alone = int(environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in environ
+    if not (alone or dist.is_initialized() or any(kwargs.get(way) is not None for way in ways)):
+        join_processes(None)
 
 
 def start_engine(model: nn.Module, optimizer: Any, content: Json, **kwargs: Any) -> tuple[Any, Any, Any, Any]:

@@ -239,6 +239,25 @@ def ranks_that_share(mpu: Any) -> int:
     return int(bwc_tensor_model_parallel_world_size(mpu))
 
 
+def check_earlier_groups(ranks: int) -> None:
+    """Raise a UserError where an engine before in this process has left groups of another size.
+
+    DeepSpeed keeps the groups that it was told of for the whole process, and the next engine would average gradients
+    over them.
+
+    Args:
+        ranks: how many are to share each layer now.
+    """
+    mpu = told_of_parallelism()
+    before = ranks if mpu is None else ranks_that_share(mpu)
+    if before != ranks:
+        raise UserError(
+            f"an engine in this process before had {before} tensor-parallel ranks, and this one is to have {ranks}: "
+            "DeepSpeed keeps its groups for the whole process and would give this engine those. Start a process for "
+            "each of the two"
+        )
+
+
 def tensor_parallel_group(mpu: Any = None) -> dist.ProcessGroup:
     """The ranks that share layers with this one.
 

@@ -97,6 +97,11 @@ def is_flat(parameter: Tensor) -> bool:
     return hasattr(parameter, "_hp_mapping")
 
 
+def is_in_engine(parameter: Tensor) -> bool:
+    """Whether an engine at stages 1 to 3 keeps the parameter; ``zero.Init`` alone is none."""
+    return is_flat(parameter) or hasattr(parameter, "_z3_optimizer")
+
+
 def shape_of(parameter: Tensor) -> tuple[int, ...]:
     """The shape of the whole parameter; stage 3 leaves an empty tensor and keeps the shape beside it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from megalr.errors import UserError
-from megalr.layers.base import FullConfig, ParametrizationConfig
+from megalr.layers.base import FullConfig, Parametrization, ParametrizationConfig
 
 
 def densify(state: Mapping[str, Tensor], config: ParametrizationConfig) -> dict[str, Tensor]:
@@ -21,7 +22,7 @@ def densify(state: Mapping[str, Tensor], config: ParametrizationConfig) -> dict[
         The weights in fp32 (multiplied in fp32 and not yet cast), everything else as it is.
 
     Raises:
-        UserError: the parametrization computes what no dense weight does.
+        UserError: the parametrization computes what no dense weight does, or parts of a replaced layer are missing.
     """
     if isinstance(config, FullConfig):
         return dict(state)
@@ -30,8 +31,22 @@ def densify(state: Mapping[str, Tensor], config: ParametrizationConfig) -> dict[
     dense: dict[str, Tensor] = {}
     for name, tensor in state.items():
         layer, _, last = name.rpartition(".")
-        if last not in config.parts or any(f"{layer}.{part}" not in state for part in config.parts):
+        if last not in config.parts:
+            dense[name] = tensor
+        elif missing := sorted(part for part in config.parts if f"{layer}.{part}" not in state):
+            if last != "weight" and _is_target(layer, config):
+                raise UserError(
+                    f'{name} has no {layer}.{missing[0]} beside it, and the dense weight of a "{config.type}" layer is '
+                    "made of both: these weights are not of one whole model, as where megalr.build_optimizer was given "
+                    "a part of it"
+                )
             dense[name] = tensor
         elif f"{layer}.weight" not in dense:
             dense[f"{layer}.weight"] = config.weight({part: state[f"{layer}.{part}"] for part in config.parts})
     return dense
+
+
+def _is_target(layer: str, config: Parametrization) -> bool:
+    """Whether a layer may have been replaced; what a user's own layers have may be called A or B as well."""
+    patterns = config.target_modules
+    return bool(re.search(patterns, layer)) if isinstance(patterns, str) else any(p in layer for p in patterns)

@@ -12,6 +12,9 @@ from megalr.hosts import is_partitioned
 from megalr.layers.base import FactorizedLinear, FullConfig, Parametrization, ParametrizationConfig
 from megalr.layers.low_rank import LowRankLinear
 from megalr.layers.projected import ProjectedLinear
+from megalr.naming import named_modules, named_parameters, submodule
+
+NAME = "megalr_name"  # the attribute in which a replaced layer keeps its qualified name
 
 
 def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 0) -> nn.Module:
@@ -26,11 +29,13 @@ def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 
         seed: key of random starts.
 
     Raises:
-        UserError: a pattern matches nothing, a rank exceeds a matrix, a weight is shared, the model was partitioned by
-            ``deepspeed.zero.Init`` before, or a user's parametrization makes layers that the optimizer cannot know.
+        UserError: a pattern matches nothing, a rank exceeds a matrix, a weight is shared, the model was parametrized or
+            partitioned by ``deepspeed.zero.Init`` before, or a user's parametrization makes layers that the optimizer
+            cannot know.
     """
     if isinstance(config, FullConfig):
         return model
+    _refuse_parametrized(model, config)
     targets = _targets(model, config)
     for name, layer in targets.items():
         config.check(name, layer)
@@ -39,14 +44,26 @@ def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 
         parent, _, child = name.rpartition(".")
         replaced[name] = config.replace(targets.pop(name), seed=seed, name=name)
         _check_layer(replaced[name], config)
-        setattr(model.get_submodule(parent), child, replaced[name])
+        setattr(replaced[name], NAME, name)
+        setattr(submodule(model, parent), child, replaced[name])
     config.connect(replaced)
     return model
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raise a UserError for a module that is a part of the one that was parametrized."""
+    for name, layer in replaced_layers(model).items():
+        given = getattr(layer, NAME, name)
+        if given.endswith(f".{name}"):
+            raise UserError(
+                f"megalr.build_optimizer was given a part of the model that megalr.parametrize got: {name} is {given} "
+                "there. Give both of them the model that the engine gets"
+            )
+
+
 def factor_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     """The qualified names of every low-rank pair of the model, as (B, A)."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, LowRankLinear):
             prefix = f"{name}." if name else ""
             yield f"{prefix}B", f"{prefix}A"
@@ -54,19 +71,19 @@ def factor_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def factor_names(model: nn.Module) -> Iterator[str]:
     """The qualified names of what low-rank layers and their kin train in place of a dense weight."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, FactorizedLinear):
             yield from (f"{name}.{factor}" if name else factor for factor in module.factors)
 
 
 def replaced_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of the model that stand in the place of a linear one, by qualified name, in its order."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, FactorizedLinear | ProjectedLinear)}
+    return {n: m for n, m in named_modules(model) if isinstance(m, FactorizedLinear | ProjectedLinear)}
 
 
 def projected_layers(model: nn.Module) -> dict[str, ProjectedLinear]:
     """The projected layers of the model by qualified name, in its order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ProjectedLinear)}
+    return {name: module for name, module in named_modules(model) if isinstance(module, ProjectedLinear)}
 
 
 def matching(names: Iterable[str], patterns: tuple[str, ...] | str, where: str, what: str) -> set[str]:
@@ -103,11 +120,22 @@ def matching(names: Iterable[str], patterns: tuple[str, ...] | str, where: str, 
 
 
 def _targets(model: nn.Module, config: Parametrization) -> dict[str, nn.Linear]:
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name: module for name, module in named_modules(model) if isinstance(module, nn.Linear)}
     names = matching(linear, config.target_modules, "megalr.parametrization.target_modules", "linear layer")
     chosen = {name: layer for name, layer in linear.items() if name in names}
     _refuse_shared(model, chosen)
     return chosen
+
+
+def _refuse_parametrized(model: nn.Module, config: Parametrization) -> None:
+    patterns = config.target_modules
+    for name in replaced_layers(model):
+        if re.search(patterns, name) if isinstance(patterns, str) else any(p in name for p in patterns):
+            raise UserError(
+                f"{name} has been parametrized before: megalr.parametrize or megalr.initialize takes a dense model, "
+                "once. Build the model anew, and after megalr.parametrize call megalr.build_optimizer and "
+                "deepspeed.initialize"
+            )
 
 
 def _check_layer(layer: nn.Module, config: Parametrization) -> None:
@@ -132,7 +160,7 @@ def _check_layer(layer: nn.Module, config: Parametrization) -> None:
 
 def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(model, remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for name, layer in chosen.items():
         if is_partitioned(layer.weight):

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from megalr.errors import UserError
 from megalr.layers.replacement import matching
+from megalr.naming import named_modules, submodule
 from megalr.schema import check_targets, require
 
 
@@ -53,7 +54,7 @@ def compress_activations(model: nn.Module, config: VeloraConfig) -> nn.Module:
     Raises:
         UserError: a pattern matches nothing, or an input cannot be cut so.
     """
-    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    linear = {name: module for name, module in named_modules(model) if type(module) is nn.Linear}
     where = "megalr.activations.target_modules"
     names = matching(linear, config.target_modules, where, "linear layer with a weight of its own")
     for name, layer in linear.items():
@@ -66,7 +67,7 @@ def compress_activations(model: nn.Module, config: VeloraConfig) -> nn.Module:
             )
     for name in sorted(names):
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, VeloraLinear(linear.pop(name), config))
+        setattr(submodule(model, parent), child, VeloraLinear(linear.pop(name), config))
     return model
 
 
@@ -76,7 +77,7 @@ def compressed_layers(model: nn.Module) -> dict[str, VeloraLinear]:
 
 
 def _compressed(model: nn.Module) -> Iterator[tuple[str, VeloraLinear]]:
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, VeloraLinear):
             yield name, module
 

@@ -22,6 +22,7 @@ from megalr.layers import factor_names
 from megalr.layers.base import ParametrizationConfig, kept_buffers
 from megalr.layers.replacement import replaced_layers
 from megalr.layout.planned import PADDING
+from megalr.naming import named_parameters, submodule
 
 Shape = Sequence[int]
 Storages = set[tuple[torch.device, int]]
@@ -73,7 +74,7 @@ def records(model: nn.Module) -> list[ParameterRecord]:
     factors = set(factor_names(model))
     return [
         ParameterRecord(name, logical_shape(parameter), "factor" if name in factors else "dense")
-        for name, parameter in model.named_parameters()
+        for name, parameter in named_parameters(model)
         if parameter.requires_grad
     ]
 
@@ -238,7 +239,7 @@ def expected_bytes(engine: Any) -> RankBytes:
     optimizer, groups, ranks = host.optimizer, host.parameter_groups(), host.groups()
     dtype, gradient_dtype = host.dtypes
     own = {id(parameter) for parameter in getattr(optimizer, "matrix_parameters", ())}
-    merged = [host.module.get_submodule(layer) for layer in getattr(optimizer, "remainders", ())]
+    merged = [submodule(host.module, layer) for layer in getattr(optimizer, "remainders", ())]
     return deepspeed_bytes(
         [[logical_shape(parameter) for parameter in group] for group in groups],
         stage=host.stage,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -11,6 +12,7 @@ from megalr.config.sections import GroupConfig, OptimizerConfig
 from megalr.errors import UserError
 from megalr.hosts import logical_shape
 from megalr.layers.replacement import factor_names, matching
+from megalr.naming import named_parameters
 from megalr.roles import MATRICES, Role, roles
 from megalr.rules.base import Rule
 
@@ -60,7 +62,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
         UserError: the rule would get nothing, or no head or embeddings where it is to have them, or a pattern of
             ``target_modules`` matches nothing.
     """
-    found, parameters = roles(model), dict(model.named_parameters())
+    found, parameters = roles(model), dict(named_parameters(model))
     members: dict[GroupName, dict[str, nn.Parameter]] = {name: {} for name in GROUPS}
     for name, role in found.items():
         members[_group_of(role, config)][name] = parameters[name]
@@ -85,6 +87,24 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
     }
     rules = _rules(config, set(found.values()))
     return [ParameterGroup(name, chosen, settings[name], rules.get(name)) for name, chosen in members.items() if chosen]
+
+
+def check_names(groups: Iterable[ParameterGroup], module: nn.Module) -> None:
+    """Make sure that an optimizer's names are those of the module that the engine has.
+
+    Raises:
+        UserError: the optimizer was built for a part of that module, or for another one.
+    """
+    names = {id(parameter): name for name, parameter in named_parameters(module)}
+    for group in groups:
+        for name, parameter in group.parameters.items():
+            found = names.get(id(parameter))
+            if found != name:
+                theirs = f"{found} in the engine's model" if found else "no parameter of the engine's model"
+                raise UserError(
+                    f"megalr's optimizer was built for another module than the engine's: {name} is {theirs}. Give "
+                    "megalr.build_optimizer the model that the engine gets, as it is then"
+                )
 
 
 def _group_of(role: Role, config: OptimizerConfig) -> GroupName:

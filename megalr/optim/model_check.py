@@ -15,6 +15,7 @@ from megalr.errors import UserError
 from megalr.hosts import is_partitioned, logical_shape
 from megalr.layout.exchange import Exchange
 from megalr.layout.shard import Shard, Twin
+from megalr.naming import named_parameters
 
 SHOWN = 3  # names in a message
 CHUNK = 1 << 22  # elements that are cast at a time
@@ -83,7 +84,7 @@ class ModelCheck:
 
     def _complaint(self, weights: bool, are_loaded: bool) -> str:
         """What is wrong as this rank sees it; empty if nothing is."""
-        parameters = list(self._trained.items() if self._model is None else self._model.named_parameters())
+        parameters = list(self._trained.items() if self._model is None else named_parameters(self._model))
         if {id(p) for _, p in parameters if p.requires_grad} != self._ids:
             complaint = self._of_another_set(parameters)
             if complaint:

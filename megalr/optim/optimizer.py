@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megalr import hosts
+from megalr.agreement import agree
 from megalr.config.settings import MegalrConfig
 from megalr.hosts.base import Host
 from megalr.layout.shard import Shard
@@ -94,6 +95,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         self._progress = Progress()
         self._arrivals = Arrivals([group.parameters for group in self.groups])
         self._are_loaded = False  # weights and masters, by the engine, since the last update
+        self._to_agree: Mapping[str, str] = {}  # what all ranks are to have in common, until they have compared it
         named = [{"params": list(g.parameters.values()), "name": g.name, "by_rule": g.rule is not None} for g in groups]
         param_groups = [given | vars(group.settings) for given, group in zip(named, groups, strict=True)]
         # accelerate reads a learning rate from the defaults when the JSON has a schedule.
@@ -113,6 +115,9 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         shard, progress = self.prepare(), self._progress
         if progress.is_dry_run(self.param_groups, shard):
             return  # it must not count, decay weights or run events
+        if self._to_agree:
+            agree(self._to_agree)
+            self._to_agree = {}
         if progress.is_between and self.checks_model:
             self.check_model()
         progress.begin(self.all_groups, shard, self.exchange, self._arrivals)
@@ -142,6 +147,14 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         self._progress.skip_asked = False
         for event in self.events:
             event.forget_gradients()
+
+    def agree_first(self, facts: Mapping[str, str]) -> None:
+        """Have all ranks compare facts before the first update, which they all make together.
+
+        Args:
+            facts: see :func:`megalr.agreement.agree`, which raises a UserError in :meth:`step` where they differ.
+        """
+        self._to_agree = facts
 
     def forget_update(self) -> None:
         """Forget an update that has begun, or the gradients for one: another state is to be loaded."""

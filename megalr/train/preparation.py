@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from megalr.config.secrets import secrets_in
+from megalr.agreement import code_facts, digest_of_files, json_facts
+from megalr.config.secrets import secrets_in, without_secrets
 from megalr.config.settings import MegalrConfig, read_json
 from megalr.data import Data, DataConfig, load_data, load_tokenizer
+from megalr.data.sources import evaluation_source, training_source
 from megalr.errors import UserError
 from megalr.hosts import check_config
 from megalr.hosts.autotp import check_tensor_parallel, tensor_parallel_size
@@ -115,9 +119,13 @@ def make_plan(
     with ranks.together():
         content = read_json(arguments.deepspeed)
         hide(secrets_in(content))
+    ranks.agree({**code_facts(), **json_facts(without_secrets(content)), **_flags(arguments)})
+    with ranks.together():
         model = read_model_config(arguments.model or _default_model(ranks), models_folder)
         shared_by = tensor_parallel_size(content)
         check_tensor_parallel(model, shared_by, ranks.world_size)
+    ranks.agree(json_facts(model.to_dict(), "--model: "))
+    with ranks.together():
         ranks = replace(ranks, tensor_parallel=shared_by)
         resolve(content, _request(arguments, model, ranks))  # its complaints come before those about folders and text
         if arguments.export is not None and ranks.is_first:
@@ -150,8 +158,12 @@ def make_plan(
     with ranks.together():
         tokenizer = load_tokenizer(arguments.tokenizer, say=screen.say)
         fit_to_text(model, tokenizer, arguments.sequence_length)
+    ranks.agree({"the tokenizer": _digest_of(tokenizer)})
+    with ranks.together():
         text = data_config(arguments, resolved.seed)
         data = load_data(text, tokenizer, rank=ranks.local_rank, barrier=ranks.barrier)
+    texts = {"training": data.train, "held-out": data.evaluation}
+    ranks.agree({f"tokens of the {name} text": each.fingerprint for name, each in texts.items()}, lambda: _files(text))
     screen.say(data.description)
     screen.say(how_often(data, resolved.steps * resolved.batch.total))
     return Plan(
@@ -226,6 +238,24 @@ def how_often(data: Data, sequences: int) -> str:
     if data.limit is not None:
         more = f"a larger --max-train-tokens, which cuts the text at {data.limit:,}"
     return f"{words}\nWARNING: the text is read {epochs:,.1f} times. To read it once, write {more}, or fewer --steps"
+
+
+def _flags(arguments: PretrainArguments) -> dict[str, str]:
+    """The flags that all ranks need to have alike; the JSON's place may be another on another node."""
+    own = ("deepspeed", "verbose")
+    return {f"--{name.replace('_', '-')}": str(value) for name, value in asdict(arguments).items() if name not in own}
+
+
+def _digest_of(tokenizer: PreTrainedTokenizerFast) -> str:
+    state = [tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
+
+
+def _files(config: DataConfig) -> dict[str, str]:
+    """The files of the texts, where these are local."""
+    sources = (training_source(config), evaluation_source(config))
+    files = [file for source in sources for file in getattr(source, "files", ())]
+    return {f"the file {file}": digest_of_files([file]) for file in files}
 
 
 def _default_model(ranks: Ranks) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from megalr.agreement import agree
 from megalr.errors import UserError
 from megalr.hosts.deepspeed_start import join_processes
 from megalr.processes import free_port
@@ -88,6 +89,13 @@ class Ranks:
             dist.broadcast_object_list(box, src=0, device=self.device)
         result: T = box[0]
         return result
+
+    def agree(self, facts: Mapping[str, str], more: Callable[[], Mapping[str, str]] = dict) -> None:
+        """Make sure that all ranks have the same; see :func:`megalr.agreement.agree`. Collective."""
+        try:
+            agree(facts, more)
+        except UserError as error:
+            raise AgreedError(str(error)) from error
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over the ranks, in fp64. Collective."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
@@ -154,12 +155,18 @@ def empty_parameters(stage: int, folder: str) -> tuple[int, int]:
 def refused(stage: int, folder: str, what: str) -> str:
     """The message of a save that must fail."""
     engine = engine_of(stage, spectrum=what == "spectrum")
-    if what == "optimizer":
+    if what in ("optimizer", "inner"):
         plain = {"train_batch_size": torch.distributed.get_world_size(), "zero_optimization": {"stage": stage}}
         net = Net()
-        optimizer = torch.optim.AdamW(net.parameters())
+        inner = megalr.build_optimizer(net.layers, {"optimizer": {"type": "AdamW"}})
+        optimizer = inner if what == "inner" else torch.optim.AdamW(net.parameters())
         plain["zero_allow_untested_optimizer"] = True
         engine = deepspeed.initialize(model=net, optimizer=optimizer, config=plain)[0]
+    if what == "inner":
+        with pytest.raises(megalr.UserError, match="built for another module"):
+            megalr.consolidated_state_dict(engine)
+        with pytest.raises(megalr.UserError, match="built for another module"):
+            megalr.attach_guard(engine)
     try:
         megalr.save_checkpoint(engine, folder)
     except megalr.UserError as error:
@@ -194,6 +201,40 @@ def other_targets(
     after = everything(engine)
     steps(engine, 1)
     return message, before.keys() == after.keys() and all(same(value, after[key]) for key, value in before.items())
+
+
+def compiled(stage: int, folder: str, pairs: list[tuple[str, str]]) -> list[str]:
+    """What goes on differently where a run with one kind of model goes on from another's checkpoint."""
+    expected, wrong = {}, []
+    for kind in {kind for pair in pairs for kind in pair}:
+        engine = compiled_engine(kind, stage)
+        steps(engine, 3)
+        megalr.save_checkpoint(engine, folder, tag=kind)
+        steps(engine, 2)
+        expected[kind] = megalr.consolidated_state_dict(engine) or {}
+        engine.destroy()
+    for saved, now in pairs:
+        engine = compiled_engine(now, stage)
+        megalr.load_checkpoint(engine, folder, tag=saved)
+        steps(engine, 2)
+        found = megalr.consolidated_state_dict(engine) or {}
+        engine.destroy()
+        if found.keys() != expected[saved].keys():
+            wrong.append(f"{saved} -> {now}: {sorted(found)}")
+        wrong += [f"{saved} -> {now}: {n}" for n, w in expected[saved].items() if not torch.equal(found.get(n, w), w)]
+    return wrong
+
+
+def compiled_engine(kind: str, stage: int) -> Any:
+    """A low-rank model with refactorizations: plain, compiled before there is an engine, or by the engine."""
+    config = configuration(stage)
+    layers = {"type": "low_rank", "rank": 2, "target_modules": ["layers"]}
+    config["megalr"] = {"parametrization": layers, "refactorization": {"interval": 2}}
+    net: Any = Net()
+    engine = megalr.initialize(model=torch.compile(net, backend="eager") if kind == "before" else net, config=config)[0]
+    if kind == "engine":
+        engine.compile(backend="eager")
+    return engine
 
 
 def begun(stage: int, folder: str) -> str:

@@ -21,6 +21,21 @@ def train(flags: list[str], folder: str) -> None:
         pretrain(parse_arguments(flags), start_ranks(), MODELS)
 
 
+def disagree(flags: list[str], folders: list[str], other: list[str]) -> str:
+    """What a rank hears that is on a node of its own, with a folder of its own; ``other``: flags of the last one."""
+    rank, before = int(os.environ["RANK"]), os.environ["LOCAL_RANK"]
+    os.chdir(folders[rank])
+    os.environ["LOCAL_RANK"] = "0"
+    last = rank == len(folders) - 1
+    try:
+        pretrain(parse_arguments([*flags, *(other if last else [])]), start_ranks(), MODELS)
+    except AgreedError as error:
+        return str(error)
+    finally:
+        os.environ["LOCAL_RANK"] = before
+    return "nothing"
+
+
 def fail_together(failing: int, after_barrier: bool) -> str:
     """What a rank sees of a mistake that another one finds."""
     ranks = start_ranks()

@@ -177,7 +177,7 @@ def siblings(kind: str) -> list[float]:
     torch.manual_seed(0)
     whole = torch.nn.ModuleDict({"attn": Attention()})
     content = {"megalr": {"parametrization": {**SECTIONS[kind]["parametrization"], "target_modules": ["attn"]}}}
-    megalr.parametrize(whole, content)
+    megalr.parametrize(whole, content, other_optimizer=True)
     for name, parameter in whole.named_parameters():
         if name.endswith("R"):  # which starts at zero
             torch.nn.init.normal_(parameter)

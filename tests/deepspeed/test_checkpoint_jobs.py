@@ -53,6 +53,7 @@ def test_parameters_without_elements(ranks, tmp_path, stage):
     [
         ("spectrum", "spectrum (buffers) has dtype torch.complex64, which checkpoints cannot hold"),
         ("optimizer", "the engine's optimizer is AdamW, of which megalr's checkpoints know nothing"),
+        ("inner", "another module than the engine's: 0.weight is layers.0.weight in the engine's model"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_on_all_ranks(ranks, tmp_path, what, words):
@@ -83,6 +84,14 @@ def test_what_one_rank_cannot_load_all_give_up(ranks, tmp_path, stage):
     found = ranks(3).run(f"{MODULE}:other_targets", stage, str(tmp_path), layers, layers, "GaLoreAdamW", fails=1)
     others = "another process could not load: process 1: no such device. Nothing was loaded"
     assert found == [(others, True), ("no such device", True), (others, True)]
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_compiled_and_plain_runs_go_on_from_each_other(ranks, tmp_path, stage):
+    pairs = [("plain", "before"), ("before", "plain"), ("before", "engine"), ("plain", "engine"), ("engine", "plain")]
+    if stage == 3:  # where DeepSpeed takes no model that is compiled before
+        pairs = [pair for pair in pairs if "before" not in pair]
+    assert ranks(2).run(f"{MODULE}:compiled", stage, str(tmp_path), pairs) == [[], []]
 
 
 @pytest.mark.parametrize("stage", [0, 2])

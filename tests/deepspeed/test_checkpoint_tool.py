@@ -361,7 +361,7 @@ def test_as_a_program(made, tmp_path):
         "import sys\n"
         "from megalr.checkpoint.__main__ import main\n"
         f"code = main(['inspect', {folder!r}]) + main(['verify', {folder!r}])\n"
-        f"code += main(['export', {folder!r}, '--to', 'safetensors', '--dense', {str(tmp_path / 'out')!r}])\n"
+        f"code += main(['export', {folder!r}, '--to', 'safetensors', {str(tmp_path / 'out')!r}])\n"
         "sys.exit(code or sorted({'deepspeed', 'torch.distributed.checkpoint'} & set(sys.modules)) or 0)"
     )
 

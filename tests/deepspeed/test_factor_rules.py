@@ -36,7 +36,7 @@ def optimizer_of(name: str) -> dict[str, Any]:
 @functools.cache
 def reference_weights(name: str, scope: str = "factors") -> dict[str, torch.Tensor]:
     model = training.dense_model()
-    megalr.parametrize(model, {"megalr": training.MEGALR})
+    megalr.parametrize(model, {"megalr": training.MEGALR}, other_optimizer=True)
     settings = dict(RULES[name])
     lr = settings.pop("lr", training.ADAMW["lr"])
     recipe = Recipe(

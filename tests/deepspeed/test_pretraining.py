@@ -1,6 +1,7 @@
 """The pretraining program on several processes: the same run however it is cut, and after a resume."""
 
 import itertools
+import re
 import shutil
 
 import pytest
@@ -124,6 +125,28 @@ def test_resume_is_bitwise(ranks, train, stage, sections):
     timeless = [[{**row, "tokens_per_second": 0} for row in metrics(folder)] for folder in (whole, resumed)]
     assert timeless[0] == timeless[1]
     assert_same_checkpoints(resumed / f"checkpoints/step{STEPS}", whole / f"checkpoints/step{STEPS}")
+
+
+@pytest.mark.parametrize(
+    ("other", "line"),
+    [
+        ([], r"tokens of the training text: .* on rank 1 \(.*\), and .* on the others"),
+        (["--steps", "9"], r"--steps: 9 on rank 1 \(.*\), and 4 on the others"),
+    ],
+)
+def test_nodes_with_another_text_or_other_flags_are_named(ranks, tmp_path, other, line):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "text.txt").write_text(f"The text of node {folder.name}. " * 400)
+    config = write_config(tmp_path / "ds.json")
+    flags = ["--deepspeed", str(config), *small_run(tmp_path), "--dataset", "text.txt", "--steps", "4"]
+    flags += ["--output", str(tmp_path / "run")]
+    found = ranks(2).run("tests.deepspeed.pretraining:disagree", flags, [str(f) for f in folders], other)
+    assert found[0] == found[1] and re.search(line, found[0]), found[0]
+    if not other:
+        assert f"the file {folders[1] / 'text.txt'}: " in found[0]
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])

@@ -209,7 +209,7 @@ def test_logits_loss_and_gradients_equal_one_process(ranks, kind, tensor, stage)
 @functools.cache
 def first_step(kind: str) -> dict[str, torch.Tensor]:
     model = tensor_training.dense_model(tensor_training.SPREAD if kind == "full" or "projected" in kind else 0.02)
-    megalr.parametrize(model, {"megalr": tensor_training.SECTIONS[kind]})
+    megalr.parametrize(model, {"megalr": tensor_training.SECTIONS[kind]}, other_optimizer=True)
     ids = rule_training.batches(1)[0]
     output = model(input_ids=ids, labels=ids)
     output.loss.backward()

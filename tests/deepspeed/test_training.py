@@ -27,7 +27,7 @@ WORLDS = (1, 2, 3)
 def reference_weights(scope: str = "factors", moments: str = "reset", steps: int = 20) -> dict[str, torch.Tensor]:
     """What tests/reference.py makes of the same model, data and recipe."""
     model = training.dense_model()
-    megalr.parametrize(model, {"megalr": training.MEGALR})
+    megalr.parametrize(model, {"megalr": training.MEGALR}, other_optimizer=True)
     recipe = Recipe(
         lr=lambda step: training.ADAMW["lr"],
         embedding_lr=lambda step: training.ADAMW["embedding"]["lr"],

@@ -76,6 +76,11 @@ def test_a_checkpoint_loaded_and_saved_before_any_update_loses_nothing(ranks, mo
     assert ranks(2).run(f"{WORKER}:stock_resume", model, str(tmp_path), stage, *OPTIMIZERS["GaLore"]) == [[], []]
 
 
+def test_an_engine_with_another_optimizer_says_what_to_write(ranks, model):
+    for said in ranks(2).run(f"{WORKER}:foreign", model, [0, 2, 3])[0]:
+        assert "has megalr.refactorization, which only megalr's optimizer carries out" in said
+
+
 def test_trainer_drops_what_is_passed_as_optimizers(ranks, model):
     """The reason for ``trainer_optimizer``: should transformers change its mind, the README can be shortened."""
     for found in ranks(2).run(f"{WORKER}:trainer_settings", model, 2, as_optimizers=True):

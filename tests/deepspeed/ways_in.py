@@ -170,6 +170,26 @@ def stock_resume(model: str, folder: str, stage: int, optimizer: Json, megalr_se
     return different
 
 
+def foreign(model: str, stages: list[int]) -> list[str]:
+    """What each of some engines says that train layers of ours by DeepSpeed's AdamW; ours is there, and left out."""
+    said = []
+    for stage in stages:
+        section = {"parametrization": {"type": "low_rank", "rank": 5}, "refactorization": {"interval": 4}}
+        config = configuration(stage, optimizer={"params": {"lr": 1e-3, "torch_adam": True}})
+        config["megalr"] = section
+        net = megalr.parametrize(_model(model), {"megalr": section})
+        ours = megalr.build_optimizer(net, {"megalr": section}) if stage else None
+        engine = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=config)[0]
+        try:
+            run_steps(engine, batches(1))
+            said.append("")
+        except megalr.UserError as error:
+            said.append(str(error))
+        del ours
+        _release(engine)
+    return said
+
+
 def _stock_engine(model: str, stage: int, optimizer: Json, megalr_section: Json, *, as_callable: bool) -> Any:
     config = configuration(stage, ACCUMULATION)
     del config["optimizer"]

@@ -306,8 +306,8 @@ RUNS = [
         (
             "ranks skip on their own",
             EXCHANGE,
-            "        if not self._groups():\n            return mine\n",
-            "        return mine\n",
+            "        if not self._groups():\n            return mine, True\n",
+            "        return mine, True\n",
             POISON,
         ),
         (

@@ -10,6 +10,7 @@ from torch import nn
 import megalr
 from megalr.errors import UserError
 from megalr.hosts.deepspeed_config import deepspeed_section
+from megalr.hosts.tensor_parallel import check_earlier_groups
 
 LOW_RANK = {"megalr": {"parametrization": {"type": "low_rank", "rank": 2, "target_modules": ["0"]}}}
 
@@ -74,6 +75,28 @@ def test_what_cannot_work_is_refused_first(changes, arguments, message):
     with pytest.raises(UserError, match=message):
         megalr.initialize(model=net, config={**LOW_RANK, **changes}, **arguments)
     assert isinstance(net[0], nn.Linear)
+
+
+def test_a_model_is_parametrized_once():
+    net = megalr.parametrize(model(), LOW_RANK)
+    for again in (megalr.parametrize, megalr.initialize):
+        with pytest.raises(UserError, match="0 has been parametrized before: .* takes a dense model, once"):
+            again(net, LOW_RANK)
+
+
+def test_an_engine_after_a_tensor_parallel_one_is_refused(monkeypatch):
+    left = SimpleNamespace(get_tensor_model_parallel_world_size=lambda: 2)
+    monkeypatch.setattr("megalr.hosts.tensor_parallel.told_of_parallelism", lambda: left)
+    with pytest.raises(UserError, match="had 2 tensor-parallel ranks, and this one is to have 1: DeepSpeed keeps"):
+        megalr.initialize(model(), LOW_RANK)
+    check_earlier_groups(2)
+
+
+def test_stage_3_takes_no_compiled_model():
+    config = {"zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW"}}
+    for build in (megalr.build_optimizer, megalr.initialize):
+        with pytest.raises(UserError, match=r"give the model itself, and call engine.compile\(\) afterwards"):
+            build(nn.Sequential(torch.compile(model(), backend="eager")), config)
 
 
 ARGUMENTS = SimpleNamespace(learning_rate=2e-3, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-7)

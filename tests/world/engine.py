@@ -23,6 +23,7 @@ from megalr.layout.planned import planned_layout
 from megalr.layout.shard import Shard, Twin
 from megalr.optim.events.registry import layer_events
 from megalr.optim.events.velora import Directions
+from megalr.optim.foreign import attend
 from megalr.optim.groups import parameter_groups
 from megalr.optim.optimizer import MegalrOptimizer
 
@@ -269,7 +270,7 @@ def optimizer_of(model: nn.Module, config: dict[str, Any], host: Host) -> Megalr
     """What ``megalr.build_optimizer`` builds, for another engine."""
     parsed = MegalrConfig.from_json(config)
     compressed = compressed_layers(model)
-    return MegalrOptimizer(
+    optimizer = MegalrOptimizer(
         parameter_groups(model, parsed.optimizer),
         parsed,
         pairs=list(factor_pairs(model)),
@@ -278,6 +279,8 @@ def optimizer_of(model: nn.Module, config: dict[str, Any], host: Host) -> Megalr
         host=host,
         model=model,
     )
+    attend(model, optimizer)
+    return optimizer
 
 
 def _sub_groups(group: dict[str, nn.Parameter], size: int) -> list[dict[str, nn.Parameter]]:

@@ -25,11 +25,29 @@ def write_model(model: Any, state: dict[str, Tensor], folder: Path, dtype: torch
     Raises:
         UserError: weights are missing, or the model has no such weights.
     """
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    if unexpected or (missing and not getattr(model.config, "tie_word_embeddings", False)):
-        raise UserError(f"cannot export: weights missing {missing}, weights too many {unexpected}")
+    fill(model, state)
     model.to(dtype).save_pretrained(folder)
+
+
+def fill(model: Any, state: dict[str, Tensor]) -> None:
+    """Give an empty model its weights, the same tensors.
+
+    Args:
+        model, state: see :func:`write_model`.
+
+    Raises:
+        UserError: weights are missing, are too many, or have other shapes.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = [n for n, t in state.items() if n in expected and tuple(t.shape) != expected[n]]
+    if wrong:
+        found = tuple(state[wrong[0]].shape)
+        raise UserError(f"cannot export: {wrong[0]} is {found}, and the dense model has {expected[wrong[0]]}")
+    _, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if unexpected or missing:
+        raise UserError(f"cannot export a dense model: weights missing {missing}, weights too many {unexpected}")
 
 
 def empty_model_of(manifest: Manifest) -> Any:

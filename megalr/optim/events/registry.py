@@ -68,11 +68,20 @@ def layer_events(config: ParametrizationConfig, layers: Mapping[str, nn.Module],
         layers: the replaced layers by qualified name.
         seed: key of random numbers.
     """
-    chosen = next((EVENTS[cls] for cls in type(config).__mro__ if cls in EVENTS), None)
+    chosen = _events_of(config)
     if chosen is None or not layers:
         return None
     create: Callable[..., LayerEvents] = chosen  # each declares the class of its own configuration
     return create(layers, config, seed)
+
+
+def has_events(config: ParametrizationConfig) -> bool:
+    """Whether the layers of a parametrization need events."""
+    return _events_of(config) is not None
+
+
+def _events_of(config: ParametrizationConfig) -> type[LayerEvents] | None:
+    return next((EVENTS[cls] for cls in type(config).__mro__ if cls in EVENTS), None)
 
 
 for _parametrization, _events in declared_classes(megalr.optim.events, LayerEvents, "parametrization"):

@@ -79,7 +79,7 @@ def low_rank(
     }
 
     def plain(model: nn.Module, data: Sequence[Tensor], clip: float) -> dict[str, Tensor]:
-        parametrize(model, {"megalr": MEGALR})
+        parametrize(model, {"megalr": MEGALR}, other_optimizer=True)
         rates = {"lr": settings.get("lr", ADAMW["lr"]), "embedding_lr": ADAMW["embedding"]["lr"]}
         recipe = Recipe(
             **{key: functools.partial(_constant, rate) for key, rate in rates.items()},
