@@ -16,6 +16,7 @@ from megalr.layout.rectangles import Entry
 from megalr.train.models import build_model, config_from_dict, fit_to_text
 from megalr.train.ranks import Ranks
 from megalr.train.score import parse_score_arguments, score
+from tests import known_state
 from tests.known_state import flip
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
@@ -43,12 +44,10 @@ def model_of(vocabulary=4096, seed=0):
 
 def save(run, updates, model, **required):
     settings = {"model": model.config.to_dict(), "megalr.parametrization": FULL["parametrization"], **required}
-    document = {
-        "numbers": {"optimizer": {"updates": updates}, "names": {}},
+    document = known_state.document(updates) | {
         "client": {"run": {"step": updates, "tokens": updates, "required": settings, "settings": {}}},
         "config": {"megalr": FULL},
         "model": json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": ["LlamaForCausalLM"]},
-        "layout": {"dtype": "float32"},
     }
     entries = {f"weights/{name}": Entry.of(p.detach()) for name, p in model.named_parameters()}
     write_entries(run / "checkpoints", f"step{updates}", document, entries, {}, keep=None, asynchronous=False)
