@@ -73,8 +73,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
                 continue
         raise UserError(f"{where} is {json.dumps(value)}; expected {' or '.join(map(_describe, options))}")
     if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise UserError(f"{where} is {json.dumps(value)}; expected {_describe(hint)}")
+        if not any(value == option and type(value) is type(option) for option in typing.get_args(hint)):
+            raise UserError(f"{where} is {json.dumps(value, default=str)}; expected {_describe(hint)}")
         return value
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)

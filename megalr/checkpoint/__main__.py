@@ -15,7 +15,7 @@ from megalr.checkpoint.export.command import DTYPE_NAMES, export
 from megalr.checkpoint.inspecting import inspect
 from megalr.checkpoint.verifying import verify
 from megalr.errors import UserError
-from megalr.train.arguments import PlainParser
+from megalr.flags import PlainParser, nonempty
 from megalr.train.quiet import quieten
 
 DAMAGED_CODE, USER_ERROR_CODE = 1, 2
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "line for each, newest first, with the one that `latest` names. Files that are missing or have another size "
         "are named; `verify` reads them.",
     )
-    command.add_argument("dir", metavar="DIR", help=DIR_HELP)
+    command.add_argument("dir", type=nonempty, metavar="DIR", help=DIR_HELP)
     command.add_argument(
         "--tensors",
         nargs="?",
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         help="check every file",
         description="Read every file and compare it with its checksums. The exit code is 1 where something is wrong.",
     )
-    command.add_argument("dir", metavar="DIR", help=DIR_HELP)
+    command.add_argument("dir", type=nonempty, metavar="DIR", help=DIR_HELP)
     _add_export(
         commands.add_parser(
             "export",
@@ -114,8 +114,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_export(command: argparse.ArgumentParser) -> None:
-    command.add_argument("dir", metavar="DIR", help=DIR_HELP)
-    command.add_argument("out", metavar="OUT", help="the folder to write to")
+    command.add_argument("dir", type=nonempty, metavar="DIR", help=DIR_HELP)
+    command.add_argument("out", type=nonempty, metavar="OUT", help="the folder to write to")
     command.add_argument(
         "--to",
         required=True,
@@ -126,7 +126,10 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dense", action="store_true", help="with --to safetensors: dense weights")
     command.add_argument("--dtype", choices=DTYPE_NAMES, help="default: the one that the model computed with")
     command.add_argument(
-        "--tokenizer", metavar="NAME", help="save this one, too: a tokenizer.json, a folder, or a name on the hub"
+        "--tokenizer",
+        type=nonempty,
+        metavar="NAME",
+        help="save this one, too: a tokenizer.json, a folder, or a name on the hub",
     )
     command.add_argument("--overwrite", action="store_true", help="replace an export that is in OUT")
 

@@ -38,6 +38,11 @@ def refuse_unsupported(content: Json) -> None:
             raise UserError(
                 f'zero_optimization.{key}.device is "nvme", which megalr cannot update: write "cpu" or leave it out'
             )
+    if content.get("zero_allow_untested_optimizer") is False:
+        raise UserError(
+            "zero_allow_untested_optimizer is false, and DeepSpeed has tested no optimizer of megalr's: write true, or "
+            "leave it out"
+        )
     if (content.get("fp16") or {}).get("enabled") not in (None, False, "auto") and not torch.cuda.is_available():
         raise UserError('fp16 needs a GPU: write "fp16": {"enabled": false} and "bf16": {"enabled": "auto"}')
 

@@ -133,6 +133,8 @@ def make_plan(
                 f'--export writes dense weights, and "{megalr.parametrization.type}" layers have none, because '
                 f"{megalr.parametrization.not_dense}: leave it out; checkpoints hold the layers as they are"
             )
+        if arguments.export is not None:
+            _check_apart(Path(arguments.export).expanduser(), folder)
         # To hear their complaints before a run is deleted.
         shapes = parametrize(empty_model(model), megalr.parametrization)
         parameter_groups(shapes, megalr.optimizer)
@@ -225,6 +227,13 @@ def _folder_and_checkpoint(arguments: PretrainArguments, lock: FolderLock) -> tu
     # What a run has written before its first checkpoint is written again.
     checkpoint = find_checkpoint(folder) if arguments.resume and not folder.has_only_begun else None
     return folder, checkpoint, folder.summary.exists()
+
+
+def _check_apart(export: Path, folder: RunFolder) -> None:
+    """Refuse an export among the files of the run."""
+    places = (export.resolve(), *export.resolve().parents)
+    if export.resolve() == folder.path.resolve() or any(path.resolve() in places for path in folder.written):
+        raise UserError(f"--export {export} is where the run itself is written: name another folder")
 
 
 def _fetch_tokenizer(name: str | None) -> None:

@@ -15,7 +15,8 @@ from megalr.checkpoint.folders import newest_whole
 from megalr.checkpoint.manifest import Manifest, read_manifest
 from megalr.data import DataConfig, load_data, load_tokenizer
 from megalr.errors import UserError
-from megalr.train.arguments import PlainParser, add_text, positive
+from megalr.flags import PlainParser, nonempty, positive
+from megalr.train.arguments import add_text
 from megalr.train.evaluation import evaluate
 from megalr.train.models import build_model, config_from_dict, fit_to_text
 from megalr.train.ranks import Ranks
@@ -82,6 +83,7 @@ def parse_score_arguments(argv: Sequence[str]) -> ScoreArguments:
     )
     parser.add_argument(
         "model",
+        type=nonempty,
         metavar="FOLDER",
         help="a run's folder (its latest checkpoint), a folder under its checkpoints, or an exported Hugging "
         "Face model",

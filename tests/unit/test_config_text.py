@@ -42,7 +42,19 @@ def refused(text, tmp_path):
         ('{"bf16": {"enabled": "True"}}', 'bf16.enabled is "True", a string: write true'),
         ('{"zero_optimization": true}', '"zero_optimization" must be an object like {...}, not true'),
         ('{"megalr": []}', '"megalr" must be an object'),
-        ('{"train_batch_size": ' + "9" * 5000 + "}", "is not valid JSON"),
+        ('{\n"train_batch_size": ' + "9" * 5000 + "}", "line 2, has a number of 5,000 digits, 99999"),
+        ('{"gradient_clipping": 1' + "0" * 400 + "}", "gradient_clipping is a whole number of 401 digits"),
+        ('{"gradient_predivide_factor": null}', "gradient_predivide_factor is null: write a number above 0"),
+        ('{"prescale_gradients": 1}', "prescale_gradients is 1: write true or false"),
+        ('{"zero_optimization": {"contiguous_gradients": 0}}', "contiguous_gradients is 0: write true or false"),
+        ('{"zero_optimization": {"zero_hpz_partition_size": true}}', "zero_hpz_partition_size is true: write a whole"),
+        ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage is 4: write a whole number from 0 to 3"),
+        ('{"scheduler": {"params": {"warmup_type": "cosine"}}}', 'warmup_type is "cosine": write one of log, linear'),
+        ('{"scheduler": {"params": {"cos_min_ratio": "0.1"}}}', 'cos_min_ratio is "0.1": write a number from 0 to 1'),
+        ('{"scheduler": {"params": {"warmup_max_lr": [1, -1]}}}', "warmup_max_lr is [1, -1]: write a number"),
+        ('{"optimizer": {"type": "AdamW", "params": 1}}', '"optimizer.params" must be an object like {...}, not 1'),
+        ('{"gradient_cliping": 1.0}', 'the JSON has no key "gradient_cliping"; did you mean "gradient_clipping"?'),
+        ('{"activation_checkpointing": {"profil": true}}', 'activation_checkpointing has no key "profil"'),
         ("[" * 100_000 + "]" * 100_000, "is not valid JSON: its brackets lie too deep"),
         ('{"a": ' * 200 + "1" + "}" * 200, "deeper than 100 objects and lists"),
         (b'{"a": "\xff"}', "byte 7 is not UTF-8"),
@@ -57,6 +69,17 @@ def test_a_sentence_with_the_key(text, words, tmp_path):
 def test_the_same_of_a_dictionary():
     with pytest.raises(UserError, match="gradient_clipping is NaN"):
         MegalrConfig.from_json({**GOOD, "gradient_clipping": float("nan")})
+
+
+def test_what_only_looks_wrong_is_accepted():
+    content = {
+        **GOOD,
+        "notes": {"of": "somebody else"},
+        "gradient_clipping": None,
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8, "overlap_comm": None, "offload_param": None},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto", "warmup_max_lr": [1e-3, 1e-4]}},
+    }
+    assert read_json(content) == content
 
 
 def test_a_mark_of_byte_order_is_no_mistake(tmp_path):
@@ -85,5 +108,5 @@ def test_a_schedule_is_complete(section, words):
 
 
 def test_a_seed_that_no_generator_takes():
-    with pytest.raises(UserError, match="megalr.seed has 22 digits: write a number below"):
+    with pytest.raises(UserError, match="megalr.seed is a whole number of 22 digits: write one below"):
         MegalrConfig.from_json({**GOOD, "megalr": {"seed": 2**70}})

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megalr.comparison import compare
+from megalr.errors import UserError
 from megalr.train.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +52,7 @@ def commands(program):
 def parses(parse, line):
     try:
         parse(shlex.split(line))
-    except SystemExit:
+    except (SystemExit, UserError):
         return False
     return True
 
