@@ -9,7 +9,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from megalr.errors import UserError
@@ -50,6 +50,18 @@ def nearest(word: str, known: Mapping[str, Any]) -> str:
     close = close or [name for name in known if word and name.lower().startswith(word.lower())]
     hint = f'; did you mean "{close[0]}"?' if close else ";"
     return f"{hint} valid: {', '.join(known)}"
+
+
+def slip(word: str, known: Iterable[str]) -> str | None:
+    """The known word that a word is but for a letter missing, added or exchanged, two swapped, or capitals."""
+    return next((each for each in known if each != word and _one_slip(word.lower(), each.lower())), None)
+
+
+def _one_slip(first: str, second: str) -> bool:
+    at = _alike(first, second)
+    one, other = first[at:], second[at:]
+    swapped = one[:2] == other[:2][::-1] and one[2:] == other[2:]
+    return swapped or one[1:] == other[1:] or one[1:] == other or one == other[1:]
 
 
 def _alike(first: str, second: str) -> int:

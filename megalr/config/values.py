@@ -6,15 +6,14 @@ nothing is known of its schedules' numbers before one of them is multiplied.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megalr.errors import UserError
-from megalr.schema import Json, nearest
+from megalr.schema import Json, nearest, slip
 
 
 @dataclass(frozen=True)
@@ -56,16 +55,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_rate(value: Any) -> bool:
-    """One learning rate, or one for each group."""
-    rates = value if isinstance(value, list | tuple) and value else [value]
-    return all(_is_number(rate) and rate >= 0 for rate in rates)
-
-
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("a string", lambda value: isinstance(value, str))
 OBJECT = Kind("an object like {...}", lambda value: isinstance(value, Mapping), null=True)
-RATE = Kind("a number of at least 0", _is_rate)
+RATE = _number(0)  # one for each group is none that a user could count
 DTYPE = _one_of("fp32", "fp16", "bf16", "float32", "float16", "bfloat16", null=True)
 
 # By place in the JSON.
@@ -195,13 +188,15 @@ VALUES |= {
         "lr_range_test_step_size": _whole(1),
         "step_size": _whole(1),
         "total_num_steps": _whole(1),
-        "warmup_max_lr": Kind(RATE.words, RATE.holds, null=True),
+        "warmup_max_lr": _number(0, null=True),
         "warmup_min_lr": RATE,
         "warmup_min_ratio": _number(0, 1),
         "warmup_num_steps": _whole(1),
         "warmup_type": _one_of("log", "linear"),
     }.items()
 }
+
+SCHEDULE = [place.rpartition(".")[2] for place in VALUES if place.startswith("scheduler.params.")]
 
 # Keys of sections whose unknown ones DeepSpeed overlooks.
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -246,7 +241,6 @@ KEYS = sorted(
         "zero_allow_comm_data_type_fp32",
     }
 )
-ALIKE = 0.85  # of difflib's ratio; one letter more, less or exchanged has 0.88 and more in a word of eight
 
 
 def check(content: Json) -> None:
@@ -258,9 +252,7 @@ def check(content: Json) -> None:
     Raises:
         UserError: names the key, what it is, and what to write.
     """
-    for key in content:
-        if key not in KEYS and difflib.get_close_matches(str(key), KEYS, n=1, cutoff=ALIKE):
-            raise UserError(f'the JSON has no key "{key}"{_meant(key, KEYS)}')
+    _refuse_slips(content, KEYS, "the JSON")
     for place, kind in VALUES.items():
         *sections, key = place.split(".")
         section: Any = content
@@ -272,18 +264,21 @@ def check(content: Json) -> None:
         if not (value == "auto" or (value is None and kind.null) or (value is not None and kind.holds(value))):
             name = f'"{place}" must be' if kind is OBJECT else f"{place} is {short(value)}: write"
             raise UserError(f"{name} {kind.words}" + (f", not {short(value)}" if kind is OBJECT else ""))
+    _refuse_slips((content.get("scheduler") or {}).get("params") or {}, SCHEDULE, "scheduler.params")
     for name, known in SECTIONS.items():
         for key in content.get(name) or ():
             if key not in known:
                 raise UserError(f'{name} has no key "{key}"{nearest(str(key), dict.fromkeys(known))}')
 
 
+def _refuse_slips(section: Json, known: Sequence[str], where: str) -> None:
+    for key in section:
+        meant = None if key in known else slip(str(key), known)
+        if meant is not None:
+            raise UserError(f'{where} has no key "{key}"; did you mean "{meant}"?')
+
+
 def short(value: Any) -> str:
     """A value as JSON has it, cut to some length."""
     written = json.dumps(value, default=str)
     return written if len(written) <= 60 else f"{written[:57]}..."
-
-
-def _meant(key: str, known: Iterable[str]) -> str:
-    (close, *_) = difflib.get_close_matches(key, known, n=1, cutoff=ALIKE)
-    return f'; did you mean "{close}"?'

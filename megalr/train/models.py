@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from megalr.config.text import read
 from megalr.data.tokens import unused_marks
 from megalr.errors import UserError
+from megalr.schema import slip
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -30,7 +30,6 @@ SIZES = (
     "vocab_size",
 )
 _OPTIONAL = ("head_dim", "num_key_value_heads")
-_ALIKE = 0.85  # of difflib's ratio
 _LARGEST = 1 << 31  # of a matrix's rows and columns
 
 
@@ -65,9 +64,9 @@ def read_model_config(name: str, folder: Path) -> LlamaConfig:
 def _check_shape(content: dict[str, Any], path: Path) -> None:
     """Refuse sizes that are none, and slips in their names, for which transformers would take its default."""
     for key in content:
-        close = difflib.get_close_matches(key, SIZES, n=1, cutoff=_ALIKE)
-        if close and key not in SIZES:
-            raise UserError(f'{path} has a key "{key}"; did you mean "{close[0]}"?')
+        meant = None if key in SIZES else slip(key, SIZES)
+        if meant is not None:
+            raise UserError(f'{path} has a key "{key}"; did you mean "{meant}"?')
     for key in SIZES:
         value = content.get(key, 1)
         optional = value is None and key in _OPTIONAL

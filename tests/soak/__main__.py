@@ -66,7 +66,7 @@ def soak(cases: Sequence[tuple[str, Case]], jobs: int = JOBS) -> Iterator[Tried]
         workshop, trials = Path(name, "workshop"), Path(name, "trials")
         workshop.mkdir()
         trials.mkdir()
-        prepare(workshop)
+        prepare(workshop, {name for _, case in cases for name in case.needs})
 
         def one(index: int) -> Tried:
             return attempt(*cases[index], workshop, trials / str(index))

@@ -36,15 +36,22 @@ WRONG: dict[str, tuple[str, ...]] = {
 NEEDED = {"random_from": 1, "rank": 8}  # by some rules, for the small model
 # The least that a number may be, where it is not 1 of whole ones and 0 of others; None for no limit.
 LEAST: dict[str, float | None] = {
+    "allgather_bucket_size": 0,
+    "autotp_size": 0,
     "check_replicas_every": 0,
+    "cos_threshold": -1,
     "frozen_steps": 0,
     "initial_scale_power": 0,
     "max_skipped": 0,
+    "min_8bit_size": 0,
     "random_from": 0,
     "reset_interval": 0,
     "restart_warmup_steps": 0,
     "seed": None,
     "stage": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_prefetch_bucket_size": 0,
     "warmup_steps": 0,
 }
 # Values that look wrong and are not.
@@ -80,7 +87,7 @@ class Key:
     def case(self, value: str) -> Case:
         """A run whose JSON has the value there."""
         text = json.dumps(_put(self.content, self.path, HOLE)).replace(f'"{HOLE}"', value)
-        return _case(f"{'.'.join(self.path)} = {value[:40]}", text, self.path[-1], "bad.json")
+        return _case(f"{'.'.join(self.path)} = {value[:40]}", text, self.path[-1], "bad.json", "nonsense")
 
 
 def wrong_values(rng: Random) -> Iterator[Case]:
@@ -101,7 +108,7 @@ def wrong_names(rng: Random) -> Iterator[Case]:
         for spelt in _misspelt(name, rng):
             place = (*parents, spelt)
             content = _put(_without(key.content, key.path), place, _example(key.content, key.path))
-            yield _case(f"{'.'.join(place)} instead of {name}", json.dumps(content), spelt)
+            yield _case(f"{'.'.join(place)} instead of {name}", json.dumps(content), spelt, f'"{name}"')
     for path in _paths(good_config()):
         value = json.dumps(_at(good_config(), path))
         text = json.dumps(_put(good_config(), path, HOLE)).replace(f'"{HOLE}"', f'{value}, "{path[-1]}": {value}')
@@ -167,7 +174,7 @@ DEEPSPEEDS = {
     "scheduler.params.cos_min_ratio": "float",
     "scheduler.params.warmup_type": "choice",
     "scheduler.params.warmup_min_lr": "float",
-    "scheduler.params.warmup_max_lr": "float",
+    "scheduler.params.warmup_max_lr": "float?",
     "scheduler.params.step_size": "int",
     "scheduler.params.gamma": "float",
     "megalr": "section?",

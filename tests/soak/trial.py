@@ -44,7 +44,7 @@ class Case:
             but a traceback, a wait or a loss.
         files: what is written into the folder, by name.
         prepare: does the rest in the folder, such as damage to a file.
-        needs: prepared things that it starts from; see :class:`tests.soak.workshop.Workshop`.
+        needs: prepared things that it starts from; see :func:`tests.soak.workshop.prepare`.
         env: variables to set; None takes one away.
         damage_code: with which the program says that something is damaged, in place of an error.
         writes: the folder that is the program's to change if it accepts the input; its checkpoints stay.

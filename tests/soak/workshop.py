@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,19 @@ def good_config() -> dict[str, Any]:
     return {**content, "tensorboard": {"enabled": False}, "train_batch_size": 4}
 
 
-def prepare(folder: Path) -> None:
-    """Make everything that a case may need: good.json, small.json, text.txt, run/, export/, checkpoints/."""
+def prepare(folder: Path, needs: Collection[str]) -> None:
+    """Make good.json, small.json and text.txt, and of what else a case may need what is named.
+
+    Args:
+        folder: where.
+        needs: "run" and "export", a run that has ended and its model; "checkpoints" of something else.
+    """
     (folder / "small.json").write_text(json.dumps(SMALL_MODEL))
     (folder / "text.txt").write_text(TEXT)
     (folder / "good.json").write_text(json.dumps(good_config()))
-    for updates in (1, 2):
-        known_state.write(folder / "checkpoints", updates)
-    words = [sys.executable, str(PRETRAIN), "--deepspeed", "good.json", *SIZES, *TWO_UPDATES]
-    run(words, cwd=folder, env={**ALONE, "MEGALR_CACHE": str(folder / "cache")}, warm=True)
+    if "checkpoints" in needs:
+        for updates in (1, 2):
+            known_state.write(folder / "checkpoints", updates)
+    if "run" in needs or "export" in needs:
+        words = [sys.executable, str(PRETRAIN), "--deepspeed", "good.json", *SIZES, *TWO_UPDATES]
+        run(words, cwd=folder, env={**ALONE, "MEGALR_CACHE": str(folder / "cache")}, warm=True)

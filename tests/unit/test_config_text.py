@@ -51,9 +51,17 @@ def refused(text, tmp_path):
         ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage is 4: write a whole number from 0 to 3"),
         ('{"scheduler": {"params": {"warmup_type": "cosine"}}}', 'warmup_type is "cosine": write one of log, linear'),
         ('{"scheduler": {"params": {"cos_min_ratio": "0.1"}}}', 'cos_min_ratio is "0.1": write a number from 0 to 1'),
-        ('{"scheduler": {"params": {"warmup_max_lr": [1, -1]}}}', "warmup_max_lr is [1, -1]: write a number"),
+        ('{"scheduler": {"params": {"warmup_max_lr": -1}}}', "warmup_max_lr is -1: write a number of at least 0"),
         ('{"optimizer": {"type": "AdamW", "params": 1}}', '"optimizer.params" must be an object like {...}, not 1'),
         ('{"gradient_cliping": 1.0}', 'the JSON has no key "gradient_cliping"; did you mean "gradient_clipping"?'),
+        (
+            '{"scheduler": {"params": {"warmup_nmu_steps": 2}}}',
+            'scheduler.params has no key "warmup_nmu_steps"; did you',
+        ),
+        ('{"pf16": {}}', 'the JSON has no key "pf16"; did you mean'),
+        ('{"Gradient_Clipping": 1.0}', 'did you mean "gradient_clipping"?'),
+        ('{"gradient_clippingg": 1.0}', 'did you mean "gradient_clipping"?'),
+        ('{"hidden_size": 64}', "is no DeepSpeed configuration: it has hidden_size and no key that DeepSpeed knows"),
         ('{"activation_checkpointing": {"profil": true}}', 'activation_checkpointing has no key "profil"'),
         ("[" * 100_000 + "]" * 100_000, "is not valid JSON: its brackets lie too deep"),
         ('{"a": ' * 200 + "1" + "}" * 200, "deeper than 100 objects and lists"),
@@ -75,9 +83,10 @@ def test_what_only_looks_wrong_is_accepted():
     content = {
         **GOOD,
         "notes": {"of": "somebody else"},
+        "comment": "not comet",
         "gradient_clipping": None,
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8, "overlap_comm": None, "offload_param": None},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto", "warmup_max_lr": [1e-3, 1e-4]}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto", "warmup_max_lr": None}},
     }
     assert read_json(content) == content
 
