@@ -20,6 +20,8 @@ from megalr.comparison.results import Results
 from megalr.comparison.runs import Recipe
 from megalr.comparison.table import markdown, rows_of
 from megalr.comparison.trainer import Trainer
+from megalr.data import DataConfig
+from megalr.data.sources import evaluation_source, training_source
 from megalr.errors import UserError
 from megalr.flags import PlainParser, nonempty, path, positive
 from megalr.train.quiet import quieten
@@ -84,6 +86,10 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
     quieten(first=True)  # DeepSpeed, which reads every method's JSON before the first run
     if arguments.eval_dataset and not arguments.dataset:
         raise UserError("--eval-dataset goes with --dataset: name the text to train on, too")
+    if arguments.dataset:  # before the first of many runs fails at it
+        named = DataConfig(dataset=arguments.dataset, eval_dataset=arguments.eval_dataset)
+        training_source(named)
+        evaluation_source(named)
     text = (arguments.dataset, arguments.eval_dataset or ()) if arguments.dataset else None
     recipe = Recipe(arguments.recipe, models, text, world_size=arguments.processes)
     output: Path = arguments.output.expanduser().absolute()

@@ -10,6 +10,7 @@ import torch
 
 from megalr.config.settings import MegalrConfig, read_json
 from megalr.data import Data, DataConfig, load_data, load_tokenizer
+from megalr.data.sources import is_hub_dataset
 from megalr.errors import UserError
 from megalr.hosts import check_config
 from megalr.hosts.autotp import check_tensor_parallel, tensor_parallel_size
@@ -195,6 +196,12 @@ def data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
         names = tuple(str(Path(name).absolute()) if Path(name).exists() else name for name in names)
         return names[0] if len(names) == 1 else names
 
+    texts = (arguments.dataset, *([] if arguments.eval_dataset is None else [arguments.eval_dataset]))
+    if arguments.dataset_config is not None and not any(map(is_hub_dataset, texts)):
+        raise UserError(
+            f"--dataset-config {arguments.dataset_config} is for a dataset of the hub, and the text is "
+            f"{', '.join(arguments.dataset)}: leave it out"
+        )
     return DataConfig(
         dataset=one_or_many(arguments.dataset),
         dataset_config=arguments.dataset_config,

@@ -32,10 +32,15 @@ def bad_texts(rng: Random) -> Iterator[Case]:
         for name, content in _texts(rng).items():
             needs = ("export",) if "export" in words else ()
             file = name.partition(" ")[0]
-            bad = Case(
-                about=f"{program}: {name}", words=(*words, file), names=(file,), files={file: content}, needs=needs
+            enough = name == "bad.txt short" and program in ("held out", "tokenizer")
+            yield Case(
+                about=f"{program}: {name}",
+                words=(*words, file),
+                names=(file,),
+                files={file: content},
+                needs=needs,
+                expect="either" if enough else "bad",
             )
-            yield bad
         for name, prepare in {"a FIFO": os.mkfifo, "a folder": os.mkdir, "a link": _link_to_itself}.items():
             yield Case(
                 about=f"{program}: {name}",

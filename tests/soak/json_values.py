@@ -145,6 +145,8 @@ def keys() -> Iterator[Key]:
         content = good_config()
         if place[0] == "scheduler" and place[-1] in SCHEDULES:
             content["scheduler"] = SCHEDULES[place[-1]]
+            if content["scheduler"]["type"] == "StepLR":  # DeepSpeed makes it around a bare optimizer alone
+                content |= {"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
         yield Key(place, kind.removesuffix("?"), content, optional=kind.endswith("?"))
 
 

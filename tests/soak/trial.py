@@ -47,7 +47,7 @@ class Case:
         needs: prepared things that it starts from; see :func:`tests.soak.workshop.prepare`.
         env: variables to set; None takes one away.
         damage_code: with which the program says that something is damaged, in place of an error.
-        writes: the folder that is the program's to change if it accepts the input; its checkpoints stay.
+        writes: the folder that is the program's to change unless it refuses the input; its checkpoints stay.
     """
 
     about: str
@@ -111,7 +111,7 @@ def attempt(kind: str, case: Case, workshop: Path, folder: Path, limit: float = 
         except ProcessError as error:
             return Tried(kind, case, "hang", str(error))
         after = _marks(folder)
-        own = case.writes if done.code == 0 else None
+        own = case.writes if done.code != CODE else None
         lost = sorted(n for n, mark in before.items() if after.get(n) != mark and not _is_in(n, own))
         if lost:
             return Tried(kind, case, "lost", f"changed or gone: {', '.join(lost)}\n{done.output}")

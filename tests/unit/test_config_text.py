@@ -116,6 +116,19 @@ def test_a_schedule_is_complete(section, words):
         check_deepspeed_config({**GOOD, "scheduler": section}, 1)
 
 
+@pytest.mark.parametrize("changes", [{"zero_optimization": {"stage": 1}}, {"bf16": {"enabled": True}}])
+def test_a_schedule_of_torchs_is_refused_where_deepspeed_cannot_make_it(changes):
+    schedule = {"scheduler": {"type": "StepLR", "params": {"step_size": 2}}}
+    check_deepspeed_config({**GOOD, **schedule}, 1)
+    with pytest.raises(UserError, match="scheduler.type is StepLR, one of torch's, which DeepSpeed can make neither"):
+        check_deepspeed_config({**GOOD, **schedule, **changes}, 1)
+
+
+def test_an_optimizer_that_deepspeed_has_not_tested():
+    with pytest.raises(UserError, match="zero_allow_untested_optimizer is false"):
+        check_deepspeed_config({**GOOD, "zero_allow_untested_optimizer": False}, 1)
+
+
 def test_a_seed_that_no_generator_takes():
     with pytest.raises(UserError, match="megalr.seed is a whole number of 22 digits: write one below"):
         MegalrConfig.from_json({**GOOD, "megalr": {"seed": 2**70}})
