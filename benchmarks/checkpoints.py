@@ -16,7 +16,6 @@ from benchmarks.flags import add_output, add_ranks, write_output
 from benchmarks.ranks import from_ranks
 from benchmarks.timing import Summary
 from megalr.errors import UserError
-from megalr.flags import positive
 from megalr.formatting import markdown_table
 from megalr.train.models import read_model_config
 
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default: all")
     add_ranks(parser, "data-parallel")
     parser.add_argument("--stage", type=int, default=2, choices=range(4), help="ZeRO stage (default: 2)")
-    parser.add_argument("--saves", type=positive, default=5, help="timed saves of each kind (default: 5)")
+    parser.add_argument("--saves", type=int, default=5, help="timed saves of each kind (default: 5)")
     parser.add_argument("--folder", type=Path, help="where to write, an existing folder (default: a temporary one)")
     add_output(parser)
 

@@ -21,6 +21,7 @@ DOCUMENTS = (
     "docs/design.md",
     "docs/equivalence.md",
     "docs/methods.md",
+    "docs/reliability.md",
 )
 FOLDERS = "benchmarks|csrc|docs|ds_configs|examples|launchers|megalr|tests"
 
