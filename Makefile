@@ -18,7 +18,7 @@ ifneq "$(shell cat $(STAMP) 2>/dev/null)" "$(CURDIR)"
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup pretrain test test-all mutants test-gpu cuda-compile cuda-check lint format clean
+.PHONY: help setup pretrain test test-all soak mutants test-gpu cuda-compile cuda-check lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -40,6 +40,11 @@ test: lint ## lint, and the daily tests, which have 15 minutes on two cores
 
 test-all: lint ## lint, and every test
 	$(PYTEST)
+
+soak: export OMP_NUM_THREADS ?= 1
+
+soak: $(STAMP) ## give thousands of bad inputs to every program, and write docs/reliability.md; ARGS="--kind flags --limit 50 ..."
+	$(PY) -m tests.soak docs/reliability.md $(ARGS)
 
 mutants: $(STAMP) ## plant faults, one at a time, and list those that no daily test notices; hours; ARGS="--area rules ..."
 	$(PY) -m tests.mutants $(ARGS)

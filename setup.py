@@ -100,6 +100,6 @@ setup(
     extras_require={
         "mpi": ["mpi4py>=4.0"],
         "trainer": ["accelerate>=1.15"],
-        "dev": ["pytest>=9.2", "ruff>=0.17", "mypy>=2.4", "types-tqdm", "types-PyYAML"],
+        "dev": ["pytest>=9.2", "hypothesis>=6.100", "ruff>=0.17", "mypy>=2.4", "types-tqdm", "types-PyYAML"],
     },
 )

@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megalr.flags import positive
+
 
 def add_ranks(parser: argparse.ArgumentParser, kind: str, shape: str = "shape (default: 60m)") -> None:
     """``--model`` and ``--processes``, for a benchmark that starts ranks of a kind, e.g. "data-parallel"."""
     parser.add_argument("--model", default="60m", help=shape)
-    parser.add_argument("--processes", type=int, default=2, help=f"{kind} ranks (default: 2)")
+    parser.add_argument("--processes", type=positive, default=2, help=f"{kind} ranks (default: 2)")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

@@ -16,8 +16,8 @@ import torch
 from benchmarks import ops_adam, ops_refactorize, ops_share
 from benchmarks.flags import add_output, write_output
 from megalr.errors import UserError
+from megalr.flags import positive
 from megalr.ops import library
-from megalr.train.arguments import positive
 
 PARTS = {"refactorize": ops_refactorize, "adam": ops_adam, "share": ops_share}
 

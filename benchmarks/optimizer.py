@@ -20,6 +20,7 @@ from benchmarks.contenders import BLOCKS, CONTENDERS, NotAvailableError
 from benchmarks.flags import add_output, write_output
 from benchmarks.gradients import Workload
 from benchmarks.timing import Steps, Summary, take_turns
+from megalr.flags import positive
 from megalr.formatting import human_bytes, markdown_table
 from megalr.memory.peak import peak_memory_bytes
 from megalr.train.models import build_model, read_model_config
@@ -50,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", nargs="*", default=["60m", "350m"], help="names in launchers/models, or paths; none: no step times"
     )
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of each optimizer (default: {STEPS})")
-    parser.add_argument("--gap", type=int, default=GAP, help=f"updates between refreshes (default: {GAP})")
-    parser.add_argument("--threads", type=int, help="torch's threads (default: its own choice)")
+    parser.add_argument("--steps", type=positive, default=STEPS, help=f"steps of each optimizer (default: {STEPS})")
+    parser.add_argument("--gap", type=positive, default=GAP, help=f"updates between refreshes (default: {GAP})")
+    parser.add_argument("--threads", type=positive, help="torch's threads (default: its own choice)")
     parser.add_argument(
         "--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="which optimizers (default: all)"
     )

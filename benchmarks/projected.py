@@ -31,6 +31,7 @@ from benchmarks.projected_training import (
 )
 from benchmarks.timing import Summary
 from benchmarks.traffic import WORLD_SIZE
+from megalr.flags import positive
 from megalr.formatting import human_bytes, markdown_table
 from megalr.memory.formulas import RankBytes
 from megalr.train.models import read_model_config
@@ -56,11 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", default="60m", help="shape of the times (default: 60m)")
     parser.add_argument("--methods", nargs="+", choices=TITLES, default=list(TITLES), help="that are timed")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"timed steps of each method (default: {STEPS})")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
-    parser.add_argument("--sequences", type=int, default=4, help="of a step's tokens (default: 4)")
-    parser.add_argument("--length", type=int, default=256, help="of each sequence (default: 256)")
-    parser.add_argument("--gap", type=int, default=GAP, help=f"updates between refreshes (default: {GAP})")
+    parser.add_argument("--steps", type=positive, default=STEPS, help=f"timed steps of each method (default: {STEPS})")
+    parser.add_argument("--threads", type=positive, default=1, help="torch's threads (default: 1)")
+    parser.add_argument("--sequences", type=positive, default=4, help="of a step's tokens (default: 4)")
+    parser.add_argument("--length", type=positive, default=256, help="of each sequence (default: 256)")
+    parser.add_argument("--gap", type=positive, default=GAP, help=f"updates between refreshes (default: {GAP})")
     add_output(parser)
 
 

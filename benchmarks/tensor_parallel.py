@@ -17,6 +17,7 @@ from benchmarks.flags import add_output, add_ranks, write_output
 from benchmarks.ranks import from_ranks
 from benchmarks.timing import Summary
 from megalr.errors import UserError
+from megalr.flags import positive
 from megalr.formatting import markdown_table
 from megalr.train.models import read_model_config
 
@@ -35,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time", action=switch, default=True, help="step times (default: yes)")
     parser.add_argument("--models", nargs="+", default=["60m"], help="shapes of the counts, cut to two layers")
     add_ranks(parser, "tensor-parallel", "shape of the times (default: 60m)")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each (default: 20)")
-    parser.add_argument("--tokens", type=int, default=256, help="of a step (default: 256)")
+    parser.add_argument("--steps", type=positive, default=20, help="timed steps of each (default: 20)")
+    parser.add_argument("--tokens", type=positive, default=256, help="of a step (default: 256)")
     add_output(parser)
 
 

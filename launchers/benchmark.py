@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of
 from benchmarks import checkpoints, ops, optimizer, projected, tensor_parallel  # noqa: E402
 from megalr.comparison import compare  # noqa: E402
 from megalr.errors import UserError  # noqa: E402
+from megalr.flags import PlainParser  # noqa: E402
 
 # Each module declares its flags and runs.
 BENCHMARKS = {
@@ -30,10 +31,10 @@ BENCHMARKS = {
 
 def main() -> int:
     """Run the benchmark that the command line names."""
-    arguments = make_parser().parse_args()
     try:
+        arguments = make_parser().parse_args()
         BENCHMARKS[arguments.benchmark].run(arguments, Path(__file__).parent / "models")
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -41,7 +42,7 @@ def main() -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """A subcommand for each benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = PlainParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", required=True)
     for name, module in BENCHMARKS.items():
         lines = (module.__doc__ or "").splitlines()

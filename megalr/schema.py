@@ -9,7 +9,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from megalr.errors import UserError
@@ -52,6 +52,18 @@ def nearest(word: str, known: Mapping[str, Any]) -> str:
     return f"{hint} valid: {', '.join(known)}"
 
 
+def slip(word: str, known: Iterable[str]) -> str | None:
+    """The known word that a word is but for a letter missing, added or exchanged, two swapped, or capitals."""
+    return next((each for each in known if each != word and _one_slip(word.lower(), each.lower())), None)
+
+
+def _one_slip(first: str, second: str) -> bool:
+    at = _alike(first, second)
+    one, other = first[at:], second[at:]
+    swapped = one[:2] == other[:2][::-1] and one[2:] == other[2:]
+    return swapped or one[1:] == other[1:] or one[1:] == other or one == other[1:]
+
+
 def _alike(first: str, second: str) -> int:
     """How many letters two words have in common from the start."""
     return len(os.path.commonprefix([first, second]))
@@ -73,8 +85,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
                 continue
         raise UserError(f"{where} is {json.dumps(value)}; expected {' or '.join(map(_describe, options))}")
     if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise UserError(f"{where} is {json.dumps(value)}; expected {_describe(hint)}")
+        if not any(value == option and type(value) is type(option) for option in typing.get_args(hint)):
+            raise UserError(f"{where} is {json.dumps(value, default=str)}; expected {_describe(hint)}")
         return value
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)

@@ -179,6 +179,7 @@ class _Client:
         )
         theirs.close()
         os.close(life)
+        self._one_at_a_time = threading.Lock()
         atexit.register(self.close)
 
     def alive(self) -> bool:
@@ -187,8 +188,9 @@ class _Client:
 
     def ask(self, what: str, about: Any, fds: Sequence[int] = ()) -> Any:
         """Send a request, and return the answer."""
-        socket.send_fds(self._socket, [pickle.dumps((what, about))], list(fds))
-        answer = self._socket.recv(MESSAGE_BYTES)
+        with self._one_at_a_time:
+            socket.send_fds(self._socket, [pickle.dumps((what, about))], list(fds))
+            answer = self._socket.recv(MESSAGE_BYTES)
         if not answer:
             raise RuntimeError(f"the server of warm processes has ended with exit code {self._process.wait()}")
         return pickle.loads(answer)

@@ -16,8 +16,9 @@ from megalr.checkpoint.folders import candidates, is_one
 from megalr.checkpoint.inspecting import inspect
 from megalr.checkpoint.verifying import verify
 from megalr.errors import UserError
+from megalr.flags import PlainParser, nonempty
 from megalr.plugins import load_plugins
-from megalr.train.arguments import PlainParser, add_plugins
+from megalr.train.arguments import add_plugins
 from megalr.train.quiet import quieten
 
 DAMAGED_CODE, USER_ERROR_CODE = 1, 2
@@ -117,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "line for each, newest first, with the one that `latest` names. Files that are missing or have another size "
         "are named; `verify` reads them.",
     )
-    command.add_argument("dir", metavar="DIR", help=DIR_HELP)
+    command.add_argument("dir", type=nonempty, metavar="DIR", help=DIR_HELP)
     command.add_argument(
         "--tensors",
         nargs="?",
@@ -131,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         help="check every file",
         description="Read every file and compare it with its checksums. The exit code is 1 where something is wrong.",
     )
-    command.add_argument("dir", metavar="DIR", help=DIR_HELP)
+    command.add_argument("dir", type=nonempty, metavar="DIR", help=DIR_HELP)
     _add_export(
         commands.add_parser(
             "export",
@@ -144,8 +145,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_export(command: argparse.ArgumentParser) -> None:
-    command.add_argument("dir", metavar="DIR", help=DIR_HELP)
-    command.add_argument("out", metavar="OUT", help="the folder to write to")
+    command.add_argument("dir", type=nonempty, metavar="DIR", help=DIR_HELP)
+    command.add_argument("out", type=nonempty, metavar="OUT", help="the folder to write to")
     command.add_argument(
         "--to",
         required=True,
@@ -157,6 +158,7 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=DTYPE_NAMES, help="default: the one that the model computed with")
     command.add_argument(
         "--tokenizer",
+        type=nonempty,
         metavar="NAME",
         help="save this one with the model: a tokenizer.json, a folder, or a name on the hub (default: that of the run "
         "whose checkpoint it is)",

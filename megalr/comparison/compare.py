@@ -18,9 +18,11 @@ from megalr.comparison.results import Results
 from megalr.comparison.runs import Recipe
 from megalr.comparison.table import markdown, rows_of
 from megalr.comparison.trainer import Trainer
+from megalr.data import DataConfig
+from megalr.data.sources import evaluation_source, training_source
 from megalr.errors import UserError
+from megalr.flags import PlainParser, nonempty, path, positive
 from megalr.locks import FolderLock
-from megalr.train.arguments import positive
 from megalr.train.quiet import quieten
 from megalr.train.runner import USER_ERROR_CODE
 
@@ -35,11 +37,11 @@ def main(argv: Sequence[str], *, models_folder: Path) -> int:
     Returns:
         The exit code: 0, or 2 after a UserError, of which the message alone is printed.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = PlainParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     try:
         run(parser.parse_args(argv), models_folder)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_CODE
     return 0
@@ -48,13 +50,17 @@ def main(argv: Sequence[str], *, models_folder: Path) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument(
-        "--recipe", type=Path, required=True, metavar="FILE.yaml", help="what to train, see launchers/recipes"
+        "--recipe", type=path, required=True, metavar="FILE.yaml", help="what to train, see launchers/recipes"
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="results, table and figures; may hold some already"
+        "--output", type=path, required=True, metavar="FOLDER", help="results, table and figures; may hold some already"
     )
-    parser.add_argument("--dataset", nargs="+", metavar="TEXT", help="train on this instead of the recipe's text")
-    parser.add_argument("--eval-dataset", nargs="+", metavar="TEXT", help="with --dataset: the held-out text")
+    parser.add_argument(
+        "--dataset", type=nonempty, nargs="+", metavar="TEXT", help="train on this instead of the recipe's text"
+    )
+    parser.add_argument(
+        "--eval-dataset", type=nonempty, nargs="+", metavar="TEXT", help="with --dataset: the held-out text"
+    )
     parser.add_argument(
         "--jobs", type=positive, default=1, metavar="N", help="runs at a time, each with one thread (default: 1)"
     )
@@ -79,6 +85,10 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
     quieten(first=True)  # DeepSpeed, which reads every method's JSON before the first run
     if arguments.eval_dataset and not arguments.dataset:
         raise UserError("--eval-dataset goes with --dataset: name the text to train on, too")
+    if arguments.dataset:  # before the first of many runs fails at it
+        named = DataConfig(dataset=arguments.dataset, eval_dataset=arguments.eval_dataset)
+        training_source(named)
+        evaluation_source(named)
     text = (arguments.dataset, arguments.eval_dataset or ()) if arguments.dataset else None
     recipe = Recipe(arguments.recipe, models, text, world_size=arguments.processes)
     output: Path = arguments.output.expanduser().absolute()

@@ -249,7 +249,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"there is no recipe at {path}; see launchers/recipes/ for ready ones")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except RecursionError:
+        raise UserError(f"{path} is not valid YAML: its brackets lie too deep inside each other") from None
+    except (yaml.YAMLError, ValueError) as error:  # also bytes that are no UTF-8, and numbers of many digits
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping, not {type(content).__name__}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megalr.config.sections import (
     OptimizerConfig,
     RefactorizationConfig,
 )
+from megalr.config.values import KEYS
 from megalr.errors import UserError
 from megalr.layers.base import ParametrizationConfig
 from megalr.layers.registry import PARAMETRIZATIONS
@@ -52,12 +54,21 @@ def read_json(config: Json | str | Path) -> dict[str, Any]:
     """The DeepSpeed configuration as a dictionary, from a path or as it is; a UserError when it cannot be read."""
     if isinstance(config, Mapping):
         content = dict(config)
+    elif not isinstance(config, str | Path):
+        raise UserError(
+            "expected the DeepSpeed configuration as a dictionary or the path of its JSON, found a "
+            f"{type(config).__name__}"
+        )
     else:
         path = Path(config)
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises for names that are too long
             raise UserError(f"no DeepSpeed configuration at {path}; see ds_configs/ for ready ones")
         content = text.read(path)
     text.check_values(content)
+    if content and not set(content) & set(KEYS):
+        first = ", ".join(map(str, list(content)[:3]))
+        whose = "the configuration" if isinstance(config, Mapping) else str(config)
+        raise UserError(f"{whose} is no DeepSpeed configuration: it has {first} and no key that DeepSpeed knows")
     return content
 
 

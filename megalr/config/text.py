@@ -11,38 +11,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megalr.config import values
 from megalr.config.secrets import is_secret
+from megalr.config.values import short
 from megalr.errors import UserError
 from megalr.schema import Json
 
+MOST_DIGITS = 4000  # of a number; Python converts no more than 4,300
+LARGEST = 2**63  # whole numbers are below it, in DeepSpeed as in torch
 DEEPEST = 100  # objects and lists inside each other; DeepSpeed's own sections have four
 WRITTEN = {"true": "true", "false": "false", "yes": "true", "no": "false", "on": "true", "off": "false"}
 FREE_TEXT = ("megalr.plugins", "tensorboard", "csv_monitor", "wandb", "comet")  # whose strings may be any word
-
-# Of DeepSpeed's values those that it takes as they are and that go wrong later, or in silence.
-OBJECTS = (
-    "activation_checkpointing",
-    "bf16",
-    "comet",
-    "csv_monitor",
-    "data_types",
-    "fp16",
-    "megalr",
-    "scheduler",
-    "tensor_parallel",
-    "tensorboard",
-    "torch_autocast",
-    "wandb",
-    "zero_optimization",
-)
-AT_LEAST = {  # the least value of a number, and whether it is a whole one
-    "gradient_accumulation_steps": (1, True),
-    "gradient_clipping": (0, False),
-    "gradient_predivide_factor": (0, False),
-    "steps_per_print": (1, True),
-    "train_batch_size": (1, True),
-    "train_micro_batch_size_per_gpu": (1, True),
-}
 
 
 def parse(text: str, name: str) -> dict[str, Any]:
@@ -60,18 +39,26 @@ def parse(text: str, name: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                both = "" if is_secret(key, value) else f", {_short(found[key])} and {_short(value)}"
+                both = "" if is_secret(key, value) else f", {short(found[key])} and {short(value)}"
                 raise UserError(f'{name} has "{key}" twice in one object{both}: remove one')
             found[key] = value
         return found
 
+    def whole(digits: str) -> int:
+        if len(digits) > MOST_DIGITS:
+            line = text.count("\n", 0, text.find(digits)) + 1
+            raise UserError(
+                f"{name}, line {line}, has a number of {len(digits):,} digits, {digits[:20]}...: shorten it"
+            )
+        return int(digits)
+
     try:
-        content = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=once)
+        content = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=once, parse_int=whole)
     except UserError:
         raise
     except RecursionError:
         raise UserError(f"{name} is not valid JSON: its brackets lie too deep inside each other") from None
-    except ValueError as error:  # also an integer of more digits than Python reads
+    except ValueError as error:
         raise UserError(f"{name} is not valid JSON: {str(error)[:200]}") from error
     if not isinstance(content, dict):
         raise UserError(f"{name} must hold a JSON object, not a {type(content).__name__}")
@@ -101,20 +88,13 @@ def check_values(content: Json) -> None:
     for where, value in _leaves(content, ""):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where} is {json.dumps(value)}: write a finite number, or leave the line out")
+        if isinstance(value, int) and abs(value) >= LARGEST:
+            digits = int(value.bit_length() * math.log10(2)) + 1  # str() refuses the longest
+            raise UserError(f"{where} is a whole number of {digits:,} digits: write one below 2**63")
         word = isinstance(value, str) and not where.startswith(FREE_TEXT) and not where.endswith("]")
         if word and value.lower() in WRITTEN:
             raise UserError(f'{where} is "{value}", a string: write {WRITTEN[value.lower()]}, without quotation marks')
-    for key in OBJECTS:
-        if content.get(key) is not None and not isinstance(content[key], Mapping):
-            raise UserError(f'"{key}" must be an object like {{...}}, not {_short(content[key])}')
-    for key, (least, whole) in AT_LEAST.items():
-        value = content.get(key)
-        if value is None or value == "auto":
-            continue
-        kinds = int if whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or value < least:
-            what = "a whole number" if whole else "a number"
-            raise UserError(f"{key} is {_short(value)}: write {what} of at least {least}")
+    values.check(content)
 
 
 def _leaves(value: Any, where: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -128,8 +108,3 @@ def _leaves(value: Any, where: str, depth: int = 0) -> Iterator[tuple[str, Any]]
             yield from _leaves(inner, f"{where}[{index}]", depth + 1)
     else:
         yield where, value
-
-
-def _short(value: Any) -> str:
-    written = json.dumps(value, default=str)
-    return written if len(written) <= 60 else f"{written[:57]}..."

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megalr.data.documents import NO_TEXT
 from megalr.data.files import local_files
 from megalr.data.sources import LocalText
 from megalr.data.tokenizer import END_OF_TEXT, PAD
 from megalr.errors import UserError
+from megalr.flags import PlainParser, nonempty, path, positive
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+SMALLEST = 258  # two special tokens and the bytes
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 4096) -> Tokenizer:
@@ -39,22 +41,34 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 4096) -> Tokenizer:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m megalr.data.train_tokenizer", description=__doc__)
-    parser.add_argument("texts", nargs="+", help="files, folders or globs: .txt, .jsonl, .parquet")
-    parser.add_argument("--output", required=True, type=Path, help="the tokenizer.json to write")
-    parser.add_argument("--vocabulary", type=int, default=4096, help="entries, special tokens included (default 4096)")
-    parser.add_argument("--text-column", default="text", help="where JSONL and Parquet hold the text (default text)")
-    chosen = parser.parse_args(arguments)
+    parser = PlainParser(prog="python -m megalr.data.train_tokenizer", description=__doc__)
+    parser.add_argument("texts", type=nonempty, nargs="+", help="files, folders or globs: .txt, .jsonl, .parquet")
+    parser.add_argument("--output", required=True, type=path, help="the tokenizer.json to write")
+    parser.add_argument(
+        "--vocabulary", type=positive, default=4096, help="entries, special tokens included (default 4096)"
+    )
+    parser.add_argument(
+        "--text-column", type=nonempty, default="text", help="where JSONL and Parquet hold the text (default text)"
+    )
     try:
+        chosen = parser.parse_args(arguments)
+        if chosen.vocabulary < SMALLEST:
+            parser.error(f"argument --vocabulary: {chosen.vocabulary} is less than the {SMALLEST} entries of all bytes")
+        if chosen.output.is_dir() or not chosen.output.parent.is_dir():
+            parser.error(f"argument --output: {chosen.output} is a folder, or in one that is not there: name a file")
         files, left_out = local_files(chosen.texts)
         if left_out:
             print(left_out, file=sys.stderr)
-        source = LocalText(tuple(files), "", chosen.text_column)
+        source = LocalText(tuple(files), ", ".join(chosen.texts), chosen.text_column)
+        if chosen.output.resolve() in [file.resolve() for file in source.files]:
+            parser.error(f"argument --output: {chosen.output} is one of the texts: name another file")
+        if all(piece is NO_TEXT for piece in source.pieces()):
+            raise UserError(f"{source.label} holds no text to train on")
         tokenizer = train_tokenizer((piece.text for piece in source.pieces()), chosen.vocabulary)
-    except UserError as error:
-        print(error, file=sys.stderr)
+        chosen.output.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    chosen.output.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     print(f"{chosen.output}: {tokenizer.get_vocab_size()} entries")
     return 0
 

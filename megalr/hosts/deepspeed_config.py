@@ -37,8 +37,30 @@ def refuse_unsupported(content: Json) -> None:
     if content.get("tensor_parallel"):
         check_section(content)
     refuse_features(content)
+    if content.get("scheduler"):
+        _refuse_torch_schedule(content)
+    if content.get("zero_allow_untested_optimizer") is False:
+        raise UserError(
+            "zero_allow_untested_optimizer is false, and DeepSpeed has tested no optimizer of megalr's: write true, or "
+            "leave it out"
+        )
     if (content.get("fp16") or {}).get("enabled") not in (None, False, "auto") and not torch.cuda.is_available():
         raise UserError('fp16 needs a GPU: write "fp16": {"enabled": false} and "bf16": {"enabled": "auto"}')
+
+
+def _refuse_torch_schedule(content: Json) -> None:
+    """Raise a UserError for a schedule of torch's where DeepSpeed wraps the optimizer: torch refuses the wrapper."""
+    from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES  # noqa: PLC0415
+
+    name = (content.get("scheduler") or {}).get("type")
+    wrapped = (content.get("zero_optimization") or {}).get("stage", 0) or any(
+        (content.get(section) or {}).get("enabled") is True for section in ("bf16", "fp16")
+    )
+    if isinstance(name, str) and name not in VALID_LR_SCHEDULES and hasattr(torch.optim.lr_scheduler, name) and wrapped:
+        raise UserError(
+            f"scheduler.type is {name}, one of torch's, which DeepSpeed can make neither with ZeRO nor in 16 bits: "
+            f"write one of {', '.join(VALID_LR_SCHEDULES)}, or give megalr.initialize an lr_scheduler= of your own"
+        )
 
 
 def refuse_compiled(model: nn.Module, content: Json) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from megalr.config.settings import FullConfig, LowRankConfig, OptimizerConfig, ParametrizationConfig, ProjectedConfig
 from megalr.errors import UserError
+from megalr.flags import PlainParser, nonempty, positive
 from megalr.formatting import human_bytes, markdown_row
 from megalr.layers.base import MergeRounding
 from megalr.layers.registry import PARAMETRIZATIONS
@@ -46,7 +47,11 @@ def main(argv: Sequence[str], make_model: MakeModel) -> int:
     Returns:
         The exit code: 0, or 2 after a UserError, of which the message alone is printed.
     """
-    arguments = _arguments(argv)
+    try:
+        arguments = _arguments(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR_CODE
     whose = "the first rank" + (", of rules the state of the rank with the most" if arguments.optimizers else "")
     print(f"stage {arguments.stage}, {arguments.processes} processes, {arguments.dtype}; bytes of {whose}\n")
     print(markdown_row(COLUMNS))
@@ -75,26 +80,25 @@ def main(argv: Sequence[str], make_model: MakeModel) -> int:
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     # Plugins come first: they add choices for the other flags.
-    plugins = argparse.ArgumentParser(add_help=False)
+    plugins = PlainParser(add_help=False)
     plugins.add_argument(
-        "--plugins", nargs="+", default=[], help="modules or .py files whose rules and parametrizations to know"
+        "--plugins",
+        type=nonempty,
+        nargs="+",
+        default=[],
+        help="modules or .py files whose rules and parametrizations to know",
     )
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[plugins]
-    )
-    try:
-        load_plugins(plugins.parse_known_args(argv)[0].plugins)
-    except UserError as error:
-        parser.error(str(error))
+    parser = PlainParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[plugins])
+    load_plugins(plugins.parse_known_args(argv)[0].plugins)
     rules = [name for name, kind in RULES.items() if kind is not None]
     others = [name for name in PARAMETRIZATIONS if name not in ALWAYS]
     merged = [name for name, kind in PARAMETRIZATIONS.items() if hasattr(kind, "merge_rounding")]
     parser.add_argument(
-        "--models", nargs="+", default=["60m", "350m", "1b"], help="names in launchers/models, or paths"
+        "--models", type=nonempty, nargs="+", default=["60m", "350m", "1b"], help="names in launchers/models, or paths"
     )
-    parser.add_argument("--ranks", nargs="+", type=int, default=[128, 256, 512], help="r of each model")
+    parser.add_argument("--ranks", nargs="+", type=positive, default=[128, 256, 512], help="r of each model")
     parser.add_argument("--stage", type=int, choices=range(4), default=2, help="ZeRO stage (default: 2)")
-    parser.add_argument("--processes", type=int, default=1, help="data-parallel size (default: 1)")
+    parser.add_argument("--processes", type=positive, default=1, help="data-parallel size (default: 1)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights (default: bf16)")
     parser.add_argument(
         "--optimizers",

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalr.errors import UserError
 from megalr.ops import apex, build, checks
 from megalr.ops.build import Library
 
@@ -128,7 +129,7 @@ def runs_from(name: str, device_type: str) -> str:
 def _load(device_type: str) -> Kernels:
     wish = os.environ.get("MEGALR_OPS", "auto")
     if wish not in {"auto", "compiled", "torch"}:
-        raise ValueError(f"MEGALR_OPS={wish}: write auto, compiled or torch")
+        raise UserError(f"MEGALR_OPS={wish}: write auto, compiled or torch")
     if wish == "torch":
         return Kernels(None, "MEGALR_OPS=torch")
     if device_type not in build.LIBRARIES:

@@ -61,6 +61,7 @@ class QGaLore(ProjectedRule):
         super().__post_init__()
         require_positive(scale=self.scale, queue_size=self.queue_size)
         require_at_least(1, gamma_proj=self.gamma_proj)
+        require_at_least(-1, cos_threshold=self.cos_threshold)
         require_at_least(0, min_8bit_size=self.min_8bit_size)
         if self.proj_type == "full":
             raise UserError('optimizer.params.proj_type is "full", which Q-GaLore does not define; write "std"')

@@ -6,9 +6,9 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 from megalr.errors import UserError
+from megalr.flags import PlainParser, nonempty, positive
 
 DEFAULT_STEPS = 400
 DEFAULT_BATCH_SIZE = 12  # sequences a step; 1, 2, 3 and 4 processes share them evenly
@@ -77,28 +77,12 @@ def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
     """
     values = vars(_parser().parse_args(argv))
     del values["local_rank"]
-    for name in ("dataset", "eval_dataset"):
-        values[name] = None if values[name] is None else tuple(values[name])
+    for key in ("dataset", "eval_dataset"):
+        values[key] = None if values[key] is None else tuple(values[key])
     arguments = PretrainArguments(**values)
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
     return arguments
-
-
-class PlainParser(argparse.ArgumentParser):
-    """argparse whose complaints are a :class:`~megalr.errors.UserError`, so that one rank speaks for all."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print."""
-        raise UserError(f"{message}\n(`{self.prog} --help` lists the flags)")
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return number
 
 
 def interval(text: str) -> Interval:
@@ -125,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--deepspeed",
         "--deepspeed_config",
+        type=nonempty,
         required=True,
         metavar="JSON",
         help="the DeepSpeed configuration, e.g. ds_configs/zero2_lowrank.json",
@@ -145,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--model",
+        type=nonempty,
         metavar="NAME",
         help="a file under launchers/models (tiny, 9m, 60m, 130m, 350m, 1b, "
         "7b) or the path of such a JSON (default: tiny, with a GPU 60m)",
@@ -160,15 +146,17 @@ def add_text(group: argparse._ArgumentGroup) -> None:
     """The flags that choose the text; ``parse_text`` reads them."""
     group.add_argument(
         "--dataset",
+        type=nonempty,
         nargs="+",
         default=["austen"],
         metavar="TEXT",
         help="austen (six novels that come along), local .txt, .jsonl or .parquet files, folders or "
         "globs, or a hub dataset such as allenai/c4 (default: austen)",
     )
-    group.add_argument("--dataset-config", metavar="NAME", help="the hub dataset's part, e.g. en")
+    group.add_argument("--dataset-config", type=nonempty, metavar="NAME", help="the hub dataset's part, e.g. en")
     group.add_argument(
         "--eval-dataset",
+        type=nonempty,
         nargs="+",
         metavar="TEXT",
         help="the held-out text (default: one of the novels, the hub dataset's validation split, or "
@@ -176,12 +164,17 @@ def add_text(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--tokenizer",
+        type=nonempty,
         metavar="NAME",
         help="a tokenizer.json, a folder or a hub name, e.g. t5-base (default: a BPE of 4,096 entries "
         "that comes along)",
     )
     group.add_argument(
-        "--text-column", default="text", metavar="NAME", help="the key that holds the text (default: text)"
+        "--text-column",
+        type=nonempty,
+        default="text",
+        metavar="NAME",
+        help="the key that holds the text (default: text)",
     )
     group.add_argument(
         "--sequence-length",
@@ -268,6 +261,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
 def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--output",
+        type=nonempty,
         metavar="DIR",
         help="the run's folder (default: runs/ and the JSON's name, with a number behind it when taken)",
     )
@@ -294,6 +288,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--overwrite", action="store_true", help="delete the run that is in the folder first")
     group.add_argument(
         "--export",
+        type=nonempty,
         metavar="DIR",
         help="at the end, write an ordinary Hugging Face model with dense weights here",
     )

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megalr.checkpoint.export.weights import Weights, check_model
+from megalr.config.text import read
 from megalr.data.tokenizer import largest_token
 from megalr.errors import UserError, printable
 from megalr.layers import parametrize
+from megalr.schema import slip
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# Keys of a model's JSON that say how large it is.
+SIZES = (
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "model_type",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
+)
+_OPTIONAL = ("head_dim", "num_key_value_heads")
+_LARGEST = 1 << 31  # of a matrix's rows and columns
 
 
 def read_model_config(name: str, folder: Path) -> LlamaConfig:
@@ -30,21 +48,32 @@ def read_model_config(name: str, folder: Path) -> LlamaConfig:
     from transformers import LlamaConfig  # noqa: PLC0415  (slow to import)
 
     path = Path(name).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for names that are too long
         path = folder / f"{name}.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         known = ", ".join(sorted(file.stem for file in folder.glob("*.json"))) or "none"
         raise UserError(f"there is no model called {name}: write the path of a JSON file, or one of {known}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("model_type", "llama") != "llama":
+    content = read(path)
+    if content.get("model_type", "llama") != "llama":
         raise UserError(f'{path} describes no LLaMA; it needs "model_type": "llama", see {folder} for examples')
+    _check_shape(content, path)
     try:
         return _with_own_code(LlamaConfig(**content))
     except Exception as error:  # transformers validates with errors of several kinds
         raise UserError(f"{path} is no valid LLaMA configuration: {error}") from error
+
+
+def _check_shape(content: dict[str, Any], path: Path) -> None:
+    """Refuse sizes that are none, and slips in their names, for which transformers would take its default."""
+    for key in content:
+        meant = None if key in SIZES else slip(key, SIZES)
+        if meant is not None:
+            raise UserError(f'{path} has a key "{key}"; did you mean "{meant}"?')
+    for key in SIZES:
+        value = content.get(key, 1)
+        optional = value is None and key in _OPTIONAL
+        if not optional and key != "model_type" and (type(value) is not int or not 1 <= value <= _LARGEST):
+            raise UserError(f"{path}: {key} is {json.dumps(value)}; write a whole number of at least 1")
 
 
 def fit_to_text(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> None:

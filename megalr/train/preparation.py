@@ -14,7 +14,7 @@ from megalr.agreement import code_facts, digest_of_files, json_facts
 from megalr.config.secrets import secrets_in, without_secrets
 from megalr.config.settings import MegalrConfig, read_json
 from megalr.data import Data, DataConfig, load_data, load_tokenizer
-from megalr.data.sources import evaluation_source, training_source
+from megalr.data.sources import evaluation_source, is_hub_dataset, training_source
 from megalr.errors import UserError
 from megalr.hosts import check_config
 from megalr.hosts.autotp import check_tensor_parallel, tensor_parallel_size
@@ -144,6 +144,8 @@ def make_plan(
                 f'--export writes dense weights, and "{megalr.parametrization.type}" layers have none, because '
                 f"{megalr.parametrization.not_dense}: leave it out; checkpoints hold the layers as they are"
             )
+        if arguments.export is not None:
+            _check_apart(Path(arguments.export).expanduser(), folder)
         # To hear their complaints before a run is deleted.
         shapes = parametrize(empty_model(model), megalr.parametrization)
         parameter_groups(shapes, megalr.optimizer)
@@ -212,6 +214,12 @@ def data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
         names = tuple(map(absolute, names))
         return names[0] if len(names) == 1 else names
 
+    texts = (arguments.dataset, *([] if arguments.eval_dataset is None else [arguments.eval_dataset]))
+    if arguments.dataset_config is not None and not any(map(is_hub_dataset, texts)):
+        raise UserError(
+            f"--dataset-config {arguments.dataset_config} is for a dataset of the hub, and the text is "
+            f"{', '.join(arguments.dataset)}: leave it out"
+        )
     return DataConfig(
         dataset=one_or_many(arguments.dataset),
         dataset_config=arguments.dataset_config,
@@ -275,6 +283,13 @@ def _folder_and_checkpoint(arguments: PretrainArguments, lock: FolderLock) -> tu
     # What a run has written before its first checkpoint is written again.
     checkpoint = find_checkpoint(folder) if arguments.resume and not folder.has_only_begun else None
     return folder, checkpoint, folder.summary.exists()
+
+
+def _check_apart(export: Path, folder: RunFolder) -> None:
+    """Refuse an export among the files of the run."""
+    places = (export.resolve(), *export.resolve().parents)
+    if export.resolve() == folder.path.resolve() or any(path.resolve() in places for path in folder.written):
+        raise UserError(f"--export {export} is where the run itself is written: name another folder")
 
 
 def _fetch_tokenizer(name: str | None) -> None:

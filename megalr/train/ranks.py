@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,12 @@ from megalr.hosts.deepspeed_start import join_processes
 from megalr.processes import free_port
 
 T = TypeVar("T")
+
+_OF_MPI = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_BY_LAUNCHER = (
+    "start with `deepspeed` or torchrun, which set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or set "
+    "none of them"
+)
 
 # Rank 0 may read and tokenize a large text while the others wait.
 _PATIENCE = timedelta(hours=1)
@@ -126,7 +134,7 @@ def world_size_from_environment() -> int:
     """How many processes the launcher started; 1 without a launcher."""
     for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if name in os.environ:
-            return int(os.environ[name])
+            return _whole(name, 1)
     return 1
 
 
@@ -134,8 +142,9 @@ def start_ranks() -> Ranks:
     """Join the process group that the launcher's environment describes; a group of one without a launcher.
 
     Raises:
-        UserError: they cannot reach each other.
+        UserError: they cannot reach each other, or the environment describes no process of a group.
     """
+    _check_environment()
     if "RANK" not in os.environ and world_size_from_environment() == 1:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
@@ -148,6 +157,8 @@ def start_ranks() -> Ranks:
         torch.cuda.set_device(local_rank)
     try:
         join_processes(None if "DEEPSPEED_TIMEOUT" in os.environ else _PATIENCE)
+    except ModuleNotFoundError as error:  # mpi4py, by which DeepSpeed asks MPI who is who
+        raise UserError(f"the variables of MPI are set, and to ask MPI takes {error.name}: {_BY_LAUNCHER}") from error
     except dist.DistNetworkError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
@@ -160,6 +171,40 @@ def start_ranks() -> Ranks:
         world_size=dist.get_world_size(),
         device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
     )
+
+
+def _check_environment() -> None:
+    """Refuse what torch would wait for, half an hour, or fail at with a traceback."""
+    size = world_size_from_environment()
+    if "DEEPSPEED_TIMEOUT" in os.environ:
+        _whole("DEEPSPEED_TIMEOUT", 1, 60 * 24 * 365)  # minutes
+    if "RANK" not in os.environ:
+        if "WORLD_SIZE" in os.environ and not any(name in os.environ for name in _OF_MPI):
+            raise UserError(f"WORLD_SIZE is {size}, but RANK is not set: {_BY_LAUNCHER}")
+        return
+    if "WORLD_SIZE" not in os.environ:
+        raise UserError(f"RANK is set, but WORLD_SIZE is not: {_BY_LAUNCHER}")
+    _whole("RANK", 0, size - 1)
+    if "LOCAL_RANK" not in os.environ:
+        raise UserError(f"RANK is set, but LOCAL_RANK is not: {_BY_LAUNCHER}")
+    _whole("LOCAL_RANK", 0, size - 1)
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError(f"RANK is set, but MASTER_ADDR is not: {_BY_LAUNCHER}")
+    if "MASTER_PORT" not in os.environ:
+        raise UserError(f"RANK is set, but MASTER_PORT is not: {_BY_LAUNCHER}")
+    _whole("MASTER_PORT", 0, 65535)
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+    except OSError as error:
+        raise UserError(f"MASTER_ADDR is {os.environ['MASTER_ADDR']}, which has no address: {error}") from error
+
+
+def _whole(name: str, least: int, most: int = 1 << 31) -> int:
+    """A variable that is to be a whole number."""
+    text = os.environ[name]
+    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or not least <= int(text) <= most:
+        raise UserError(f"the variable {name} is {text!r}: expected a whole number from {least} to {most}")
+    return int(text)
 
 
 def stop_ranks() -> None:

@@ -16,9 +16,10 @@ from megalr.checkpoint.manifest import Manifest
 from megalr.data import DataConfig, load_data, load_tokenizer
 from megalr.data.tokenizer import EMBEDDED_TOKENIZER
 from megalr.errors import UserError
+from megalr.flags import PlainParser, nonempty, positive
 from megalr.layers import parametrize
 from megalr.plugins import load_plugins
-from megalr.train.arguments import PlainParser, add_plugins, add_text, positive
+from megalr.train.arguments import add_plugins, add_text
 from megalr.train.checkpoints import differences, notes_of
 from megalr.train.evaluation import evaluate
 from megalr.train.models import build_model, config_of, entries_of, fit_to_text
@@ -101,6 +102,7 @@ def parse_score_arguments(argv: Sequence[str]) -> ScoreArguments:
     )
     parser.add_argument(
         "model",
+        type=nonempty,
         metavar="FOLDER",
         help="a run's folder (its latest checkpoint), a folder under its checkpoints, or an exported Hugging "
         "Face model",

@@ -174,9 +174,9 @@ LOW_RANK = {"type": "low_rank", "rank": 4}
         ({"methods": {"a": method(type="AdamW", params=3)}}, 'method "a": optimizer.params must be an object, not 3'),
         ({"methods": {"a": {**method(), "megalr": 3}}}, 'method "a": megalr must be an object, not 3'),
         ({"base": {"optimizer": 3}}, "the base's optimizer must be an object, not 3"),
-        ({"base": {"optimizer": {"params": [3]}}}, "the base's optimizer.params must be an object"),
+        ({"base": {"optimizer": {"params": [3]}}}, '"optimizer.params" must be an object like'),
         ({"base": {"megalr": "x"}}, '"megalr" must be an object like {...}, not "x"'),
-        ({"base": {"zero_optimization": {"stage": 7}}}, '"stage": Input should be 0, 1, 2'),
+        ({"base": {"zero_optimization": {"stage": 7}}}, "stage is 7: write a whole number from 0 to 3"),
         ({"base": {"zero_optimization": 3}}, '"zero_optimization" must be an object'),
         ({"base": {"scheduler": {"type": "WarmupLRR"}}}, "scheduler.type is 'WarmupLRR'"),
         (

@@ -85,6 +85,7 @@ def test_optimizer_inside_the_megalr_section():
         ("Muon", {"head": 1}, "head is 1; expected true or false"),
         ("SCALE", {"momentum": 1.0}, "momentum is 1.0"),
         ("CAME", {"beta3": 1.0}, "beta3 is 1.0"),
+        ("QGaLoreAdamW", {"rank": 8, "cos_threshold": -2.0}, "cos_threshold is -2.0; write a number of at least -1"),
         ("CAME", {"eps2": 0.0}, "eps2 is 0.0; write a positive number"),
         ("FRUGAL", {"density": 0.0}, r"density is 0.0; write a number in \(0, 1\]"),
         ("FRUGAL", {"rank": 4}, 'no key "rank"'),

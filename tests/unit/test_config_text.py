@@ -42,7 +42,27 @@ def refused(text, tmp_path):
         ('{"bf16": {"enabled": "True"}}', 'bf16.enabled is "True", a string: write true'),
         ('{"zero_optimization": true}', '"zero_optimization" must be an object like {...}, not true'),
         ('{"megalr": []}', '"megalr" must be an object'),
-        ('{"train_batch_size": ' + "9" * 5000 + "}", "is not valid JSON"),
+        ('{\n"train_batch_size": ' + "9" * 5000 + "}", "line 2, has a number of 5,000 digits, 99999"),
+        ('{"gradient_clipping": 1' + "0" * 400 + "}", "gradient_clipping is a whole number of 401 digits"),
+        ('{"gradient_predivide_factor": null}', "gradient_predivide_factor is null: write a number above 0"),
+        ('{"prescale_gradients": 1}', "prescale_gradients is 1: write true or false"),
+        ('{"zero_optimization": {"contiguous_gradients": 0}}', "contiguous_gradients is 0: write true or false"),
+        ('{"zero_optimization": {"zero_hpz_partition_size": true}}', "zero_hpz_partition_size is true: write a whole"),
+        ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage is 4: write a whole number from 0 to 3"),
+        ('{"scheduler": {"params": {"warmup_type": "cosine"}}}', 'warmup_type is "cosine": write one of log, linear'),
+        ('{"scheduler": {"params": {"cos_min_ratio": "0.1"}}}', 'cos_min_ratio is "0.1": write a number from 0 to 1'),
+        ('{"scheduler": {"params": {"warmup_max_lr": -1}}}', "warmup_max_lr is -1: write a number of at least 0"),
+        ('{"optimizer": {"type": "AdamW", "params": 1}}', '"optimizer.params" must be an object like {...}, not 1'),
+        ('{"gradient_cliping": 1.0}', 'the JSON has no key "gradient_cliping"; did you mean "gradient_clipping"?'),
+        (
+            '{"scheduler": {"params": {"warmup_nmu_steps": 2}}}',
+            'scheduler.params has no key "warmup_nmu_steps"; did you',
+        ),
+        ('{"pf16": {}}', 'the JSON has no key "pf16"; did you mean'),
+        ('{"Gradient_Clipping": 1.0}', 'did you mean "gradient_clipping"?'),
+        ('{"gradient_clippingg": 1.0}', 'did you mean "gradient_clipping"?'),
+        ('{"hidden_size": 64}', "is no DeepSpeed configuration: it has hidden_size and no key that DeepSpeed knows"),
+        ('{"activation_checkpointing": {"profil": true}}', 'activation_checkpointing has no key "profil"'),
         ("[" * 100_000 + "]" * 100_000, "is not valid JSON: its brackets lie too deep"),
         ('{"a": ' * 200 + "1" + "}" * 200, "deeper than 100 objects and lists"),
         (b'{"a": "\xff"}', "byte 7 is not UTF-8"),
@@ -57,6 +77,18 @@ def test_a_sentence_with_the_key(text, words, tmp_path):
 def test_the_same_of_a_dictionary():
     with pytest.raises(UserError, match="gradient_clipping is NaN"):
         MegalrConfig.from_json({**GOOD, "gradient_clipping": float("nan")})
+
+
+def test_what_only_looks_wrong_is_accepted():
+    content = {
+        **GOOD,
+        "notes": {"of": "somebody else"},
+        "comment": "not comet",
+        "gradient_clipping": None,
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8, "overlap_comm": None, "offload_param": None},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto", "warmup_max_lr": None}},
+    }
+    assert read_json(content) == content
 
 
 def test_a_mark_of_byte_order_is_no_mistake(tmp_path):
@@ -86,6 +118,19 @@ def test_a_schedule_is_complete(section, words):
         check_deepspeed_config({**GOOD, "scheduler": section}, 1)
 
 
+@pytest.mark.parametrize("changes", [{"zero_optimization": {"stage": 1}}, {"bf16": {"enabled": True}}])
+def test_a_schedule_of_torchs_is_refused_where_deepspeed_cannot_make_it(changes):
+    schedule = {"scheduler": {"type": "StepLR", "params": {"step_size": 2}}}
+    check_deepspeed_config({**GOOD, **schedule}, 1)
+    with pytest.raises(UserError, match="scheduler.type is StepLR, one of torch's, which DeepSpeed can make neither"):
+        check_deepspeed_config({**GOOD, **schedule, **changes}, 1)
+
+
+def test_an_optimizer_that_deepspeed_has_not_tested():
+    with pytest.raises(UserError, match="zero_allow_untested_optimizer is false"):
+        check_deepspeed_config({**GOOD, "zero_allow_untested_optimizer": False}, 1)
+
+
 def test_a_seed_that_no_generator_takes():
-    with pytest.raises(UserError, match="megalr.seed has 22 digits: write a number below"):
+    with pytest.raises(UserError, match="megalr.seed is a whole number of 22 digits: write one below"):
         MegalrConfig.from_json({**GOOD, "megalr": {"seed": 2**70}})

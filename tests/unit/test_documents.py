@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megalr.comparison import compare
+from megalr.errors import UserError
 from megalr.train.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +23,7 @@ DOCUMENTS = (
     "docs/equivalence.md",
     "docs/methods.md",
     "docs/security.md",
+    "docs/reliability.md",
 )
 FOLDERS = "benchmarks|csrc|docs|ds_configs|examples|launchers|megalr|tests"
 
@@ -53,7 +55,7 @@ def commands(program):
 def parses(parse, line):
     try:
         parse(shlex.split(line))
-    except SystemExit:
+    except (SystemExit, UserError):
         return False
     return True
 

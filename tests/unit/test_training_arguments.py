@@ -48,6 +48,9 @@ def test_several_texts():
         (["--deepspeed", JSON, "--save-every", "infm"], "infm is neither"),
         (["--deepspeed", JSON, "--save-every", "nans"], "nans is neither"),
         (["--deepspeed", JSON, "--save-every", ""], "is neither"),
+        (["--deepspeed", JSON, "--steps=--"], "--steps: expected a value, not --"),
+        (["--deepspeed", JSON, "--output", ""], "--output: expected a name, found an empty one"),
+        (["--deepspeed", JSON, "--dataset", "a.txt", " "], "--dataset: expected a name"),
     ],
 )
 def test_mistakes_are_user_errors(words, message):

@@ -1,0 +1,47 @@
+"""What the command lines of all programs have in common."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megalr.errors import UserError
+
+
+class PlainParser(argparse.ArgumentParser):
+    """argparse whose complaints are a :class:`~megalr.errors.UserError`, so that one rank speaks for all."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        raise UserError(f"{message}\n(`{self.prog} --help` lists the flags)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse ``--flag=--``, of which argparse loses the value, and then its way."""
+        words: Sequence[str] = sys.argv[1:] if args is None else args
+        for word in words:
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"argument {word.removesuffix('=--')}: expected a value, not --")
+        return super().parse_known_args(args, namespace)
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return number
+
+
+def nonempty(text: str) -> str:
+    """An argparse type: a name or a path; the empty one would be the folder that one is in."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError("expected a name, found an empty one")
+    return text
+
+
+def path(text: str) -> Path:
+    """An argparse type: :func:`nonempty`, as a path."""
+    return Path(nonempty(text))
