@@ -85,10 +85,9 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         self.clocks = {"factors": Clock(), "dense": Clock()}
         self.layer_events = events
         reset = None if config.momentum_reset is None else MomentumReset(config.momentum_reset)
-        balance = None
-        if config.refactorization and pairs:
-            balance = Refactorization(config.refactorization, pairs, reset, lambda: self.matrices)
+        balance = Refactorization(config.refactorization, pairs, reset) if config.refactorization and pairs else None
         self.events: list[Event] = [each for each in (balance, reset, events, activations) if each is not None]
+        self._balance = balance
         self._host, self._model = host, model
         self._sharded: Sharded | None = None
         self._loaded: engine_state.Loaded | None = None  # what waits for the parameters to be cut
@@ -223,6 +222,8 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
                 self._arrivals.stop()
             given = {name: p for group in self.groups for name, p in group.parameters.items()}
             self._check = ModelCheck(self._model, given, self._sharded.shard, self._sharded.exchange)
+            if self._balance is not None:
+                self._balance.matrices = self._sharded.matrices
             for event in self.events:
                 event.attach(self._sharded.shard, self._sharded.exchange, self.moments)
             self._fill()

@@ -15,7 +15,7 @@ from megalr.checkpoint.folders import latest, listed, newest_whole, read_or_offe
 from megalr.checkpoint.manifest import Manifest
 from megalr.data import DataConfig, load_data, load_tokenizer
 from megalr.data.tokenizer import EMBEDDED_TOKENIZER
-from megalr.errors import UserError
+from megalr.errors import UserError, in_short
 from megalr.flags import PlainParser, nonempty, positive
 from megalr.layers import parametrize
 from megalr.plugins import load_plugins
@@ -265,8 +265,9 @@ def _read_export(folder: Path) -> Any:
         )
     except Exception as error:  # transformers, safetensors and torch raise errors of many kinds
         raise UserError(
-            f"{folder} cannot be read as a model: {type(error).__name__}: {str(error)[:500]}. If its files are cut or "
-            "missing, write the export again"
+            f"{folder} cannot be read as a model without code or pickles that come with it: {in_short(error)}. "
+            "evaluate.py reads models that transformers itself knows, with their weights in safetensors. If files are "
+            "cut or missing, write the export again"
         ) from error
     wrong = [
         f"{kind.removesuffix('_keys')}: {', '.join(sorted(map(str, report[kind]))[:3])}"

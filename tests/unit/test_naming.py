@@ -14,6 +14,7 @@ from megalr.errors import UserError
 from megalr.layers import LowRankLinear
 from megalr.naming import named_buffers, named_modules, named_parameters, plain_name, submodule, unwrapped
 from megalr.optim.groups import check_names, parameter_groups
+from tests import known_state
 
 CONFIG = {
     "optimizer": {"type": "AdamW"},
@@ -111,14 +112,18 @@ def test_names_are_held_against_the_engines_model(other):
 
 
 def test_checkpoints_of_compiled_models_by_earlier_versions(tmp_path):
-    content = {
-        "numbers": {"names": {"_orig_mod.head.weight": "_orig_mod.body.weight"}, "my_orig_mod.x": 1},
-        "tensors": {"weights/_orig_mod.body.weight": {"shape": [2]}, "rule/layers._orig_mod.A/m": {"shape": [1]}},
-    }
+    content = known_state.content(1)
+    content["numbers"] |= {"names": {"_orig_mod.head.weight": "_orig_mod.body.weight"}, "my_orig_mod.x": 1}
+    kept = {key: content["numbers"][key] for key in ("optimizer", "my_orig_mod.x")}
+    content["files"] = {"rank-00000.safetensors": {"bytes": 96, "header": 0}}
+    piece = [[0], [1], "rank-00000.safetensors", 88, 0]
+    vector = {"shape": [1], "dtype": "F32", "pieces": [piece]}
+    other = {**vector, "pieces": [[[0], [1], "rank-00000.safetensors", 92, 0]]}
+    content["tensors"] = {"weights/_orig_mod.body.weight": vector, "rule/layers._orig_mod.A/m": other}
     write_manifest(tmp_path, content)
     manifest = read_manifest(tmp_path)
-    assert manifest.content["numbers"] == {"names": {"head.weight": "body.weight"}, "my_orig_mod.x": 1}
+    assert manifest.content["numbers"] == {"names": {"head.weight": "body.weight"}, **kept}
     assert manifest.tensors == {
-        "weights/body.weight": {"shape": [2], "stored": "weights/_orig_mod.body.weight"},
-        "rule/layers.A/m": {"shape": [1], "stored": "rule/layers._orig_mod.A/m"},
+        "weights/body.weight": {**vector, "stored": "weights/_orig_mod.body.weight"},
+        "rule/layers.A/m": {**other, "stored": "rule/layers._orig_mod.A/m"},
     }

@@ -71,10 +71,12 @@ def run_of(folder, section, plugins, optimizer="AdamW"):
         "megalr": {"parametrization": section, "plugins": plugins},
         "train_micro_batch_size_per_gpu": 1,
     }
-    notes = {"step": 1, "tokens": 9, "required": {}, "settings": {"megalr": {"plugins": plugins}}}
+    required = {"model": {}, "megalr.parametrization": section}
+    notes = {"step": 1, "tokens": 9, "required": required, "settings": {"megalr": {"plugins": plugins}}}
     document = {**known_state.document(1), "config": {"megalr": config["megalr"]}, "client": {"run": notes, "data": {}}}
     known_state.write_entries(folder / "checkpoints", "step1", document, state, {}, keep=None, asynchronous=False)
-    settings = {"deepspeed": config, "model": LlamaConfig(**SHAPE).to_dict(), "data": {}}
+    text = {"dataset": "austen", "tokenizer": None, "sequence_length": 8, "pack": True}
+    settings = {"deepspeed": config, "model": LlamaConfig(**SHAPE).to_dict(), "data": text}
     (folder / "run.json").write_text(json.dumps(settings))
     return folder
 
@@ -152,10 +154,10 @@ def test_code_beside_an_export_is_not_run(tmp_path, kind, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda words: "y")
     marker = exported(tmp_path, auto_map=CODE, model_type=kind)
     if kind == "llama":
-        assert type(score.load_scored(tmp_path).model) is LlamaForCausalLM  # which needs no code
+        assert type(score.load_scored(tmp_path, tokenizer="a name").model) is LlamaForCausalLM  # which needs no code
     else:
         with pytest.raises(UserError, match="without code or pickles that come with it"):
-            score.load_scored(tmp_path)
+            score.load_scored(tmp_path, tokenizer="a name")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T", "auto_map": CODE}))
     with pytest.raises(UserError, match="cannot load the tokenizer"):
         load_tokenizer(str(tmp_path))
@@ -172,7 +174,7 @@ def test_a_pickle_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Run()))
     monkeypatch.setattr(torch, "load", pickle.load)
     with pytest.raises(UserError, match="with their weights in safetensors"):
-        score.load_scored(tmp_path)
+        score.load_scored(tmp_path, tokenizer="a name")
     assert not (tmp_path / "it was run").exists()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import ClassVar
 
@@ -28,7 +28,11 @@ Turns = dict[str, Tensor]
 
 
 class Refactorization(Event):
-    """Balances every pair B, A of the model every T updates; the product stays."""
+    """Balances every pair B, A of the model every T updates; the product stays.
+
+    Attributes:
+        matrices: what keeps the factors' states, to be set before :meth:`attach`; None: they are AdamW's.
+    """
 
     name: ClassVar[str] = "refactorization"
 
@@ -37,16 +41,15 @@ class Refactorization(Event):
         config: RefactorizationConfig,
         pairs: Sequence[tuple[str, str]],
         reset: MomentumReset | None,
-        by_rule: Callable[[], MatrixUpdater | None],
     ) -> None:
         """
         Args:
             config: the "refactorization" section.
             pairs: qualified names of the factors, as (B, A).
             reset: what may make the moments zero at the same update, so that none have to be carried over.
-            by_rule: what keeps the factors' states, once it is known what lies where; None: they are AdamW's.
         """
-        self._config, self._pairs, self._reset, self._by_rule = config, list(pairs), reset, by_rule
+        self._config, self._pairs, self._reset = config, list(pairs), reset
+        self.matrices: MatrixUpdater | None = None
 
     def attach(self, shard: Shard, exchange: Exchange, moments: Moments) -> None:
         super().attach(shard, exchange, moments)
@@ -63,7 +66,7 @@ class Refactorization(Event):
         if not self.due(updates):
             return []
         zeroed = self._reset is not None and "factors" in self._reset.resets_due(updates)
-        carries, by_rule = self._config.moments == "transport" and not zeroed, self._by_rule()
+        carries, by_rule = self._config.moments == "transport" and not zeroed, self.matrices
         fields: list[Field] = [self._shard.buffers]
         if carries and by_rule is None:
             fields += [self._moments("exp_avg"), self._moments("exp_avg_sq")]
