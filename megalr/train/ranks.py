@@ -144,7 +144,8 @@ def start_ranks() -> Ranks:
     Raises:
         UserError: they cannot reach each other, or the environment describes no process of a group.
     """
-    _check_environment()
+    if not dist.is_initialized():
+        _check_environment()
     if "RANK" not in os.environ and world_size_from_environment() == 1:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())

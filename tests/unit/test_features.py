@@ -153,7 +153,7 @@ def test_every_way_in_refuses_before_anything_is_built():
 
 
 def test_what_deepspeed_refuses_is_said_before_anything_is_built():
-    content = json_with("communication_data_type", "int3")
+    content = json_with("comms_logger.prof_ops", 5)
     content["megalr"] |= {"parametrization": {"type": "low_rank", "rank": 2}}
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(UserError, match="^DeepSpeed refuses the configuration: "):
