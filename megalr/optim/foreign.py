@@ -123,9 +123,7 @@ class Watch:
             UserError: another optimizer is to use this gradient.
         """
         optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is None or hosts.is_left_out(
-            [group.parameters for group in optimizer.groups], optimizer.all_groups
-        ):
+        if optimizer is None or _is_left_out(optimizer):
             keys = ", ".join(self._keys)
             raise UserError(
                 f"the configuration has {keys}, which only megalr's optimizer carries out, and this backward pass is "
