@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalr.agreement import agree
@@ -28,7 +29,7 @@ from megalr.hosts.autotp import (
 )
 from megalr.hosts.deepspeed import refuse_experts
 from megalr.hosts.deepspeed_config import check_deepspeed_config, refuse_compiled, refuse_unsupported
-from megalr.hosts.deepspeed_pipeline import check_pipeline, check_stages
+from megalr.hosts.deepspeed_pipeline import check_pipeline, check_stages, has_stages
 from megalr.hosts.deepspeed_start import check_arguments, join_before_engine, start_engine
 from megalr.hosts.tensor_parallel import (
     check_earlier_groups,
@@ -198,7 +199,7 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     check_arguments(kwargs)
     join_before_engine(kwargs)
     content = _read_together(model, config)
-    check_deepspeed_config(content, None)
+    check_deepspeed_config(content, _data_size(model, content, kwargs))
     refuse_experts(dict(named_parameters(model)))
     refuse_compiled(model, content)
     check_earlier_groups(max(tensor_parallel_size(content), ranks_that_share(kwargs.get("mpu"))))
@@ -233,6 +234,15 @@ def _read_together(model: nn.Module, config: Json | str | Path) -> dict[str, Any
         raise
     agree({"the configuration": "can be read", **facts_of(model, content)})
     return content
+
+
+def _data_size(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> int | None:
+    """How many processes have data of their own; None where DeepSpeed has yet to be told or to join them."""
+    elsewhere = ("mpu", "mesh_param", "dist_init_required", "distributed_port")
+    if has_stages(model) or content.get("sequence_parallel_size") or any(name in kwargs for name in elsewhere):
+        return None
+    size, shared = dist.get_world_size() if dist.is_initialized() else 1, tensor_parallel_size(content)
+    return size // shared if size % shared == 0 else None
 
 
 def _cut(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -89,8 +90,8 @@ def check_deepspeed_config(config: Mapping[str, Any], data_size: int | None) -> 
     refuse_unsupported(config)
     section = deepspeed_section(config)
     _check_accumulation(config)
+    _check_batch(config, data_size)
     if data_size is None:
-        _check_batch(config)
         section = {key: value for key, value in section.items() if key not in BATCH} | {BATCH[0]: 1}
     try:
         DeepSpeedConfig(section, mpu=SimpleNamespace(get_data_parallel_world_size=lambda: data_size or 1))
@@ -100,17 +101,25 @@ def check_deepspeed_config(config: Mapping[str, Any], data_size: int | None) -> 
         _check_scheduler(config["scheduler"])
 
 
-def _check_batch(config: Mapping[str, Any]) -> None:
-    """Refuse sizes of batches that no number of processes can share."""
-    micro, total, accumulation = (config.get(key) for key in BATCH)
-    share = (micro or 1) * (accumulation or 1)
-    if total is None and micro is None:
+def _check_batch(config: Mapping[str, Any], data_size: int | None) -> None:
+    """Refuse sizes of batches that the processes cannot share, or, for None, no number of them."""
+    sizes = {key: config[key] for key in BATCH if config.get(key) is not None}
+    for key, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{key} is {json.dumps(value, default=str)}: write a whole number of at least 1")
+    if not sizes.keys() & set(BATCH[:2]):
         raise UserError(f"the JSON has neither {BATCH[1]} nor {BATCH[0]}: write one of them")
-    if total is not None and total % share:
-        parts = [f"{key} of {value}" for key, value in zip(BATCH[::2], (micro, accumulation), strict=True) if value]
+    total = sizes.pop(BATCH[1], None)
+    if total is None:
+        return
+    share = math.prod(sizes.values()) * (data_size or 1)
+    exact = data_size is not None and len(sizes) == 2
+    if total % share or (exact and total != share):
+        parts = [f"{key} of {value}" for key, value in sizes.items()]
+        parts += [f"{data_size} process{'es' if data_size > 1 else ''}"] if data_size is not None else []
         raise UserError(
-            f"{BATCH[1]} is {total}, which is no multiple of {' x '.join(parts)}: write "
-            f"{-(-total // share) * share}, or leave it out"
+            f"{BATCH[1]} is {total}, which is not {'' if exact else 'a multiple of '}{' x '.join(parts)}: write "
+            f"{share if exact else -(-total // share) * share}, or leave it out"
         )
 
 

@@ -87,13 +87,19 @@ def test_optimizer_of_a_plain_loop_trains():
         (
             {"train_micro_batch_size_per_gpu": 3},
             {},
-            "train_batch_size is 4, .* train_micro_batch_size_per_gpu of 3: write 6",
+            "train_batch_size is 4, .* train_micro_batch_size_per_gpu of 3 x 1 process: write 6",
         ),
         (
             {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4},
             {},
-            "no multiple of train_micro_batch_size_per_gpu of 2 x gradient_accumulation_steps of 4: write 8",
+            "not train_micro_batch_size_per_gpu of 2 x gradient_accumulation_steps of 4 x 1 process: write 8",
         ),
+        (
+            {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1},
+            {},
+            "train_batch_size is 4, which is not .* of 1 x 1 process: write 2, or leave it out",
+        ),
+        ({"train_batch_size": "auto"}, {}, 'train_batch_size is "auto": write a whole number of at least 1'),
         ({"train_batch_size": None}, {}, "neither train_batch_size nor train_micro_batch_size_per_gpu"),
     ],
 )
@@ -119,6 +125,12 @@ def test_arguments_that_are_none_are_left_to_deepspeed(monkeypatch):
     with pytest.raises(KeyError) as passed:
         megalr.initialize(model(), LOW_RANK, optimizer=None, lr_scheduler=None, training_data=[1])
     assert passed.value.args == ("training_data",)
+
+
+def test_batches_that_no_number_of_processes_can_share():
+    check_deepspeed_config({"train_batch_size": 6, "train_micro_batch_size_per_gpu": 2}, None)
+    with pytest.raises(UserError, match="train_batch_size is 3, .* not a multiple of train_micro_.* of 2: write 4"):
+        check_deepspeed_config({"train_batch_size": 3, "train_micro_batch_size_per_gpu": 2}, None)
 
 
 @pytest.mark.parametrize("given", ["int7", "int8", 7])
