@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalr.agreement import agree
@@ -28,8 +29,8 @@ from megalr.hosts.autotp import (
 )
 from megalr.hosts.deepspeed import refuse_experts
 from megalr.hosts.deepspeed_config import check_deepspeed_config, refuse_compiled, refuse_unsupported
-from megalr.hosts.deepspeed_pipeline import check_pipeline, check_stages
-from megalr.hosts.deepspeed_start import join_before_engine, start_engine
+from megalr.hosts.deepspeed_pipeline import check_pipeline, check_stages, has_stages
+from megalr.hosts.deepspeed_start import check_arguments, join_before_engine, start_engine
 from megalr.hosts.tensor_parallel import (
     check_earlier_groups,
     indices_in_whole,
@@ -66,6 +67,7 @@ def parametrize(model: nn.Module, config: Json | str | Path, *, other_optimizer:
         config: the DeepSpeed JSON, as a path or a dictionary.
         other_optimizer: let any optimizer train the model, without what only megalr's does.
     """
+    _check_model(model)
     content = fill_auto(read_json(config), None)
     parsed = MegalrConfig.from_json(content)
     _parametrize(model, parsed.parametrization, seed=parsed.seed)
@@ -90,6 +92,7 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
     Raises:
         UserError: for a configuration that cannot work.
     """
+    _check_model(model)
     content = read_json(config)
     if training_args is not None:
         content = fill_auto(content, training_args)
@@ -181,7 +184,8 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     Args:
         model: a dense model, the same on every rank.
         config: the DeepSpeed JSON, as a path or a dictionary; not modified.
-        **kwargs: passed on to ``deepspeed.initialize``, e.g. ``lr_scheduler`` or ``training_data``.
+        **kwargs: passed on to ``deepspeed.initialize``, e.g. ``training_data``, or ``lr_scheduler``, a function of the
+            optimizer.
 
     Returns:
         ``(engine, optimizer, dataloader, scheduler)``, as ``deepspeed.initialize``; the
@@ -191,15 +195,11 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     Raises:
         UserError: for a configuration that cannot work, or that other ranks have otherwise, before anything is built.
     """
-    for taken in ("optimizer", "model_parameters"):
-        if kwargs.get(taken) is not None:
-            raise UserError(
-                f"megalr.initialize builds the optimizer itself and takes no {taken}=; to pass your own, use "
-                "megalr.parametrize, megalr.build_optimizer and deepspeed.initialize"
-            )
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    check_arguments(kwargs)
     join_before_engine(kwargs)
     content = _read_together(model, config)
-    check_deepspeed_config(content, None)
+    check_deepspeed_config(content, _data_size(model, content, kwargs))
     refuse_experts(dict(named_parameters(model)))
     refuse_compiled(model, content)
     check_earlier_groups(max(tensor_parallel_size(content), ranks_that_share(kwargs.get("mpu"))))
@@ -213,18 +213,36 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     return results
 
 
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model is {model if isinstance(model, type) else f'a {type(model).__name__}'}: give the torch.nn.Module "
+            "to train"
+        )
+
+
 def _read_together(model: nn.Module, config: Json | str | Path) -> dict[str, Any]:
     """Read the JSON, and make sure that all ranks have the same, and the same code and model. Collective.
 
     First of all, since a rank that refused something alone would leave the others waiting.
     """
     try:
+        _check_model(model)
         content = read_json(config)
     except UserError as error:
         agree({"the configuration": str(error)})
         raise
     agree({"the configuration": "can be read", **facts_of(model, content)})
     return content
+
+
+def _data_size(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> int | None:
+    """How many processes have data of their own; None where DeepSpeed has yet to be told or to join them."""
+    elsewhere = ("mpu", "mesh_param", "dist_init_required", "distributed_port")
+    if has_stages(model) or content.get("sequence_parallel_size") or any(name in kwargs for name in elsewhere):
+        return None
+    size, shared = dist.get_world_size() if dist.is_initialized() else 1, tensor_parallel_size(content)
+    return size // shared if size % shared == 0 else None
 
 
 def _cut(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> None:

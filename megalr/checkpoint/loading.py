@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megalr.checkpoint.arguments import check_saved_tag, folder_of
 from megalr.checkpoint.contents import Contents
 from megalr.checkpoint.folders import candidates, latest, newest_whole, read_or_offer
 from megalr.checkpoint.manifest import MANIFEST, Manifest
@@ -69,7 +70,8 @@ def load_checkpoint(engine: Any, directory: str | Path, tag: str | None = None) 
     """
     saver = Saver.current()
     saver.wait()
-    place = Path(directory).expanduser().absolute()
+    place = folder_of(directory)
+    check_saved_tag(tag)
     if tag is None and os.path.isfile(place / MANIFEST):
         place, tag = place.parent, place.name
     manifest, skipped = _from_first(saver.group, lambda: _find(place, tag))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
@@ -20,9 +19,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megalr.checkpoint.arguments import check_keep, check_tag, folder_of
 from megalr.checkpoint.contents import Contents
 from megalr.checkpoint.folders import candidates
-from megalr.checkpoint.manifest import LATEST
 from megalr.checkpoint.planners import EntrySaver
 from megalr.checkpoint.publishing import abandon
 from megalr.checkpoint.storage import FolderWriter
@@ -36,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 # All wait for the slowest disk, and to load for the first process, which reads every byte.
 PATIENCE = timedelta(hours=6)
-LONGEST_TAG = 200  # characters; hidden folders have a few more, and file systems take 255 bytes
-TAG = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.+=-]{{0,{LONGEST_TAG - 1}}}")
 VERSIONS_OF = ("megalr", "torch", "deepspeed", "transformers")
 
 
@@ -70,14 +67,16 @@ def save_checkpoint(
     Raises:
         UserError: it could not be written, on all ranks; or the state cannot be kept.
     """
+    place = folder_of(directory)
     contents, host = Contents(engine), host_of(engine)
     numbers, entries = contents.numbers(), contents.entries()
     updates = numbers["optimizer"]["updates"]
-    place, tag = Path(directory).expanduser().absolute(), tag or f"step{updates}"
-    _check_tag(tag)
+    tag = f"step{updates}" if tag is None else tag
+    check_tag(tag)
+    check_keep(keep)
     document = {
         "numbers": {key: value for key, value in numbers.items() if key != "matrices"},
-        "client": _as_it_is(client_state or {}),
+        "client": {} if client_state is None else _as_it_is(client_state),
         "layout": _layout(host),
         "config": host.optimizer.sections,
         "model": _model_config(host.module),
@@ -223,8 +222,8 @@ def _words(cause: BaseException) -> str:
 def _as_it_is(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """A copy, which the caller does not change while it is written; what JSON cannot hold is refused by all ranks."""
     try:
-        copy: Mapping[str, Any] = json.loads(json.dumps(dict(state)))
-    except (TypeError, ValueError):
+        copy: Mapping[str, Any] = json.loads(json.dumps(dict(state) if isinstance(state, Mapping) else state))
+    except (TypeError, ValueError, RecursionError):
         return state
     return copy
 
@@ -244,11 +243,3 @@ def _model_config(module: nn.Module) -> Any:
     if to_json is None:
         return None
     return json.loads(to_json(use_diff=False)) | {"architectures": [type(unwrapped(module)).__name__]}
-
-
-def _check_tag(tag: str) -> None:
-    if not TAG.fullmatch(tag) or tag == LATEST:
-        raise UserError(
-            f'tag is {json.dumps(tag)}: write a plain folder name, such as "step100": letters, digits and any of '
-            f"_ . + = - after the first, {LONGEST_TAG} at most"
-        )

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from megalr.checkpoint.arguments import check_client_state
 from megalr.checkpoint.format import BY_NAME, DTYPES, piece_name
 from megalr.checkpoint.manifest import Manifest, write_manifest
 from megalr.checkpoint.publishing import is_own, prune, publish, tidy, unfinished, written_now
@@ -66,6 +67,7 @@ class FolderWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On the coordinator: make an empty folder, and number the ranks."""
+        check_client_state(self._document["client"])
         json.dumps(self._document)  # what JSON cannot hold is refused before anything is written
         place = self._directory / self._tag
         if place.exists() and not (place.is_dir() and is_own(place)):

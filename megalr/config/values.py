@@ -201,7 +201,7 @@ SCHEDULE = [place.rpartition(".")[2] for place in VALUES if place.startswith("sc
 # Keys of sections whose unknown ones DeepSpeed overlooks.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "activation_checkpointing": (*_FLAGS["activation_checkpointing."], "number_checkpoints"),
-    "data_types": ("grad_accum_dtype",),
+    "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
     "scheduler": ("type", "params"),
     "torch_autocast": ("enabled", "dtype", "lower_precision_safe_modules"),
 }

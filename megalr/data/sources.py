@@ -121,6 +121,23 @@ def evaluation_source(config: DataConfig) -> Source | None:
     return held_out
 
 
+def refuse_text_column(config: DataConfig) -> None:
+    """Refuse a column of another name where all texts are plain ones, which have none.
+
+    Raises:
+        UserError: says so; or a text is not there.
+    """
+    if config.text_column == DataConfig.text_column:
+        return
+    sources = [source for source in (training_source(config), evaluation_source(config)) if source is not None]
+    if all(isinstance(source, LocalText) and _is_plain(source) for source in sources):
+        labels = ", ".join(source.label for source in sources)
+        raise UserError(
+            f"--text-column {config.text_column} is for JSONL, Parquet and datasets of the hub, and the text is "
+            f"{labels}: leave it out"
+        )
+
+
 def is_hub_dataset(dataset: str | Sequence[str]) -> bool:
     """Whether ``dataset`` names a hub dataset rather than the embedded novels or local files."""
     names = [dataset] if isinstance(dataset, str) else list(dataset)
@@ -146,6 +163,10 @@ def _source(dataset: str | Sequence[str], config: DataConfig, split: str, option
     files, left_out = local_files(names)
     label = str(files[0]) if len(files) == 1 else f"{len(files)} files of {', '.join(names)}"
     return LocalText(tuple(files), label, config.text_column, left_out)
+
+
+def _is_plain(text: LocalText) -> bool:
+    return all(suffix(file) == ".txt" for file in text.files)
 
 
 def _is_local(name: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +23,7 @@ BATCH = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumul
 SCHEDULES = "deepspeed.runtime.lr_schedules"
 
 # What this file reads of DeepSpeed; held by tests/deepspeed/test_contract.py.
-INTERNALS = {CONFIG: ("DeepSpeedConfig",), SCHEDULES: ("VALID_LR_SCHEDULES",)}
+INTERNALS = {CONFIG: ("DeepSpeedConfig", "DtypeEnum"), SCHEDULES: ("VALID_LR_SCHEDULES",)}
 
 
 def deepspeed_section(content: Json) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def check_deepspeed_config(config: Mapping[str, Any], data_size: int | None) -> 
 
     Args:
         config: the JSON, without "auto".
-        data_size: number of processes that have data of their own; None: sizes of batches are not looked at.
+        data_size: number of processes that have data of their own; None: the sizes of batches have to fit some number.
 
     Raises:
         UserError: DeepSpeed's own words, shortened.
@@ -87,6 +89,8 @@ def check_deepspeed_config(config: Mapping[str, Any], data_size: int | None) -> 
 
     refuse_unsupported(config)
     section = deepspeed_section(config)
+    _check_accumulation(config)
+    _check_batch(config, data_size)
     if data_size is None:
         section = {key: value for key, value in section.items() if key not in BATCH} | {BATCH[0]: 1}
     try:
@@ -95,6 +99,50 @@ def check_deepspeed_config(config: Mapping[str, Any], data_size: int | None) -> 
         raise UserError(f"DeepSpeed refuses the configuration: {in_short(error)}") from error
     if config.get("scheduler"):
         _check_scheduler(config["scheduler"])
+
+
+def _check_batch(config: Mapping[str, Any], data_size: int | None) -> None:
+    """Refuse sizes of batches that the processes cannot share, or, for None, no number of them."""
+    sizes = {key: config[key] for key in BATCH if config.get(key) is not None}
+    for key, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{key} is {json.dumps(value, default=str)}: write a whole number of at least 1")
+    if not sizes.keys() & set(BATCH[:2]):
+        raise UserError(f"the JSON has neither {BATCH[1]} nor {BATCH[0]}: write one of them")
+    total = sizes.pop(BATCH[1], None)
+    if total is None:
+        return
+    share = math.prod(sizes.values()) * (data_size or 1)
+    exact = data_size is not None and len(sizes) == 2
+    if total % share or (exact and total != share):
+        parts = [f"{key} of {value}" for key, value in sizes.items()]
+        parts += [f"{data_size} process{'es' if data_size > 1 else ''}"] if data_size is not None else []
+        raise UserError(
+            f"{BATCH[1]} is {total}, which is not {'' if exact else 'a multiple of '}{' x '.join(parts)}: write "
+            f"{share if exact else -(-total // share) * share}, or leave it out"
+        )
+
+
+def _check_accumulation(config: Mapping[str, Any]) -> None:
+    """Refuse a type for gradients that DeepSpeed does not know, or not beside the weights' at stage 0."""
+    from deepspeed.runtime.config import DtypeEnum  # noqa: PLC0415
+
+    where, given = "data_types.grad_accum_dtype", (config.get("data_types") or {}).get("grad_accum_dtype")
+    if given is None:
+        return
+    known = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    try:
+        dtype = DtypeEnum(given).value
+    except ValueError:
+        dtype = None
+    if dtype not in known.values():
+        raise UserError(f"{where} is {json.dumps(given, default=str)}: write one of {', '.join(known)}")
+    weights = next((name for name in ("fp16", "bf16") if (config.get(name) or {}).get("enabled") is True), "fp32")
+    if not (config.get("zero_optimization") or {}).get("stage", 0) and dtype != known[weights]:
+        raise UserError(
+            f"{where} is {json.dumps(given)}, and without ZeRO DeepSpeed adds gradients up in the weights' type alone: "
+            f'write "{weights}", leave it out, or write "zero_optimization": {{"stage": 1}}'
+        )
 
 
 def _check_scheduler(section: Mapping[str, Any]) -> None:

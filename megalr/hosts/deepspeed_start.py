@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from os import environ
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from megalr.errors import UserError
 from megalr.hosts.deepspeed import POSITION
 from megalr.hosts.deepspeed_config import deepspeed_section
 from megalr.hosts.deepspeed_watch import watch
-from megalr.schema import Json
+from megalr.schema import Json, nearest
 
 # What this file reads and writes of DeepSpeed; held by tests/deepspeed/test_contract.py.
 INTERNALS = {
@@ -21,6 +23,24 @@ INTERNALS = {
     "deepspeed.comm": ("init_distributed",),
     "deepspeed.ops": ("__compatible_ops__",),
     "deepspeed.runtime.engine.DeepSpeedEngine": ("_common_checkpoint_state", "zero_optimization_stage"),
+}
+
+# Arguments of deepspeed.initialize, what may be given, and how to say it. A schedule that is made belongs to another
+# optimizer than the one that megalr.initialize makes.
+ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "training_data": (
+        lambda value: (
+            hasattr(value, "__getitem__" if hasattr(value, "__len__") else "__iter__")
+            and not isinstance(value, str | bytes)
+        ),
+        "a torch.utils.data.Dataset",
+    ),
+    "lr_scheduler": (
+        lambda value: callable(value) or (hasattr(value, "step") and getattr(value, "optimizer", None) is None),
+        "a function that makes a schedule of the optimizer, such as lambda optimizer: "
+        "torch.optim.lr_scheduler.StepLR(optimizer, 100)",
+    ),
+    "collate_fn": (callable, "a function that makes a batch of a list of samples"),
 }
 
 
@@ -40,6 +60,36 @@ def join_processes(timeout: timedelta | None) -> None:
     # a minute and serves nothing here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed(verbose=False, **({} if timeout is None else {"timeout": timeout}))
+
+
+def check_arguments(kwargs: Mapping[str, Any]) -> None:
+    """Refuse what ``deepspeed.initialize`` would refuse, or overlook, when the model has been changed.
+
+    Args:
+        kwargs: for it, beside the model and the JSON; none of them is None.
+
+    Raises:
+        UserError: names the argument and says what to give.
+    """
+    import deepspeed  # noqa: PLC0415  (slow to import)
+
+    for taken in ("optimizer", "model_parameters"):
+        if taken in kwargs:
+            raise UserError(
+                f"megalr.initialize builds the optimizer itself and takes no {taken}=; to pass your own, use "
+                "megalr.parametrize, megalr.build_optimizer and deepspeed.initialize"
+            )
+    known = dict.fromkeys(inspect.signature(deepspeed.initialize).parameters)
+    for key in ("model", "config", "optimizer", "model_parameters", "config_params"):
+        del known[key]
+    for key in kwargs:
+        if key == "config_params":
+            raise UserError("config_params is another name of config: give megalr.initialize config alone")
+        if key not in known:
+            raise UserError(f'megalr.initialize has no argument "{key}"{nearest(key, known)}')
+    for key, (holds, words) in ARGUMENTS.items():
+        if key in kwargs and not holds(kwargs[key]):
+            raise UserError(f"{key} is {kwargs[key]!r:.60}: give {words}")
 
 
 def join_before_engine(kwargs: Mapping[str, Any]) -> None:

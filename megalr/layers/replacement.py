@@ -29,15 +29,16 @@ def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 
         seed: key of random starts.
 
     Raises:
-        UserError: a pattern matches nothing, a rank exceeds a matrix, a weight is shared, the model was parametrized or
-            partitioned by ``deepspeed.zero.Init`` before, or a user's parametrization makes layers that the optimizer
-            cannot know.
+        UserError: a pattern matches nothing, a rank exceeds a matrix, a weight is shared or frozen, the model was
+            parametrized or partitioned by ``deepspeed.zero.Init`` before, or a user's parametrization makes layers that
+            the optimizer cannot know.
     """
     if isinstance(config, FullConfig):
         return model
     _refuse_parametrized(model, config)
     targets = _targets(model, config)
     for name, layer in targets.items():
+        _refuse_frozen(name, layer, config)
         config.check(name, layer)
     replaced: dict[str, nn.Module] = {}
     for name in list(targets):
@@ -136,6 +137,15 @@ def _refuse_parametrized(model: nn.Module, config: Parametrization) -> None:
                 "once. Build the model anew, and after megalr.parametrize call megalr.build_optimizer and "
                 "deepspeed.initialize"
             )
+
+
+def _refuse_frozen(name: str, layer: nn.Linear, config: Parametrization) -> None:
+    """What keeps W0 keeps what stands beside it frozen as well; new factors in its place would be trained, or noise."""
+    if not layer.weight.requires_grad and "weight" not in config.parts:
+        raise UserError(
+            f'{name} is frozen (requires_grad is False), and "{config.type}" puts new factors in the place of its '
+            "weight: leave it out of megalr.parametrization.target_modules, or call requires_grad_() on it"
+        )
 
 
 def _check_layer(layer: nn.Module, config: Parametrization) -> None:

@@ -59,10 +59,15 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
     - trunk: the rest.
 
     Raises:
-        UserError: the rule would get nothing, or no head or embeddings where it is to have them, or a pattern of
-            ``target_modules`` matches nothing.
+        UserError: there are no such parameters, the rule would get nothing, or no head or embeddings where it is to
+            have them, or a pattern of ``target_modules`` matches nothing.
     """
     found, parameters = roles(model), dict(named_parameters(model))
+    if not found:
+        raise UserError(
+            "the model trains nothing: requires_grad is False for all of its parameters, or it has none. Call "
+            "requires_grad_() on what is to be trained"
+        )
     members: dict[GroupName, dict[str, nn.Parameter]] = {name: {} for name in GROUPS}
     for name, role in found.items():
         members[_group_of(role, config)][name] = parameters[name]

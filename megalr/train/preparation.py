@@ -14,7 +14,7 @@ from megalr.agreement import code_facts, digest_of_files, json_facts
 from megalr.config.secrets import secrets_in, without_secrets
 from megalr.config.settings import MegalrConfig, read_json
 from megalr.data import Data, DataConfig, load_data, load_tokenizer
-from megalr.data.sources import evaluation_source, is_hub_dataset, training_source
+from megalr.data.sources import evaluation_source, is_hub_dataset, refuse_text_column, training_source
 from megalr.errors import UserError
 from megalr.hosts import check_config
 from megalr.hosts.autotp import check_tensor_parallel, tensor_parallel_size
@@ -220,7 +220,7 @@ def data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
             f"--dataset-config {arguments.dataset_config} is for a dataset of the hub, and the text is "
             f"{', '.join(arguments.dataset)}: leave it out"
         )
-    return DataConfig(
+    config = DataConfig(
         dataset=one_or_many(arguments.dataset),
         dataset_config=arguments.dataset_config,
         eval_dataset=None if arguments.eval_dataset is None else one_or_many(arguments.eval_dataset),
@@ -233,6 +233,8 @@ def data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
         max_eval_tokens=arguments.max_eval_tokens,
         test_half=arguments.test_half,
     )
+    refuse_text_column(config)
+    return config
 
 
 def how_often(data: Data, sequences: int) -> str:

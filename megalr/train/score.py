@@ -14,6 +14,7 @@ from megalr.checkpoint.export.weights import Weights
 from megalr.checkpoint.folders import latest, listed, newest_whole, read_or_offer
 from megalr.checkpoint.manifest import Manifest
 from megalr.data import DataConfig, load_data, load_tokenizer
+from megalr.data.sources import refuse_text_column
 from megalr.data.tokenizer import EMBEDDED_TOKENIZER
 from megalr.errors import UserError, in_short
 from megalr.flags import PlainParser, nonempty, positive
@@ -145,6 +146,8 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
     changes = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in arguments.text.items()}
     found = load_scored(folder, tokenizer=changes.get("tokenizer"))
     text = replace(found.text, **changes)
+    if "text_column" in changes:  # what the run was trained with may be for its own text alone
+        refuse_text_column(text)
     tokenizer = load_tokenizer(text.tokenizer, say=print)
     notes = _check_tokenizer(found.model.config, tokenizer, folder, chosen="tokenizer" in changes)
     fit_to_text(found.model.config, tokenizer, text.sequence_length)

@@ -137,7 +137,7 @@ FROZEN = {"frozen": ("embed_tokens", "0.self_attn.q_proj")}
         ("low_rank", 2, {"accumulation": 4}),
         ("projected, input", 1, {"accumulation": 4}),
         ("full", 1, FROZEN),
-        ("low_rank", 2, FROZEN),
+        ("low_rank", 2, {"frozen": ("embed_tokens", "0.input_layernorm")}),
     ],
 )
 def test_accumulation_and_frozen_parameters(ranks, kind, stage, changes):

@@ -70,11 +70,18 @@ ORDERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("megalr.initialize(model, config, nonsense=1)", ("nonsense",)),
     ("megalr.initialize(model, config, training_data=5)", ("training_data",)),
     ("megalr.initialize(model, config, lr_scheduler=5)", ("lr_scheduler",)),
+    (
+        "megalr.initialize(model, config, lr_scheduler=torch.optim.lr_scheduler.StepLR("
+        "torch.optim.SGD(model.parameters()), 2))",
+        ("lr_scheduler",),
+    ),
+    ("megalr.initialize(model, config, collate_fn=5)", ("collate_fn",)),
     ("megalr.initialize(model, config, config_params=config)", ("config_params",)),
     (f"{ENGINE}; megalr.initialize(model, config)", ("engine", "parametri")),
     (f"{ENGINE}; megalr.parametrize(model, config)", ("engine", "parametri")),
     ("megalr.parametrize(model, config); megalr.build_optimizer(model, config).step()", ("step", "engine", "gradient")),
     ("model.requires_grad_(False); megalr.initialize(model, config)", ("train", "frozen", "requires_grad")),
+    ("model.model.layers[0].requires_grad_(False); megalr.initialize(model, config)", ("frozen", "requires_grad")),
     ("model = torch.compile(model); megalr.initialize(model, config)", ()),
     ("megalr.register_rule(1)(int)", ("register_rule",)),
     ('megalr.register_rule("AdamW")(int)', ("register_rule", "AdamW")),
@@ -86,8 +93,8 @@ ORDERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("megalr.trainer_optimizer({})", ("TrainingArguments", "training_args")),
     ("megalr.trainer_optimizer(config)", ("TrainingArguments", "training_args")),
 )
-VALID_TAGS = ('"nothing"', '""')
-EITHER = ("torch.compile",)
+VALID_TAGS = ('"nothing"',)
+EITHER = ("torch.compile", ".step()")  # torch's own optimizers say nothing either where there is no gradient
 
 
 def wrong_calls(rng: Random) -> Iterator[Case]:

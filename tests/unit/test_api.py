@@ -8,11 +8,18 @@ import torch
 from torch import nn
 
 import megalr
+from megalr.config.settings import read_json
 from megalr.errors import UserError
-from megalr.hosts.deepspeed_config import deepspeed_section
+from megalr.hosts.deepspeed_config import check_deepspeed_config, deepspeed_section
 from megalr.hosts.tensor_parallel import check_earlier_groups
 
-LOW_RANK = {"megalr": {"parametrization": {"type": "low_rank", "rank": 2, "target_modules": ["0"]}}}
+LOW_RANK = {
+    "train_batch_size": 4,
+    "megalr": {"parametrization": {"type": "low_rank", "rank": 2, "target_modules": ["0"]}},
+}
+
+
+SCHEDULE = torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.zeros(1)]), 2)  # of another optimizer
 
 
 def model():
@@ -67,7 +74,33 @@ def test_optimizer_of_a_plain_loop_trains():
             'offload_param.device is "nvme"',
         ),
         ({}, {"optimizer": object()}, "takes no optimizer="),
+        ({}, {"model_parameters": []}, "takes no model_parameters="),
+        ({}, {"config_params": {}}, "config_params is another name of config"),
+        ({}, {"colate_fn": list}, 'no argument "colate_fn"; did you mean "collate_fn"'),
+        ({}, {"training_data": 5}, "training_data is 5: give a torch.utils.data.Dataset"),
+        ({}, {"training_data": "text.txt"}, "training_data is 'text.txt': give"),
+        ({}, {"lr_scheduler": 5}, "lr_scheduler is 5: give a function that makes a schedule"),
+        ({}, {"lr_scheduler": SCHEDULE}, "lr_scheduler is .*StepLR.*: give a function"),
+        ({}, {"collate_fn": 5}, "collate_fn is 5: give a function"),
         ({"megalr": {"rank": 3}}, {}, 'has no key "rank"'),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, {}, 'without ZeRO .* write "fp32", leave it out'),
+        (
+            {"train_micro_batch_size_per_gpu": 3},
+            {},
+            "train_batch_size is 4, .* train_micro_batch_size_per_gpu of 3 x 1 process: write 6",
+        ),
+        (
+            {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4},
+            {},
+            "not train_micro_batch_size_per_gpu of 2 x gradient_accumulation_steps of 4 x 1 process: write 8",
+        ),
+        (
+            {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1},
+            {},
+            "train_batch_size is 4, which is not .* of 1 x 1 process: write 2, or leave it out",
+        ),
+        ({"train_batch_size": "auto"}, {}, 'train_batch_size is "auto": write a whole number of at least 1'),
+        ({"train_batch_size": None}, {}, "neither train_batch_size nor train_micro_batch_size_per_gpu"),
     ],
 )
 def test_what_cannot_work_is_refused_first(changes, arguments, message):
@@ -75,6 +108,54 @@ def test_what_cannot_work_is_refused_first(changes, arguments, message):
     with pytest.raises(UserError, match=message):
         megalr.initialize(model=net, config={**LOW_RANK, **changes}, **arguments)
     assert isinstance(net[0], nn.Linear)
+
+
+@pytest.mark.parametrize("call", [megalr.parametrize, megalr.build_optimizer, megalr.initialize])
+@pytest.mark.parametrize("given", [None, "model", nn.Linear, [nn.Linear(6, 4).weight]])
+def test_a_model_is_a_module(call, given):
+    with pytest.raises(UserError, match="model is .*: give the torch.nn.Module to train"):
+        call(given, LOW_RANK)
+
+
+def test_arguments_that_are_none_are_left_to_deepspeed(monkeypatch):
+    def start(model, optimizer, content, **kwargs):
+        raise KeyError(*kwargs)
+
+    monkeypatch.setattr("megalr.api.start_engine", start)
+    with pytest.raises(KeyError) as passed:
+        megalr.initialize(model(), LOW_RANK, optimizer=None, lr_scheduler=None, training_data=[1])
+    assert passed.value.args == ("training_data",)
+
+
+def test_batches_that_no_number_of_processes_can_share():
+    check_deepspeed_config({"train_batch_size": 6, "train_micro_batch_size_per_gpu": 2}, None)
+    with pytest.raises(UserError, match="train_batch_size is 3, .* not a multiple of train_micro_.* of 2: write 4"):
+        check_deepspeed_config({"train_batch_size": 3, "train_micro_batch_size_per_gpu": 2}, None)
+
+
+@pytest.mark.parametrize("given", ["int7", "int8", 7])
+def test_gradients_add_up_in_a_known_type(given):
+    with pytest.raises(UserError, match=f"grad_accum_dtype is .*{given}.*: write one of fp32, fp16, bf16"):
+        check_deepspeed_config({"train_batch_size": 4, "data_types": {"grad_accum_dtype": given}}, 1)
+
+
+def test_keys_of_data_types_that_work_are_read():
+    content = {**LOW_RANK, "data_types": {"buffer_dtype": "fp32", "keep_in_fp32_modules": ["norm"]}}
+    assert read_json(content) == content
+
+
+def test_what_is_frozen_is_not_trained_by_factors_in_its_place():
+    net = model()
+    net[0].weight.requires_grad_(False)
+    with pytest.raises(
+        UserError, match=r'^0 is frozen .* "low_rank" puts new factors .*: leave it out of .*target_mod'
+    ):
+        megalr.parametrize(net, LOW_RANK)
+    assert isinstance(net[0], nn.Linear)
+    beside = {**LOW_RANK, "megalr": {"parametrization": {**LOW_RANK["megalr"]["parametrization"], "type": "lora"}}}
+    assert not megalr.parametrize(net, beside)[0].B.requires_grad
+    with pytest.raises(UserError, match="the model trains nothing: requires_grad is False for all"):
+        megalr.build_optimizer(net.requires_grad_(False), beside)
 
 
 def test_a_model_is_parametrized_once():
@@ -93,7 +174,7 @@ def test_an_engine_after_a_tensor_parallel_one_is_refused(monkeypatch):
 
 
 def test_stage_3_takes_no_compiled_model():
-    config = {"zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW"}}
+    config = {**LOW_RANK, "zero_optimization": {"stage": 3}, "megalr": {}, "optimizer": {"type": "AdamW"}}
     for build in (megalr.build_optimizer, megalr.initialize):
         with pytest.raises(UserError, match=r"give the model itself, and call engine.compile\(\) afterwards"):
             build(nn.Sequential(torch.compile(model(), backend="eager")), config)

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from megalr.data import Data, DataConfig, is_hub_dataset, load_data, load_tokenizer
 from megalr.data import train_tokenizer as training
 from megalr.data.documents import NO_TEXT, PIECE_CHARACTERS, document_pieces
-from megalr.data.sources import AUSTEN_FOLDER
+from megalr.data.sources import AUSTEN_FOLDER, refuse_text_column
 from megalr.data.tokenizer import EMBEDDED_TOKENIZER
 from megalr.data.tokens import TokenCache
 from megalr.errors import UserError
@@ -190,6 +190,17 @@ def test_a_text_column_of_another_name(tokenizer: PreTrainedTokenizerFast, tmp_p
     file = write_jsonl(tmp_path / "a.jsonl", WORDS, column="body")
     data = read(tokenizer, tmp_path, dataset=str(file), text_column="body", pack=False, sequence_length=8)
     assert len(data.train) + len(data.evaluation) == 3
+
+
+def test_a_text_column_of_plain_text_is_refused(tmp_path: Path) -> None:
+    plain, rows = tmp_path / "a.txt", write_jsonl(tmp_path / "b.jsonl", WORDS, column="body")
+    plain.write_text("words")
+    for settings in ({"dataset": str(plain)}, {"dataset": "austen"}):
+        refuse_text_column(DataConfig(**settings))
+        with pytest.raises(UserError, match="--text-column body is for JSONL, .* and the text is .*: leave it out"):
+            refuse_text_column(DataConfig(**settings, text_column="body"))
+    refuse_text_column(DataConfig(dataset=str(plain), eval_dataset=str(rows), text_column="body"))
+    refuse_text_column(DataConfig(dataset="allenai/c4", text_column="body"))
 
 
 # --- what is held out ---

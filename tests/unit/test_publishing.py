@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megalr.checkpoint.arguments import check_client_state, check_keep, check_saved_tag, check_tag, folder_of
 from megalr.checkpoint.folders import newest_valid
 from megalr.checkpoint.loading import _find, read_entries
 from megalr.checkpoint.manifest import (
@@ -22,7 +23,7 @@ from megalr.checkpoint.manifest import (
     write_manifest,
 )
 from megalr.checkpoint.publishing import prune, tidy
-from megalr.checkpoint.saving import _check_tag, wait_for_checkpoint, write_entries
+from megalr.checkpoint.saving import wait_for_checkpoint, write_entries
 from megalr.checkpoint.storage import FolderWriter
 from megalr.errors import UserError
 from tests import known_state
@@ -100,7 +101,7 @@ def test_what_cannot_be_removed_does_not_make_a_failure_of_a_save(folder, monkey
 
 @pytest.mark.parametrize("tag", ["step5", "last", "5", "a.b-c_d+e=f", "_", "x" * 200])
 def test_tags(tag):
-    _check_tag(tag)
+    check_tag(tag)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,40 @@ def test_tags(tag):
 )
 def test_odd_tags_are_refused(tag):
     with pytest.raises(UserError, match="write a plain folder name"):
-        _check_tag(tag)
+        check_tag(tag)
+
+
+@pytest.mark.parametrize("tag", [1, [], b"x"])
+def test_a_tag_is_a_string(tag):
+    for check in (check_tag, check_saved_tag):
+        with pytest.raises(UserError, match=r"tag is .*: write "):
+            check(tag)
+
+
+@pytest.mark.parametrize("tag", ["", "x" * 300, "a\0b"])
+def test_a_tag_that_no_folder_has(tag):
+    with pytest.raises(UserError, match=r"tag is .*: write the name of a checkpoint's folder"):
+        check_saved_tag(tag)
+    check_saved_tag("best (1)")  # renamed by somebody
+    check_saved_tag(None)
+
+
+@pytest.mark.parametrize("directory", [None, 1, [], b"x", ""])
+def test_a_directory_is_a_path(directory):
+    with pytest.raises(UserError, match=r"directory is .*: write the folder of all checkpoints"):
+        folder_of(directory)
+
+
+@pytest.mark.parametrize("keep", [0, -1, "1", 1.5, True])
+def test_at_least_one_checkpoint_is_kept(keep):
+    with pytest.raises(UserError, match=r"keep is .*: write how many checkpoints to leave, at least 1"):
+        check_keep(keep)
+
+
+@pytest.mark.parametrize("state", [1, [], [("a", 1)], None, {"a": {1, 2}}, {"a": float("nan")}, {(1,): 2}])
+def test_a_client_state_is_json(state):
+    with pytest.raises(UserError, match="client_state (is .*: write a dictionary|cannot be written as JSON)"):
+        check_client_state(state)
 
 
 # --- what interrupted saves leave
@@ -293,7 +327,7 @@ def test_somebody_elses_folder_is_not_replaced(tmp_path, content, beside):
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(folder):
     state = known_state.entries(4, 0, 1)
     document = {**known_state.document(4), "client": {"seen": {1, 2}}}
-    with pytest.raises(UserError, match="process 0: TypeError.*set is not JSON serializable"):
+    with pytest.raises(UserError, match="client_state cannot be written as JSON .*set is not JSON serializable"):
         write_entries(folder, "step4", document, state, {}, keep=1, asynchronous=False)
     assert known_state.names(folder) == ["latest", "step1", "step2", "step3"]
 

@@ -8,7 +8,7 @@ from tests.soak.trial import FINE, Case, attempt, judged
 
 ERROR = "error: gradient_clipping is -1: write a number of at least 0"
 OF_EACH_KIND = 7
-QUICK = ("JSON: values", "JSON: names", "JSON: files", "model shapes", "flags", "environment")  # refused at once
+QUICK = ("JSON: values", "JSON: names", "JSON: files", "model shapes", "flags", "environment", "tokenizers", "calls")
 
 
 def case(**changes):

@@ -145,7 +145,7 @@ def test_the_shipped_configurations_are_valid(stage):
         ({"zero_optimization": {"stage": 4}}, "DeepSpeed refuses"),
         ({"scheduler": {"type": "Warmup"}}, "scheduler.type is 'Warmup'.*WarmupCosineLR"),
         ({"scheduler": {"type": "WarmupLR", "params": {"steps": 3}}}, 'no "steps" for WarmupLR'),
-        ({"train_batch_size": 5, "gradient_accumulation_steps": 2}, "DeepSpeed refuses"),
+        ({"train_batch_size": 5, "gradient_accumulation_steps": 2}, "train_batch_size is 5, which is not .*: write 4"),
     ],
 )
 def test_what_deepspeed_refuses_is_said_shortly(change, words):
