@@ -179,7 +179,6 @@ def _prepare_folder(plan: Plan) -> None:
 
 
 def _write_settings(plan: Plan, ranks: Ranks) -> None:
-    plan.folder.summary.unlink(missing_ok=True)
     content = {
         "command": shlex.join(sys.argv),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -193,6 +192,7 @@ def _write_settings(plan: Plan, ranks: Ranks) -> None:
         "versions": {name: version(name) for name in _VERSIONS_OF},
     }
     write_json(plan.folder.settings, content)
+    plan.folder.summary.unlink(missing_ok=True)  # last: a full disk leaves a finished run as it was
 
 
 def _introduce(plan: Plan, loop: Loop, ranks: Ranks, screen: Screen) -> None:
