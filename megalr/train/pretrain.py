@@ -18,6 +18,7 @@ import torch
 
 from megalr.config.secrets import without_secrets
 from megalr.data import Batches, unigram_perplexity
+from megalr.disk import write_and_sync
 from megalr.errors import UserError
 from megalr.hosts import host_of
 from megalr.locks import FolderLock
@@ -122,8 +123,7 @@ def build_loop(plan: Plan, ranks: Ranks, screen: Screen) -> Loop:
             raise UserError(f"DeepSpeed cannot make an engine of this configuration: {error}") from error
     optimizer = host_of(engine).optimizer
     table = optimizer.routing_table()
-    if ranks.is_first:
-        plan.folder.routing.write_text(f"{table}\n", encoding="utf-8")
+    ranks.from_first(lambda: write_and_sync(plan.folder.routing, f"{table}\n"))
     screen.say(table if arguments.verbose else optimizer.summary())
     batches = Batches(
         plan.data.train,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalr.checkpoint.manifest import LATEST
 from megalr.checkpoint.publishing import not_ours
 from megalr.disk import write_and_sync
 from megalr.errors import UserError
@@ -77,7 +78,7 @@ class RunFolder:
     def saved_at(self) -> float | None:
         """When the latest checkpoint was finished, in seconds; None without any."""
         # Where a run was killed just before it could say which one is the latest there is none that says so.
-        files = [self.checkpoints / "latest", *self.checkpoints.glob("*/manifest.json")]
+        files = [self.checkpoints / LATEST, *self.checkpoints.glob("*/manifest.json")]
         # Not Path.is_file, which raises where a folder cannot be read.
         return max((file.stat().st_mtime for file in files if os.path.isfile(file)), default=None)
 
@@ -281,10 +282,11 @@ def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
 
 
 def _check_kinds(folder: RunFolder) -> None:
-    """Refuse a folder in place of a file, which cannot be replaced, and what would wait for a reader."""
-    for path in folder.written:
-        kind, right = ("folder", path.is_dir()) if path in folder.folders else ("file", path.is_file())
-        if path.exists() and not right:
+    """Refuse a folder in place of a file, which cannot be replaced, a FIFO, which waits, and a link to nothing."""
+    for path in (*folder.written, folder.checkpoints / LATEST):
+        # Not Path.is_file, which raises where a folder cannot be read.
+        kind, right = ("folder", os.path.isdir(path)) if path in folder.folders else ("file", os.path.isfile(path))
+        if os.path.lexists(path) and not right:
             raise UserError(
                 f"{path} is no {kind}, which a run writes there: move it elsewhere, or name another folder with "
                 "--output"

@@ -573,7 +573,10 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
         "broken.json": "is not a tokenizer.json",
         "endless.json": "has no end-of-text token",
         "": "holds no tokenizer.json",
+        "odd": "tokenizer_config.json is no file",
     }
+    (tmp_path / "odd" / "tokenizer_config.json").mkdir(parents=True)
+    (tmp_path / "odd" / "tokenizer.json").write_bytes(EMBEDDED_TOKENIZER.read_bytes())
     for name, words in expected.items():
         with pytest.raises(UserError, match=words):
             load_tokenizer(str(tmp_path / name))

@@ -127,10 +127,14 @@ def test_the_default_folder_leaves_what_no_run_has_written_alone(name):
     assert kept.exists()
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "summary.json", "loss.png", "routing.txt"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to(path.name)])
+@pytest.mark.parametrize(
+    "name", ["run.json", "metrics.jsonl", "summary.json", "loss.png", "routing.txt", "checkpoints/latest"]
+)
 def test_a_run_goes_on_only_where_its_files_are_files(name, make):
     folder = make_run("runs/zero2", finished=True)
+    (folder.checkpoints / "step5").mkdir()
+    (folder.checkpoints / "step5" / "manifest.json").write_text("{}")
     (folder.path / name).unlink(missing_ok=True)
     make(folder.path / name)
     for output in (None, "runs/zero2"):
