@@ -131,4 +131,4 @@ def _parametrization(manifest: Manifest) -> tuple[Mapping[str, str], Parametriza
     try:
         return chosen, MegalrConfig.from_json({"megalr": {"parametrization": chosen}}).parametrization
     except UserError as error:
-        raise UserError(f"{manifest.folder / MANIFEST} does not say how its weights are represented: {error}") from error
+        raise UserError(f"{manifest.folder / MANIFEST} does not say how weights are represented: {error}") from error
