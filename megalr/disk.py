@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Have an OSError name the file, which one that comes from a read or a write, as of a full disk, does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def make_folder(folder: Path) -> None:
@@ -16,7 +28,7 @@ def make_folder(folder: Path) -> None:
 
 def write_and_sync(path: Path, text: str) -> None:
     """Write a file, and wait until the disk has it."""
-    with path.open("w", encoding="utf-8") as file:
+    with named(path), path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -87,10 +87,13 @@ def load_data(
     held_store = _stored(held_cache) if held_cache is not None else None
     if held_text is not None and held_store is not None and len(held_store.ends) > 0:
         train, held = _whole(store, train_text.label), _whole(held_store, held_text.label)
-    elif config.eval_dataset is None:
+    elif held_text is None or config.eval_dataset is None:
         train, held = _split(store, train_text.label, config.eval_fraction, held_limit)
     else:
-        raise UserError("the held-out text is empty; name another, or none to hold back the end of the training text")
+        raise UserError(
+            f"the held-out text ({held_text.label}) is empty; name another, or none to hold back the end of the "
+            "training text"
+        )
     data = _data(config, tokenizer, train, held, origins)
     left_out = dict.fromkeys(text.left_out for text in (train_text, held_text) if isinstance(text, LocalText))
     description = "\n".join([data.description, *filter(None, left_out)])

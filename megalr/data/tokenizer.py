@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,9 @@ def _load(name: str | None) -> PreTrainedTokenizerFast:
     if path.is_file():
         return _from_file(path)
     if path.is_dir():
+        strange = next((file for file in _files_in(path) if not file.is_file()), None)
+        if strange is not None:  # transformers would do without it
+            raise UserError(f"{strange} is no file: write the folder of the tokenizer {name} again")
         if (path / "tokenizer_config.json").exists():
             return _from_pretrained(str(path), local=True)
         if (path / "tokenizer.json").exists():
@@ -107,6 +111,12 @@ def _load(name: str | None) -> PreTrainedTokenizerFast:
             "name, or nothing for the embedded tokenizer"
         )
     return _from_pretrained(name, local=False)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """What says how a folder's tokenizer works, as far as it is there."""
+    files = (folder / name for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"))
+    return [file for file in files if os.path.lexists(file)]
 
 
 def _from_file(path: Path) -> PreTrainedTokenizerFast:

@@ -113,7 +113,8 @@ class Loop:
             self._check_held_out(data)
         self.step, self.tokens = notes.step, notes.tokens
         self._saved_step = self._written_step = notes.step
-        self.metrics.cut(notes.step)
+        with self._ranks.together():
+            self.metrics.cut(notes.step)
 
     def train(self) -> str | None:
         """Train up to the last step, write the last checkpoint, evaluate.

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megalr.disk import named
+
 logger = logging.getLogger(__name__)
 
 NUMBERS = ("step", "tokens", "loss", "eval_loss", "eval_perplexity")
@@ -56,7 +58,9 @@ class MetricsLog:
         if not self._enabled or not self._path.exists():
             return
         part = self._path.with_name(f".{self._path.name}.part")
-        part.write_text("".join(f"{json.dumps(row)}\n" for row in read_rows(self._path) if row["step"] <= step))
+        rows = [row for row in read_rows(self._path) if row["step"] <= step]
+        with named(part):
+            part.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         os.replace(part, self._path)
 
 
@@ -64,7 +68,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file, which need not exist; lines that a kill has cut off, or somebody else wrote, are left out."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    with named(path), path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 row = json.loads(line)

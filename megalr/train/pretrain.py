@@ -18,6 +18,7 @@ import torch
 
 from megalr.config.secrets import without_secrets
 from megalr.data import Batches, unigram_perplexity
+from megalr.disk import write_and_sync
 from megalr.errors import UserError
 from megalr.hosts import host_of
 from megalr.locks import FolderLock
@@ -122,8 +123,7 @@ def build_loop(plan: Plan, ranks: Ranks, screen: Screen) -> Loop:
             raise UserError(f"DeepSpeed cannot make an engine of this configuration: {error}") from error
     optimizer = host_of(engine).optimizer
     table = optimizer.routing_table()
-    if ranks.is_first:
-        plan.folder.routing.write_text(f"{table}\n", encoding="utf-8")
+    ranks.from_first(lambda: write_and_sync(plan.folder.routing, f"{table}\n"))
     screen.say(table if arguments.verbose else optimizer.summary())
     batches = Batches(
         plan.data.train,
@@ -179,7 +179,6 @@ def _prepare_folder(plan: Plan) -> None:
 
 
 def _write_settings(plan: Plan, ranks: Ranks) -> None:
-    plan.folder.summary.unlink(missing_ok=True)
     content = {
         "command": shlex.join(sys.argv),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -193,6 +192,7 @@ def _write_settings(plan: Plan, ranks: Ranks) -> None:
         "versions": {name: version(name) for name in _VERSIONS_OF},
     }
     write_json(plan.folder.settings, content)
+    plan.folder.summary.unlink(missing_ok=True)  # last: a full disk leaves a finished run as it was
 
 
 def _introduce(plan: Plan, loop: Loop, ranks: Ranks, screen: Screen) -> None:

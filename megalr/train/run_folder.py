@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalr.checkpoint.manifest import LATEST
 from megalr.checkpoint.publishing import not_ours
 from megalr.disk import write_and_sync
 from megalr.errors import UserError
@@ -77,15 +78,29 @@ class RunFolder:
     def saved_at(self) -> float | None:
         """When the latest checkpoint was finished, in seconds; None without any."""
         # Where a run was killed just before it could say which one is the latest there is none that says so.
-        files = [self.checkpoints / "latest", *self.checkpoints.glob("*/manifest.json")]
+        files = [self.checkpoints / LATEST, *self.checkpoints.glob("*/manifest.json")]
         # Not Path.is_file, which raises where a folder cannot be read.
         return max((file.stat().st_mtime for file in files if os.path.isfile(file)), default=None)
 
     @property
+    def folders(self) -> list[Path]:
+        """Folders that a run writes."""
+        return [self.checkpoints, self.path / "tensorboard", self.path / "csv_monitor"]
+
+    @property
+    def files(self) -> list[Path]:
+        """Files that a run writes."""
+        return [self.metrics, self.plot, self.summary, self.routing, self.settings]
+
+    @property
     def written(self) -> list[Path]:
         """Everything that a run writes."""
-        folders = [self.checkpoints, self.path / "tensorboard", self.path / "csv_monitor"]
-        return [*folders, self.metrics, self.plot, self.summary, self.routing, self.settings]
+        return [*self.folders, *self.files]
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a run may be written here without writing over anything."""
+        return not any(os.path.lexists(path) for path in self.written)
 
     @property
     def old_run(self) -> Path:
@@ -178,6 +193,7 @@ def take_run_folder(name: str, output: str | None, *, resume: bool, overwrite: b
             raise UserError(f"there is no checkpoint under {numbered[0].path}: name the run's folder with --output")
         folder = max(candidates, key=lambda folder: folder.saved_at or 0.0)
         _hold(folder, lock)
+        _check_kinds(folder)
         return folder
     if overwrite:
         _hold(numbered[0], lock)
@@ -185,11 +201,11 @@ def take_run_folder(name: str, output: str | None, *, resume: bool, overwrite: b
         return numbered[0]
     for number in itertools.count(1):
         folder = _numbered(name, number)
-        if folder.is_taken:
+        if not folder.is_free:
             continue
         with contextlib.suppress(FolderInUseError):  # of a run that has written nothing yet
             _hold(folder, lock)
-            if not folder.is_taken:
+            if folder.is_free:
                 break
             lock.release()  # a run has begun, and ended, meanwhile, or has come back
     return folder
@@ -228,6 +244,7 @@ def _hold(folder: RunFolder, lock: FolderLock) -> None:
 def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"--output {folder.path} is a file: name a folder")
+    _check_kinds(folder)
     foreign = _foreign_checkpoints(folder)
     if resume and not (folder.can_resume or folder.has_only_begun):
         raise UserError(f"there is no checkpoint in {folder.checkpoints}, so there is nothing to resume")
@@ -262,6 +279,18 @@ def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
             f"{folder.path} holds {state}: add --resume to continue it, --overwrite to delete it, or name "
             "another folder with --output"
         )
+
+
+def _check_kinds(folder: RunFolder) -> None:
+    """Refuse a folder in place of a file, which cannot be replaced, a FIFO, which waits, and a link to nothing."""
+    for path in (*folder.written, folder.checkpoints / LATEST):
+        # Not Path.is_file, which raises where a folder cannot be read.
+        kind, right = ("folder", os.path.isdir(path)) if path in folder.folders else ("file", os.path.isfile(path))
+        if os.path.lexists(path) and not right:
+            raise UserError(
+                f"{path} is no {kind}, which a run writes there: move it elsewhere, or name another folder with "
+                "--output"
+            )
 
 
 def _foreign_checkpoints(folder: RunFolder) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from megalr.train.loss_curve import plot_losses
 from megalr.train.preparation import Plan
 from megalr.train.ranks import Ranks
 from megalr.train.run_folder import write_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,18 @@ def finish(
         "peak_memory_bytes": peak,
         "export_logit_difference": export_difference,
     }
-    ranks.from_first(lambda: _write(numbers, plan))
+    ranks.from_first(lambda: write_summary(numbers, plan))
     screen.say(_table(numbers, plan, ranks))
 
 
-def _write(numbers: dict[str, Any], plan: Plan) -> None:
+def write_summary(numbers: dict[str, Any], plan: Plan) -> None:
+    """Write ``summary.json`` and the loss curve, without which a run is complete."""
     title = f"{plan.folder.path.name}: held-out perplexity {numbers['perplexity']:,.2f}"
-    plot_losses(plan.folder.metrics, plan.folder.plot, title)
     write_json(plan.folder.summary, numbers)
+    try:
+        plot_losses(plan.folder.metrics, plan.folder.plot, title)
+    except OSError as error:
+        logger.warning("%s cannot be written: %s. The run is complete without it.", plan.folder.plot, error.strerror)
 
 
 def _table(numbers: dict[str, Any], plan: Plan, ranks: Ranks) -> str:

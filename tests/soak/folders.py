@@ -89,7 +89,6 @@ def damaged_bytes(rng: Random) -> Iterator[Case]:
     """One bit of a file of tensors or a manifest, a cut, or something behind its end."""
     for program, words in {"verify": VERIFY, "export": EXPORT, "evaluate": SCORE, "resume": RESUME}.items():
         one = STEP in words
-        folder = STEP if one else "run/checkpoints"
         for index in range(6 * DAMAGES):
             seed = rng.randrange(1 << 30)
             how = ("bit", "cut", "more")[index % 3]
@@ -100,8 +99,9 @@ def damaged_bytes(rng: Random) -> Iterator[Case]:
                 words=words,
                 names=("step2", "step1", "checkpoint"),
                 needs=("run",),
-                prepare=lambda at, seed=seed, how=how, folder=folder: _harm(at / folder, how, Random(seed)),
+                prepare=lambda at, seed=seed, how=how: _harm(at / STEP, how, Random(seed)),
                 expect=expect,  # type: ignore[arg-type]
+                says=("step2",),
                 writes="run",
                 damage_code=1 if "verify" in words else None,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.soak import calls, data_files, environment, flags, folders, json_files, json_values
+from tests.soak import calls, data_files, environment, flags, folders, json_files, json_values, no_files
 from tests.soak.trial import Kind
 
 KINDS = (
@@ -15,6 +15,7 @@ KINDS = (
     Kind("texts", data_files.bad_texts),
     Kind("tokenizers", data_files.bad_tokenizers),
     Kind("folders of runs", folders.bad_runs),
+    Kind("no files", no_files.no_files),
     Kind("manifests", folders.bad_manifests),
     Kind("checkpoints, random damage", folders.damaged_bytes),
     Kind("exports", folders.bad_exports),

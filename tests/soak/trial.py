@@ -42,6 +42,7 @@ class Case:
         names: a refusal names one of these: the key, the file or the flag. Letter case does not count.
         expect: whether the input is "bad", "good", or what its owner may mean ("either"), so that no answer is wrong
             but a traceback, a wait or a loss.
+        says: where a program goes on all the same, it names one of these, such as a checkpoint that it passes over.
         files: what is written into the folder, by name.
         prepare: does the rest in the folder, such as damage to a file.
         needs: prepared things that it starts from; see :func:`tests.soak.workshop.prepare`.
@@ -54,6 +55,7 @@ class Case:
     words: tuple[str, ...]
     names: tuple[str, ...] = ()
     expect: Literal["bad", "good", "either"] = "bad"
+    says: tuple[str, ...] = ()
     files: Mapping[str, str | bytes] = field(default_factory=dict)
     prepare: Callable[[Path], object] | None = None
     needs: tuple[str, ...] = ()
@@ -134,7 +136,8 @@ def judged(case: Case, code: int, output: str) -> Outcome:
     if "Traceback (most recent call last)" in output or code not in (0, CODE, case.damage_code):
         return "traceback"
     if code == 0:
-        return "silently wrong" if case.expect == "bad" else "rightly accepted"
+        said = not case.says or any(name in output for name in case.says)
+        return "rightly accepted" if said and case.expect != "bad" else "silently wrong"
     message = output[output.find(REFUSED) :].lower()
     named = not case.names or any(name.lower() in message for name in case.names)
     clear = code == case.damage_code or (REFUSED in output and named)

@@ -495,3 +495,11 @@ def test_names_that_a_checkpoint_gives_and_lacks(folder):
         weights["alias"]
     with pytest.raises(UserError, match=r"gives bias the shapes \(11,\) and \(2, 5\)"):
         weights["bias"]
+
+
+def test_a_parametrization_with_a_wrong_value_names_the_manifest(folder):
+    content = content_of(folder / "step2")
+    content["config"]["megalr"] = {"parametrization": {"type": "low_rank", "rank": True}}
+    put(folder / "step2", content)
+    with pytest.raises(UserError, match=r"step2/manifest.json .*megalr.parametrization.rank is true; expected a whole"):
+        Weights(read_manifest(folder / "step2"))

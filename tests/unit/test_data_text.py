@@ -459,7 +459,7 @@ def test_too_little_text(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> 
         assert "choose a shorter sequence or a longer text" in message
     (tmp_path / "empty.txt").write_text("")
     message = rejected(tokenizer, tmp_path, dataset=file, eval_dataset=str(tmp_path / "empty.txt"), sequence_length=8)
-    assert "the held-out text is empty" in message
+    assert f"the held-out text ({tmp_path / 'empty.txt'}) is empty" in message
     (tmp_path / "short.txt").write_text("one two three four")
     message = rejected(tokenizer, tmp_path, dataset=str(tmp_path / "short.txt"), eval_fraction=0.1, sequence_length=2)
     assert "too few to predict one from another" in message
@@ -584,7 +584,10 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
         "broken.json": "is not a tokenizer.json",
         "endless.json": "has no end-of-text token",
         "": "holds no tokenizer.json",
+        "odd": "tokenizer_config.json is no file",
     }
+    (tmp_path / "odd" / "tokenizer_config.json").mkdir(parents=True)
+    (tmp_path / "odd" / "tokenizer.json").write_bytes(EMBEDDED_TOKENIZER.read_bytes())
     for name, words in expected.items():
         with pytest.raises(UserError, match=words):
             load_tokenizer(str(tmp_path / name))

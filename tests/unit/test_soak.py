@@ -8,7 +8,18 @@ from tests.soak.trial import FINE, Case, attempt, judged
 
 ERROR = "error: gradient_clipping is -1: write a number of at least 0"
 OF_EACH_KIND = 7
-QUICK = ("JSON: values", "JSON: names", "JSON: files", "model shapes", "flags", "environment", "tokenizers", "calls")
+QUICK = (  # refused at once
+    "JSON: values",
+    "JSON: names",
+    "JSON: files",
+    "model shapes",
+    "flags",
+    "environment",
+    "texts",
+    "tokenizers",
+    "folders of runs",
+    "calls",
+)
 
 
 def case(**changes):
@@ -26,6 +37,8 @@ def case(**changes):
         (case(), 0, "", "silently wrong"),
         (case(expect="good"), 0, "", "rightly accepted"),
         (case(expect="either"), 0, "", "rightly accepted"),
+        (case(expect="either", says=("step2",)), 0, "passed over: step2 is damaged", "rightly accepted"),
+        (case(expect="either", says=("step2",)), 0, "passed over: step1 is damaged", "silently wrong"),
         (case(), 1, ERROR, "traceback"),
         (case(), -11, "", "traceback"),
         (case(expect="either"), 2, f"Traceback (most recent call last)\n{ERROR}", "traceback"),

@@ -72,3 +72,10 @@ def test_a_full_disk_ends_nothing_and_rows_come_later(tmp_path, monkeypatch, cap
     room[0] = True
     log.append({"step": 4})
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/proc/self/mem")  # opened, but not read: the error of a disk
+    with pytest.raises(OSError, match="Input/output error: '.*metrics.jsonl'"):
+        list(read_rows(path))

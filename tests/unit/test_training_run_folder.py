@@ -119,6 +119,37 @@ def test_a_file_is_no_folder():
         choose("mine")
 
 
+@pytest.mark.parametrize("name", ["loss.png", "routing.txt", "tensorboard", "csv_monitor"])
+def test_the_default_folder_leaves_what_no_run_has_written_alone(name):
+    kept = Path("runs/zero2") / name
+    kept.mkdir(parents=True)
+    assert choose() == Path("runs/zero2-2")
+    assert kept.exists()
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to(path.name)])
+@pytest.mark.parametrize(
+    "name", ["run.json", "metrics.jsonl", "summary.json", "loss.png", "routing.txt", "checkpoints/latest"]
+)
+def test_a_run_goes_on_only_where_its_files_are_files(name, make):
+    folder = make_run("runs/zero2", finished=True)
+    (folder.checkpoints / "step5").mkdir()
+    (folder.checkpoints / "step5" / "manifest.json").write_text("{}")
+    (folder.path / name).unlink(missing_ok=True)
+    make(folder.path / name)
+    for output in (None, "runs/zero2"):
+        with pytest.raises(UserError, match=f"runs/zero2/{name} is no file, which a run writes there: move it"):
+            choose(output, resume=True)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "csv_monitor"])
+def test_a_run_goes_on_only_where_its_folders_are_folders(name):
+    folder = make_run("mine", finished=True)
+    (folder.path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"mine/{name} is no folder"):
+        choose("mine", resume=True)
+
+
 def test_resume_from_nothing_is_refused():
     with pytest.raises(UserError, match="no checkpoint in nothing/checkpoints"):
         choose("nothing", resume=True)

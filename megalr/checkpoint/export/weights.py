@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalr.checkpoint.manifest import Manifest
+from megalr.checkpoint.manifest import MANIFEST, Manifest
 from megalr.checkpoint.reading import keys_of, read_tensor
 from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError, printable
@@ -128,4 +128,7 @@ def _parametrization(manifest: Manifest) -> tuple[Mapping[str, str], Parametriza
     kind = chosen.get("type")
     if not isinstance(kind, str) or kind not in PARAMETRIZATIONS:
         raise unknown_method(f"{manifest.folder} was trained with megalr.parametrization.type", kind, section)
-    return chosen, MegalrConfig.from_json({"megalr": {"parametrization": chosen}}).parametrization
+    try:
+        return chosen, MegalrConfig.from_json({"megalr": {"parametrization": chosen}}).parametrization
+    except UserError as error:
+        raise UserError(f"{manifest.folder / MANIFEST} does not say how weights are represented: {error}") from error
