@@ -267,13 +267,16 @@ def _beside(name: str, folder: Path) -> str:
     """The name as a path beside the recipe if there is such a file, folder or glob; else as it is."""
     path = folder / Path(name).expanduser()
     pattern = str(Path(glob.escape(str(folder))) / Path(name).expanduser())
-    return str(path) if path.exists() else pattern if glob.glob(pattern) else name
+    return str(path) if path.exists() else pattern if glob.glob(pattern, recursive=True) else name
 
 
 def _fingerprint(name: str) -> str:
-    """Of the content of a file, a folder or what a glob finds; of anything else the name."""
-    path = Path(name)
-    found = sorted(path.rglob("*")) if path.is_dir() else [Path(file) for file in sorted(glob.glob(name))] or [path]
+    """Of the content of a file, a folder or what a glob finds, as the launcher finds it; of anything else the name."""
+    path = Path(name).expanduser()
+    if path.exists():  # also where its name could be a pattern
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    else:
+        found = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
     files = [file for file in found if file.is_file()]
     if not files:
         return name
