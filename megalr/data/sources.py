@@ -124,7 +124,19 @@ def evaluation_source(config: DataConfig) -> Source | None:
 def is_hub_dataset(dataset: str | Sequence[str]) -> bool:
     """Whether ``dataset`` names a hub dataset rather than the embedded novels or local files."""
     names = [dataset] if isinstance(dataset, str) else list(dataset)
-    return len(names) == 1 and names[0] != AUSTEN and not _is_local(names[0])
+    return len(names) == 1 and names[0] != AUSTEN and not is_local(names[0])
+
+
+def is_local(name: str) -> bool:
+    """Whether a name among several, or one that is not the embedded text's, stands for local files, there or not."""
+    path = Path(name).expanduser()
+    looks_like_a_path = any(mark in name for mark in "*?[") or name.startswith((".", "/", "~", "\\"))
+    return (
+        path.exists()
+        or looks_like_a_path
+        or path.suffix.lower() in _NOT_A_HUB_NAME
+        or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None
+    )
 
 
 def _source(dataset: str | Sequence[str], config: DataConfig, split: str, optional: bool = False) -> Source:
@@ -138,7 +150,7 @@ def _source(dataset: str | Sequence[str], config: DataConfig, split: str, option
     if is_hub_dataset(names):
         return HubText(names[0], config.dataset_config, split, config.text_column, optional)
     for name in names:
-        if not _is_local(name):
+        if not is_local(name):
             raise UserError(
                 f'"{name}" is no local file or folder; the embedded text and hub datasets stand alone, '
                 "only local files can be listed together"
@@ -146,14 +158,3 @@ def _source(dataset: str | Sequence[str], config: DataConfig, split: str, option
     files, left_out = local_files(names)
     label = str(files[0]) if len(files) == 1 else f"{len(files)} files of {', '.join(names)}"
     return LocalText(tuple(files), label, config.text_column, left_out)
-
-
-def _is_local(name: str) -> bool:
-    path = Path(name).expanduser()
-    looks_like_a_path = any(mark in name for mark in "*?[") or name.startswith((".", "/", "~", "\\"))
-    return (
-        path.exists()
-        or looks_like_a_path
-        or path.suffix.lower() in _NOT_A_HUB_NAME
-        or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None
-    )
