@@ -131,7 +131,7 @@ class Loop:
             self._screen.start_bar(self.step, settings.steps)
             while self.step < settings.steps and reason is None:
                 self._train_step()
-                if self.step == 1 and self._ranks.is_first:
+                if self._host.optimizer.updates and self._ranks.is_first:
                     self._folder.drop_old_run()
                 reason, save = self._what_next(request, time.monotonic() - saved_at)
                 if save:
@@ -145,6 +145,8 @@ class Loop:
                 raise AgreedError(str(failed)) from failed
             if failed is not None:
                 self._screen.say(str(failed))
+            if self._ranks.is_first:
+                self._folder.drop_old_run()  # also where every update was skipped
             if reason is None and self._evaluated_step != self.step:
                 reason = self.evaluate(request)
             self._screen.end_bar()

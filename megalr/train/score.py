@@ -155,8 +155,8 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
     if not changes and found.held_out not in (None, data.evaluation.fingerprint):
         raise UserError(
             f"the held-out text is not the one that the run in {folder} was evaluated on: what its run.json names "
-            f"(dataset {text.dataset}, eval_dataset {text.eval_dataset}, tokenizer {text.tokenizer}) has changed since or "
-            f"is missing in part. {_NOT_SCORED}. To score what is there now, name it with --dataset"
+            f"(dataset {text.dataset}, eval_dataset {text.eval_dataset}, tokenizer {text.tokenizer}) has changed "
+            f"since, or is missing in part. {_NOT_SCORED}. To score what is there now, name it with --dataset"
         )
     print("\n".join(data.description.splitlines()[1:]))
     model = found.model.to(ranks.device)
