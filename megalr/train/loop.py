@@ -113,6 +113,8 @@ class Loop:
         self.step, self.tokens = notes.step, notes.tokens
         self._saved_step = self._written_step = notes.step
         self.metrics.cut(notes.step)
+        if self._ranks.from_first(lambda: self.metrics.is_evaluated(notes.step)):
+            self._evaluated_step = notes.step
 
     def train(self) -> str | None:
         """Train up to the last step, write the last checkpoint, evaluate.
@@ -129,6 +131,8 @@ class Loop:
         saved_at = time.monotonic()
         with StopRequest() as request:
             self._screen.start_bar(self.step, settings.steps)
+            if self.step and self._evaluation_is_due():  # the run was stopped before it had made it
+                reason = self.evaluate(request)
             while self.step < settings.steps and reason is None:
                 self._train_step()
                 if self._host.optimizer.updates and self._ranks.is_first:
@@ -137,7 +141,7 @@ class Loop:
                 if save:
                     self.save()
                     saved_at = time.monotonic()
-                if self.step % settings.eval_every == 0 and reason is None:
+                if reason is None and self._evaluation_is_due():
                     reason = self.evaluate(request)
             self.save()
             failed = self._failed_save()
@@ -147,7 +151,7 @@ class Loop:
                 self._screen.say(str(failed))
             if self._ranks.is_first:
                 self._folder.drop_old_run()  # also where every update was skipped
-            if reason is None and self._evaluated_step != self.step:
+            if reason is None and (self.last_evaluation is None or self._evaluated_step != self.step):
                 reason = self.evaluate(request)
             self._screen.end_bar()
         return reason
@@ -242,6 +246,9 @@ class Loop:
         due = self._ranks.is_first and self._settings.save_every.is_over(self.step, unsaved)
         asked, save = self._ranks.sum([mine is not None, due])
         return agreed_reason(self._ranks.gather(mine)) if asked else None, bool(save)
+
+    def _evaluation_is_due(self) -> bool:
+        return self.step % self._settings.eval_every == 0 and self._evaluated_step != self.step
 
     def _failed_save(self) -> UserError | None:
         """Wait for the checkpoint under way; why it could not be written, on all ranks alike."""
