@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -118,6 +119,7 @@ def evaluation_source(config: DataConfig) -> Source | None:
                 f"{sorted(both)[0]} is both in the training and in the held-out text; take it out of one of "
                 "them, or leave the held-out text out to hold back the end of the training text"
             )
+        _refuse_copies(held_out.files, trained_on.files)
     return held_out
 
 
@@ -137,6 +139,23 @@ def is_local(name: str) -> bool:
         or path.suffix.lower() in _NOT_A_HUB_NAME
         or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None
     )
+
+
+def _refuse_copies(held_out: Sequence[Path], trained_on: Sequence[Path]) -> None:
+    """Whatever a file is called; a hard link is one, too."""
+    try:
+        by_size: dict[int, list[Path]] = {}
+        for file in trained_on:
+            by_size.setdefault(file.stat().st_size, []).append(file)
+        for file in held_out:
+            for other in by_size.get(file.stat().st_size, ()):
+                if file.stat().st_size and filecmp.cmp(file, other, shallow=False):
+                    raise UserError(
+                        f"{file} of the held-out text holds byte for byte what {other} of the training text does: take "
+                        "one of them out, since a model is not judged by what it was trained on"
+                    )
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def _source(dataset: str | Sequence[str], config: DataConfig, split: str, optional: bool = False) -> Source:
