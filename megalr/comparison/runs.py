@@ -164,8 +164,26 @@ class Recipe:
         )
         tokenizer = content.text.tokenizer
         self._tokenizer = None if tokenizer is None else _beside(tokenizer, here)
+        self._models = models
+        self._stamps = self._read_stamps()  # before what they stand for
         self._inputs = self._read_inputs()
         self._check()
+
+    def check_unchanged(self) -> None:
+        """To be called after a run, which has read the files anew.
+
+        Raises:
+            UserError: its text, its tokenizer or its model is not what the runs' keys stand for.
+        """
+        now = {"model": read_model_config(self._model, self._models).to_dict()}
+        if self._read_stamps() != self._stamps:
+            now |= self._read_inputs()
+        changed = [name for name in ("model", "train", "validation", "tokenizer") if name in now]
+        changed = [name for name in changed if now[name] != self._inputs[name]]
+        if changed:
+            names = {"train": self._train, "validation": self._validation, "tokenizer": self._tokenizer}
+            what = ", ".join(f"{name} ({names.get(name, self._model)})" for name in changed)
+            raise UserError(f"{what} has changed since the comparison began, so the run's result is not noted")
 
     def run(self, method: Method, lr: float, seed: int) -> Run:
         """The training of a method with a learning rate and a seed."""
@@ -232,6 +250,12 @@ class Recipe:
             "versions": {"megalr": __version__, **{name: version(name) for name in VERSIONS_OF}},
         }
 
+    def _read_stamps(self) -> list[tuple[str, int, int]]:
+        """What changes with the content of the files, for less time than that takes to read."""
+        names = (*self._train, *self._validation, *([] if self._tokenizer is None else [self._tokenizer]))
+        found = [(file, file.stat()) for name in names for file in _files_of(name)]
+        return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in found]
+
     def _check(self) -> None:
         """Build every method once, on the meta device, and hold their treatment of the shared parts equal."""
         shared: dict[str, tuple[str, Settings]] = {}
@@ -267,17 +291,23 @@ def _beside(name: str, folder: Path) -> str:
     """The name as a path beside the recipe if there is such a file, folder or glob; else as it is."""
     path = folder / Path(name).expanduser()
     pattern = str(Path(glob.escape(str(folder))) / Path(name).expanduser())
-    return str(path) if path.exists() else pattern if glob.glob(pattern) else name
+    return str(path) if path.exists() else pattern if glob.glob(pattern, recursive=True) else name
 
 
 def _fingerprint(name: str) -> str:
     """Of the content of a file, a folder or what a glob finds; of anything else the name."""
-    path = Path(name)
-    found = sorted(path.rglob("*")) if path.is_dir() else [Path(file) for file in sorted(glob.glob(name))] or [path]
-    files = [file for file in found if file.is_file()]
-    if not files:
-        return name
-    return _digest((file.name, file) for file in files)
+    files = _files_of(name)
+    return _digest((file.name, file) for file in files) if files else name
+
+
+def _files_of(name: str) -> list[Path]:
+    """What a name stands for, as the launcher finds it; nothing where it is none of a file, a folder and a glob."""
+    path = Path(name).expanduser()
+    if path.exists():  # also where its name could be a pattern
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    else:
+        found = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
+    return [file for file in found if file.is_file()]
 
 
 def _fingerprint_of_plugin(name: str) -> str:

@@ -60,7 +60,7 @@ class Trainer:
         grid = [run for method in recipe.methods for run in recipe.grid(method)]
         others = {m.name: len(set(recipe.seeds(m)) - {settings.grid_seed}) for m in recipe.methods}
         self._done, self._all = 0, len(grid) + sum(others.values())
-        self._train(grid)
+        self._train(grid, recipe)
         rows = self._results.rows()
         repeats: list[Run] = []
         for method in recipe.methods:
@@ -71,10 +71,10 @@ class Trainer:
                 self._all -= others[method.name]
                 continue
             repeats += [run for run in recipe.repeats(method, best.lr) if run.seed != settings.grid_seed]
-        self._train(repeats)
+        self._train(repeats, recipe)
         return self._failed
 
-    def _train(self, runs: list[Run]) -> None:
+    def _train(self, runs: list[Run], recipe: Recipe) -> None:
         rows = self._results.rows()
         missing: dict[str, Run] = {}
         for one in runs:
@@ -98,7 +98,7 @@ class Trainer:
             environment=KEEP_FREED_MEMORY,
         )
         for ended in started:
-            self._note(by_folder[ended.name], ended)
+            self._note(by_folder[ended.name], ended, recipe)
 
     def _command(self, one: Run) -> list[str]:
         """The launcher's flags; what a killed benchmark left of the run goes on from its checkpoint, or is deleted."""
@@ -113,11 +113,12 @@ class Trainer:
             print(f"{one.title}: goes on from its checkpoint", flush=True)
         return [str(self._launcher), "--deepspeed", str(config), *one.flags, "--output", str(folder.path), start]
 
-    def _note(self, one: Run, ended: Ended) -> None:
+    def _note(self, one: Run, ended: Ended, recipe: Recipe) -> None:
         folder = RunFolder(self._folder / one.folder)
         self._done += 1
         try:
             row = result(one, folder, ended)
+            recipe.check_unchanged()
         except UserError as error:
             self._failed.append(f"  {one.title}: {ended.log}")
             print(f"[{self._done}/{self._all}] error: {error}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -118,6 +119,7 @@ def evaluation_source(config: DataConfig) -> Source | None:
                 f"{sorted(both)[0]} is both in the training and in the held-out text; take it out of one of "
                 "them, or leave the held-out text out to hold back the end of the training text"
             )
+        _refuse_copies(held_out.files, trained_on.files)
     return held_out
 
 
@@ -141,7 +143,36 @@ def refuse_text_column(config: DataConfig) -> None:
 def is_hub_dataset(dataset: str | Sequence[str]) -> bool:
     """Whether ``dataset`` names a hub dataset rather than the embedded novels or local files."""
     names = [dataset] if isinstance(dataset, str) else list(dataset)
-    return len(names) == 1 and names[0] != AUSTEN and not _is_local(names[0])
+    return len(names) == 1 and names[0] != AUSTEN and not is_local(names[0])
+
+
+def is_local(name: str) -> bool:
+    """Whether a name among several, or one that is not the embedded text's, stands for local files, there or not."""
+    path = Path(name).expanduser()
+    looks_like_a_path = any(mark in name for mark in "*?[") or name.startswith((".", "/", "~", "\\"))
+    return (
+        path.exists()
+        or looks_like_a_path
+        or path.suffix.lower() in _NOT_A_HUB_NAME
+        or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None
+    )
+
+
+def _refuse_copies(held_out: Sequence[Path], trained_on: Sequence[Path]) -> None:
+    """Whatever a file is called; a hard link is one, too."""
+    try:
+        by_size: dict[int, list[Path]] = {}
+        for file in trained_on:
+            by_size.setdefault(file.stat().st_size, []).append(file)
+        for file in held_out:
+            for other in by_size.get(file.stat().st_size, ()):
+                if file.stat().st_size and filecmp.cmp(file, other, shallow=False):
+                    raise UserError(
+                        f"{file} of the held-out text holds byte for byte what {other} of the training text does: take "
+                        "one of them out, since a model is not judged by what it was trained on"
+                    )
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def _source(dataset: str | Sequence[str], config: DataConfig, split: str, optional: bool = False) -> Source:
@@ -155,7 +186,7 @@ def _source(dataset: str | Sequence[str], config: DataConfig, split: str, option
     if is_hub_dataset(names):
         return HubText(names[0], config.dataset_config, split, config.text_column, optional)
     for name in names:
-        if not _is_local(name):
+        if not is_local(name):
             raise UserError(
                 f'"{name}" is no local file or folder; the embedded text and hub datasets stand alone, '
                 "only local files can be listed together"
@@ -167,14 +198,3 @@ def _source(dataset: str | Sequence[str], config: DataConfig, split: str, option
 
 def _is_plain(text: LocalText) -> bool:
     return all(suffix(file) == ".txt" for file in text.files)
-
-
-def _is_local(name: str) -> bool:
-    path = Path(name).expanduser()
-    looks_like_a_path = any(mark in name for mark in "*?[") or name.startswith((".", "/", "~", "\\"))
-    return (
-        path.exists()
-        or looks_like_a_path
-        or path.suffix.lower() in _NOT_A_HUB_NAME
-        or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None
-    )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalr.data.documents import NO_TEXT
 from megalr.data.files import local_files
 from megalr.data.sources import LocalText
 from megalr.data.tokenizer import END_OF_TEXT, PAD
+from megalr.disk import write_and_sync
 from megalr.errors import UserError
 from megalr.flags import PlainParser, nonempty, path, positive
 
@@ -62,15 +65,34 @@ def main(arguments: list[str] | None = None) -> int:
         source = LocalText(tuple(files), ", ".join(chosen.texts), chosen.text_column)
         if chosen.output.resolve() in [file.resolve() for file in source.files]:
             parser.error(f"argument --output: {chosen.output} is one of the texts: name another file")
+        if chosen.output.exists() and not _is_tokenizer(chosen.output):
+            parser.error(f"argument --output: {chosen.output} is there, and is no tokenizer: name another file")
         if all(piece is NO_TEXT for piece in source.pieces()):
             raise UserError(f"{source.label} holds no text to train on")
         tokenizer = train_tokenizer((piece.text for piece in source.pieces()), chosen.vocabulary)
-        chosen.output.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        # What is there stays until all is written, also under its other names, of which one may be a text's.
+        place = chosen.output.resolve()
+        part = place.with_name(f".{place.name}.part")
+        try:
+            write_and_sync(part, tokenizer.to_str(pretty=True))
+            os.replace(part, place)
+        finally:
+            part.unlink(missing_ok=True)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{chosen.output}: {tokenizer.get_vocab_size()} entries")
     return 0
+
+
+def _is_tokenizer(file: Path) -> bool:
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_str(file.read_text(encoding="utf-8") if file.is_file() else "")
+    except Exception:  # tokenizers raises no other kind
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from megalr.errors import UserError
 from megalr.hosts import zero_layouts
 from megalr.hosts.deepspeed import ACCUMULATING, ENGINE, STAGES_1_AND_2, UNFUSED, DeepSpeedEngine
 from megalr.hosts.deepspeed_config import refuse_unsupported
+from megalr.hosts.deepspeed_monitors import outlive_monitors
 
 ENGINES = "deepspeed.runtime.engine"
 WEIGHTS_OF_STAGE_3 = "get_fp32_state_dict_from_zero_checkpoint"
@@ -100,6 +101,7 @@ def _made(original: Callable[..., None]) -> Callable[..., None]:
             if content is not None:  # a callable has made the optimizer only now
                 refuse_unsupported(content)
             _reduce_all(engine.optimizer)
+            outlive_monitors(engine)
 
     return init
 

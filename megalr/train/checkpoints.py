@@ -15,6 +15,8 @@ from megalr.errors import UserError
 from megalr.hosts import host_of
 from megalr.train.run_folder import RunFolder
 
+HELD_OUT = "held_out"  # among the data of a checkpoint: the fingerprint of the text that is evaluated on
+
 
 @dataclass(frozen=True)
 class Notes:
@@ -88,6 +90,13 @@ def notes_of(manifest: Manifest) -> Notes:
         return notes
     except (KeyError, TypeError) as error:
         raise UserError(f"{manifest.folder} is no checkpoint of a pretraining run: {error}") from error
+
+
+def held_out_of(manifest: Manifest) -> str | None:
+    """The fingerprint of the text that its run was evaluated on; None of older versions, which did not note it."""
+    data = manifest.content["client"].get("data")
+    found = data.get(HELD_OUT) if isinstance(data, Mapping) else None
+    return found if isinstance(found, str) else None
 
 
 def check_notes(notes: Notes, required: Mapping[str, Any], folder: RunFolder) -> None:

@@ -16,7 +16,7 @@ from megalr.data import Batches, Examples
 from megalr.errors import GuardError, UserError
 from megalr.hosts import host_of, logical_shape
 from megalr.train.arguments import Interval
-from megalr.train.checkpoints import Notes, Resumable, load_checkpoint, save_checkpoint
+from megalr.train.checkpoints import HELD_OUT, Notes, Resumable, load_checkpoint, save_checkpoint
 from megalr.train.console import Screen
 from megalr.train.ds_config import Batch
 from megalr.train.evaluation import IGNORED, Evaluation, evaluate, predicted_tokens, to_device
@@ -26,7 +26,6 @@ from megalr.train.ranks import AgreedError, Ranks
 from megalr.train.run_folder import RunFolder
 
 NOTHING_TO_PREDICT = "batch has no token to predict"
-_HELD_OUT = "held_out"  # among the data of a checkpoint: the fingerprint of the text that is evaluated on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +114,8 @@ class Loop:
         self._saved_step = self._written_step = notes.step
         with self._ranks.together():
             self.metrics.cut(notes.step)
+        if self._ranks.from_first(lambda: self.metrics.is_evaluated(notes.step)):
+            self._evaluated_step = notes.step
 
     def train(self) -> str | None:
         """Train up to the last step, write the last checkpoint, evaluate.
@@ -131,15 +132,17 @@ class Loop:
         saved_at = time.monotonic()
         with StopRequest() as request:
             self._screen.start_bar(self.step, settings.steps)
+            if self.step and self._evaluation_is_due():  # the run was stopped before it had made it
+                reason = self.evaluate(request)
             while self.step < settings.steps and reason is None:
                 self._train_step()
-                if self.step == 1 and self._ranks.is_first:
+                if self._host.optimizer.updates and self._ranks.is_first:
                     self._folder.drop_old_run()
                 reason, save = self._what_next(request, time.monotonic() - saved_at)
                 if save:
                     self.save()
                     saved_at = time.monotonic()
-                if self.step % settings.eval_every == 0 and reason is None:
+                if reason is None and self._evaluation_is_due():
                     reason = self.evaluate(request)
             self.save()
             failed = self._failed_save()
@@ -147,7 +150,9 @@ class Loop:
                 raise AgreedError(str(failed)) from failed
             if failed is not None:
                 self._screen.say(str(failed))
-            if reason is None and self._evaluated_step != self.step:
+            if self._ranks.is_first:
+                self._folder.drop_old_run()  # also where every update was skipped
+            if reason is None and (self.last_evaluation is None or self._evaluated_step != self.step):
                 reason = self.evaluate(request)
             self._screen.end_bar()
         return reason
@@ -196,7 +201,7 @@ class Loop:
         if failed is not None:
             self._screen.say(f"{failed}\nThe training goes on, and tries again with step {self.step:,}")
         notes = Notes(f"step{self.step}", self.step, self.tokens, self._required, self._noted)
-        data = {**self._batches.state_dict(), _HELD_OUT: self._held_out.fingerprint}
+        data = {**self._batches.state_dict(), HELD_OUT: self._held_out.fingerprint}
         save_checkpoint(self.engine, self._folder, notes, data, keep=self._settings.keep)
         self._saved_step = self.step
 
@@ -224,7 +229,7 @@ class Loop:
 
     def _check_held_out(self, data: dict[str, Any]) -> None:
         """Refuse a run that was evaluated on another text; older checkpoints do not say."""
-        if data.get(_HELD_OUT, self._held_out.fingerprint) != self._held_out.fingerprint:
+        if data.get(HELD_OUT, self._held_out.fingerprint) != self._held_out.fingerprint:
             raise UserError(
                 "the run was evaluated on another held-out text, and its curve would mix the two. Resume with the "
                 "--eval-dataset, --max-eval-tokens and --test-half it was started with; launchers/evaluate.py scores "
@@ -242,6 +247,9 @@ class Loop:
         due = self._ranks.is_first and self._settings.save_every.is_over(self.step, unsaved)
         asked, save = self._ranks.sum([mine is not None, due])
         return agreed_reason(self._ranks.gather(mine)) if asked else None, bool(save)
+
+    def _evaluation_is_due(self) -> bool:
+        return self.step % self._settings.eval_every == 0 and self._evaluated_step != self.step
 
     def _failed_save(self) -> UserError | None:
         """Wait for the checkpoint under way; why it could not be written, on all ranks alike."""

@@ -49,7 +49,8 @@ def plot_losses(metrics_jsonl_path: str | Path, png_path: str | Path, title: str
     figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_title(title, color=TEXT_COLOR, fontsize=12, loc="left", pad=10)
+    shown = title.encode(errors="replace").decode()  # a folder's name may be no text, and is no formula
+    axes.set_title(shown, color=TEXT_COLOR, fontsize=12, loc="left", pad=10, parse_math=False)
     if len(history.tokens) or len(history.eval_tokens):
         _set_limits(axes, history)
         _draw_losses(axes, history)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +16,7 @@ from megalr.agreement import code_facts, digest_of_files, json_facts
 from megalr.config.secrets import secrets_in, without_secrets
 from megalr.config.settings import MegalrConfig, read_json
 from megalr.data import Data, DataConfig, load_data, load_tokenizer
-from megalr.data.sources import evaluation_source, is_hub_dataset, refuse_text_column, training_source
+from megalr.data.sources import AUSTEN, evaluation_source, is_hub_dataset, is_local, refuse_text_column, training_source
 from megalr.errors import UserError
 from megalr.hosts import check_config
 from megalr.hosts.autotp import check_tensor_parallel, tensor_parallel_size
@@ -206,14 +208,15 @@ def request_for(
 def data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
     """What the flags say of the text; seed: of the order of its examples."""
 
-    def absolute(name: str) -> str:
-        # Since run.json keeps them and the run may be scored from another folder.
-        return str(Path(name).absolute()) if Path(name).exists() else name
-
     def one_or_many(names: tuple[str, ...]) -> str | tuple[str, ...]:
-        names = tuple(map(absolute, names))
+        if names == (AUSTEN,):
+            return AUSTEN
+        names = tuple(_absolute(name) if is_local(name) else name for name in names)
         return names[0] if len(names) == 1 else names
 
+    tokenizer = arguments.tokenizer
+    if tokenizer is not None and Path(tokenizer).expanduser().exists():
+        tokenizer = _absolute(tokenizer)
     texts = (arguments.dataset, *([] if arguments.eval_dataset is None else [arguments.eval_dataset]))
     if arguments.dataset_config is not None and not any(map(is_hub_dataset, texts)):
         raise UserError(
@@ -225,7 +228,7 @@ def data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
         dataset_config=arguments.dataset_config,
         eval_dataset=None if arguments.eval_dataset is None else one_or_many(arguments.eval_dataset),
         text_column=arguments.text_column,
-        tokenizer=None if arguments.tokenizer is None else absolute(arguments.tokenizer),
+        tokenizer=tokenizer,
         sequence_length=arguments.sequence_length,
         pack=arguments.pack,
         seed=seed,
@@ -235,6 +238,12 @@ def data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
     )
     refuse_text_column(config)
     return config
+
+
+def _absolute(name: str) -> str:
+    """A file's, folder's or pattern's name, since run.json keeps it and the run may be scored from another folder."""
+    path = Path(name).expanduser()
+    return str(path.absolute() if path.exists() else Path(glob.escape(os.getcwd())) / path)
 
 
 def how_often(data: Data, sequences: int) -> str:

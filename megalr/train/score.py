@@ -21,7 +21,7 @@ from megalr.flags import PlainParser, nonempty, positive
 from megalr.layers import parametrize
 from megalr.plugins import load_plugins
 from megalr.train.arguments import add_plugins, add_text
-from megalr.train.checkpoints import differences, notes_of
+from megalr.train.checkpoints import differences, held_out_of, notes_of
 from megalr.train.evaluation import evaluate
 from megalr.train.models import build_model, config_of, entries_of, fit_to_text
 from megalr.train.ranks import Ranks
@@ -77,12 +77,14 @@ class Scored:
         model: of transformers.
         text, micro_batch_size: what it is scored with.
         notes: which weights these are, in lines.
+        held_out: the fingerprint of the text that the run was evaluated on; None where that is not known.
     """
 
     model: Any
     text: DataConfig
     micro_batch_size: int
     notes: tuple[str, ...]
+    held_out: str | None = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -153,6 +155,12 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
     fit_to_text(found.model.config, tokenizer, text.sequence_length)
     print("\n".join([*found.notes, *notes]))
     data = load_data(text, tokenizer, rank=0, barrier=ranks.barrier)
+    if not changes and found.held_out not in (None, data.evaluation.fingerprint):
+        raise UserError(
+            f"the held-out text is not the one that the run in {folder} was evaluated on: what its run.json names "
+            f"(dataset {text.dataset}, eval_dataset {text.eval_dataset}, tokenizer {text.tokenizer}) has changed "
+            f"since, or is missing in part. {_NOT_SCORED}. To score what is there now, name it with --dataset"
+        )
     print("\n".join(data.description.splitlines()[1:]))
     model = found.model.to(ranks.device)
     for kind, examples in (("held-out", data.evaluation), ("test", data.test)):
@@ -225,7 +233,7 @@ def _from_checkpoint(run: Path, manifest: Manifest, notes: list[str]) -> Scored:
             for parameter in model.parameters():  # buffers stay fp32, as DeepSpeed leaves them
                 parameter.data = parameter.data.to(dtype)
     title = f"{manifest.folder} ({manifest.updates:,} updates)"
-    return Scored(model, settings.text, settings.micro_batch_size, (*notes, title))
+    return Scored(model, settings.text, settings.micro_batch_size, (*notes, title), held_out_of(manifest))
 
 
 def _check_same_run(settings: RunSettings, manifest: Manifest) -> None:

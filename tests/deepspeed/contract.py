@@ -112,6 +112,9 @@ def zero(name: str, folder: str) -> Answer:
     facts |= {"counters": host.counters(), "gradient norm": host.gradient_norm(), "loss scale": host.loss_scale()}
     host.report({"Contract/number": 7.0})
     facts["report"] = [path.read_text() for path in Path(folder).rglob("*number*.csv")]
+    if engine.monitor.csv_monitor is not None:  # on the first rank
+        engine.monitor.csv_monitor.log_dir = f"{folder}/gone"
+    host.report({"Contract/number": 8.0})  # by a monitor that cannot write
     facts["held"] = _held_in_all(host)
     facts["written"] = _writes_frozen_weights(engine, x)
     facts["loaded"] = _loads_frozen_weights(engine, x, folder)

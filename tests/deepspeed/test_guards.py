@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
-from tests.end_to_end.commands import metrics, small_run, write_config
+from tests.end_to_end.commands import SMALL_MODEL, metrics, small_run, write_config
 
 pytestmark = pytest.mark.distributed
 GUARDING = "tests.deepspeed.guarding"
@@ -150,6 +150,22 @@ def test_the_launcher_notes_what_is_skipped_and_gives_up(ranks, tmp_path, saves,
         assert row["events"] == ["skipped"]
         assert row["skipped"] == f"loss is {row['loss']}"
         assert not math.isfinite(row["loss"])
+
+
+def test_a_run_that_makes_no_update_replaces_no_other(ranks, tmp_path):
+    """From its first loss on no number is one."""
+    guards = {"momentum_reset": None, "refactorization": None, "guards": {"max_skipped": 1}}
+    config = write_config(tmp_path / "never.json", megalr=guards)
+    flags = ["--deepspeed", str(config), *small_run(tmp_path), "--steps", "4", "--output", "run", "--overwrite"]
+    (tmp_path / "small.json").write_text(json.dumps({**SMALL_MODEL, "rms_norm_eps": -1e9}))
+    run = tmp_path / "run"
+    run.mkdir()
+    old = {"metrics.jsonl": '{"step": 1}', "run.json": '{"command": "pretrain.py", "deepspeed": {}}'}
+    for name, content in old.items():
+        (run / name).write_text(content)
+    found = ranks(2).run(f"{GUARDING}:launcher_ends", flags, str(tmp_path))
+    assert found[0].startswith("step 2: 2 updates in a row were skipped, more than megalr.guards.max_skipped = 1")
+    assert {path.name: path.read_text() for path in run.iterdir()} == old
 
 
 def test_an_update_without_a_token_to_predict_is_none(ranks, tmp_path):

@@ -50,6 +50,27 @@ def test_the_key_follows_the_text_and_the_shape_not_their_names(write, launchers
     assert key() != first
 
 
+@pytest.mark.parametrize(
+    ("named", "file"), [("~/words.txt", "words.txt"), ("~/**/*.txt", "a/b/words.txt"), ("~/[1].txt", "[1].txt")]
+)
+@pytest.mark.parametrize("flag", [True, False])
+def test_the_key_follows_the_text_however_it_is_named(write, launchers, tmp_path, monkeypatch, named, file, flag):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write() if flag else write(text={"train": [named]})
+    (tmp_path / "1.txt").write_text("what the pattern [1].txt stands for where there is no such file")
+    text = tmp_path / file
+    text.parent.mkdir(parents=True, exist_ok=True)
+
+    def key(content):
+        text.write_text(content)
+        recipe = Recipe(path, launchers / "models", ([named], ()) if flag else None)
+        return recipe.run(recipe.methods[0], 1.0, 0).key
+
+    first = key("one")
+    assert key("two") != first
+    assert key("one") == first
+
+
 RULE = """
 from dataclasses import dataclass
 import megalr

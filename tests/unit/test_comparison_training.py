@@ -51,6 +51,22 @@ def test_a_comparison_from_start_to_end(write, launchers, capsys):
         assert (output / figure).stat().st_size > 10_000
 
 
+def test_a_run_whose_text_has_changed_meanwhile_has_no_result(write, launchers, capsys):
+    recipe = write(text={"train": ["words.txt"]}, methods={"a": method()}, seeds=[0])
+    text = recipe.parent / "words.txt"
+    text.write_text("one")
+    launcher = launchers / "pretrain.py"
+    works = launcher.read_text()
+    launcher.write_text(f"{works}\npathlib.Path({str(text)!r}).write_text('two')\n")
+    with pytest.raises(SystemExit, match="these runs failed"):
+        compare(recipe, launchers)
+    assert f"train (['{text}']) has changed since the comparison began" in capsys.readouterr().out
+    assert not Results(recipe.parent / "out put" / "results.jsonl").rows()
+    text.touch()  # no change
+    launcher.write_text(works + f"\nos.utime({str(text)!r})\n")
+    assert len(Results(compare(recipe, launchers) / "results.jsonl").rows()) == 1
+
+
 def test_a_second_start_trains_only_what_is_missing(write, launchers, capsys):
     output = compare(write(), launchers)
     before = len(starts(launchers))

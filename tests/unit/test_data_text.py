@@ -471,6 +471,11 @@ def test_texts_that_cannot_go_together(tokenizer: PreTrainedTokenizerFast, tmp_p
         tokenizer, tmp_path, dataset=file, eval_dataset=[str(tmp_path / "*.jsonl")]
     )
     assert '"austen" is no local file or folder' in rejected(tokenizer, tmp_path, dataset=[file, "austen"])
+    copy = tmp_path / "copies" / "other.jsonl"
+    copy.parent.mkdir()
+    copy.write_bytes(Path(file).read_bytes())
+    message = rejected(tokenizer, tmp_path, dataset=file, eval_dataset=str(copy.parent))
+    assert f"{copy} of the held-out text holds byte for byte what {file} of the training text does" in message
 
 
 @pytest.mark.parametrize(

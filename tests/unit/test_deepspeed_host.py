@@ -9,6 +9,7 @@ import torch
 
 from megalr.hosts.choice import host_of
 from megalr.hosts.deepspeed import DeepSpeedEngine
+from megalr.hosts.deepspeed_monitors import outlive_monitors
 from megalr.hosts.deepspeed_pipeline import DeepSpeedPipeline
 
 SCALE = {"cur_scale": 1024.0, "cur_iter": 7, "last_overflow_iter": 3}
@@ -96,3 +97,27 @@ def test_rates_are_made_again_where_a_schedule_of_deepspeeds_stands():
     host_of(SimpleNamespace(basic_optimizer=None, lr_scheduler=SimpleNamespace(step=seen.append))).refresh_rates()
     host_of(SimpleNamespace(basic_optimizer=None, lr_scheduler=None)).refresh_rates()
     assert seen == [12]
+
+
+class Recorder:
+    def __init__(self, room):
+        self.room, self.written = room, []
+
+    def write_events(self, events):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        self.written += events
+
+
+def test_a_monitor_that_cannot_write_is_said_once_and_asked_again(caplog):
+    full, other = Recorder(room=False), Recorder(room=True)
+    monitors = SimpleNamespace(enabled=True, tb_monitor=full, wandb_monitor=None, csv_monitor=other)
+    outlive_monitors(SimpleNamespace(monitor=monitors))
+    for number in range(3):
+        full.room = number == 2
+        for monitor in (full, other):
+            monitor.write_events([("loss", number, number)])
+    assert full.written == [("loss", 2, 2)]
+    assert other.written == [("loss", number, number) for number in range(3)]
+    (record,) = caplog.records
+    assert "Recorder cannot write: [Errno 28] No space left on device" in record.getMessage()

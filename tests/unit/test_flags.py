@@ -46,3 +46,27 @@ def test_programs_answer_with_a_sentence(tmp_path, monkeypatch, capsys, main, wo
     assert printed.startswith("error: ") and sentence in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blank.txt", "text.txt"]
     assert (tmp_path / "text.txt").read_text() == "A text of some words."
+
+
+def test_a_tokenizer_replaces_a_tokenizer_alone_and_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("some words and some more words\n" * 9)
+    train = ["text.txt", "--vocabulary", "260", "--output"]
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
+    (tmp_path / "link.json").hardlink_to(tmp_path / "text.txt")
+    for name in ("notes.json", "link.json"):
+        assert train_tokenizer.main([*train, name]) == 2
+        assert f"{name} is there, and is no tokenizer" in capsys.readouterr().err
+    assert (tmp_path / "notes.json").read_text() == '{"mine": 1}'
+    assert (tmp_path / "text.txt").read_text().startswith("some words")
+    assert train_tokenizer.main([*train, "new.json"]) == train_tokenizer.main([*train, "new.json"]) == 0
+
+    def full(path, text):
+        path.write_text(text[:9])
+        raise OSError(28, "No space left on device")
+
+    before = (tmp_path / "new.json").read_text()
+    monkeypatch.setattr(train_tokenizer, "write_and_sync", full)
+    assert train_tokenizer.main([*train, "new.json"]) == 2
+    assert (tmp_path / "new.json").read_text() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"link.json", "new.json", "notes.json", "text.txt"}

@@ -109,3 +109,9 @@ def test_plot(write, tmp_path, rows):
     assert picture.shape[:2] == (750, 1350)
     coloured = np.ptp(picture[..., :3], axis=-1) > 0.2  # text and axes are grey
     assert coloured.any() == (len(rows) > 0)
+
+
+def test_a_title_is_a_folders_name_whatever_that_is(write, tmp_path):
+    for title in ("a $\\no formula$", "no text \udcff"):
+        plot_losses(write(train(1, 7.5)), tmp_path / "loss.png", title)
+        assert imread(tmp_path / "loss.png").std() > 0

@@ -5,10 +5,13 @@ import json
 import pytest
 
 from megalr.checkpoint.manifest import write_manifest
+from megalr.data.files import local_files
 from megalr.errors import UserError
+from megalr.train.arguments import PretrainArguments
 from megalr.train.checkpoints import Notes, check_notes, differences, find_checkpoint
 from megalr.train.export import check_export_folder
 from megalr.train.metrics import MetricsLog
+from megalr.train.preparation import data_config
 from megalr.train.run_folder import RunFolder
 from tests import known_state
 
@@ -27,6 +30,27 @@ def test_metrics_are_cut_where_a_resumed_run_goes_on(tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert log.untrained_perplexity() == 4100.0
+
+
+def test_a_text_is_noted_by_what_stands_for_it_from_everywhere(tmp_path, monkeypatch):
+    here = tmp_path / "a [1] folder"
+    (here / "austen").mkdir(parents=True)
+    (tmp_path / "own.json").write_text("{}")
+    (here / "words.txt").write_text("words")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(here)
+
+    def noted(*texts, tokenizer="t5-base"):
+        config = data_config(PretrainArguments(deepspeed="x", dataset=texts, tokenizer=tokenizer), 0)
+        return config.dataset, config.tokenizer
+
+    assert noted("words.txt", tokenizer="~/own.json") == (str(here / "words.txt"), str(tmp_path / "own.json"))
+    assert noted("austen") == ("austen", "t5-base")
+    assert noted("allenai/c4") == ("allenai/c4", "t5-base")
+    (pattern, file), _ = noted("*.txt", "words.txt")
+    assert file == str(here / "words.txt")
+    monkeypatch.chdir("/")
+    assert [str(path) for path in local_files([pattern])[0]] == [file]
 
 
 def test_other_ranks_write_no_metrics(tmp_path):

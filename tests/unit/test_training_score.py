@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megalr.checkpoint.__main__ import main as tool
 from megalr.checkpoint.saving import write_entries
+from megalr.data import DataConfig, load_data
 from megalr.data.tokenizer import EMBEDDED_TOKENIZER, load_tokenizer
 from megalr.errors import UserError
 from megalr.layout.rectangles import Entry
@@ -42,10 +43,11 @@ def model_of(vocabulary=4096, seed=0):
     return build_model(config, seed=seed)
 
 
-def save(run, updates, model, **required):
+def save(run, updates, model, held_out=None, **required):
     settings = {"model": model.config.to_dict(), "megalr.parametrization": FULL["parametrization"], **required}
     document = known_state.document(updates) | {
-        "client": {"run": {"step": updates, "tokens": updates, "required": settings, "settings": {}}},
+        "client": {"run": {"step": updates, "tokens": updates, "required": settings, "settings": {}}}
+        | ({} if held_out is None else {"data": {"held_out": held_out}}),
         "config": {"megalr": FULL},
         "model": json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": ["LlamaForCausalLM"]},
     }
@@ -102,6 +104,19 @@ def test_the_newest_checkpoint_is_named(run, capsys):
     assert f"{run / 'checkpoints' / 'step3'} (3 updates)" in output
     assert perplexity(output) == perplexity(scored(capsys, run / "checkpoints" / "step3"))
     assert perplexity(output) != perplexity(scored(capsys, run / "checkpoints" / "step2"))
+
+
+def test_a_text_that_has_changed_is_scored_if_it_is_named_alone(run, text, capsys):
+    held_out = load_data(
+        DataConfig(dataset=text[1], sequence_length=16), load_tokenizer(None), rank=0, barrier=lambda: None
+    ).evaluation.fingerprint
+    save(run, 4, model_of(seed=4), held_out=held_out)
+    assert "step4 (4 updates)" in scored(capsys, run)
+    with open(text[1], "a") as file:
+        file.write("Another end of the text.\n" * 9)
+    with pytest.raises(UserError, match=rf"not the one that the run in .* names \(dataset {text[1]}.*has changed"):
+        scored(capsys, run)
+    assert "step4 (4 updates)" in scored(capsys, run, *text)
 
 
 def test_damaged_weights_are_not_scored(run, capsys):
