@@ -21,6 +21,7 @@ from megalr.errors import UserError
 from megalr.hosts import zero_layouts
 from megalr.hosts.deepspeed import ACCUMULATING, ENGINE, STAGES_1_AND_2, UNFUSED, DeepSpeedEngine
 from megalr.hosts.deepspeed_config import refuse_unsupported
+from megalr.hosts.deepspeed_gradients import forget_old_gradients
 
 ENGINES = "deepspeed.runtime.engine"
 WEIGHTS_OF_STAGE_3 = "get_fp32_state_dict_from_zero_checkpoint"
@@ -44,6 +45,7 @@ INTERNALS = {
     "the configuration of an engine": ("_param_dict",),
     STAGES_1_AND_2: (
         "bit16_groups",
+        "cpu_offload",
         "get_gradient_for_reduction",
         "gradient_accumulation_dtype",
         "overlap_comm",
@@ -100,6 +102,7 @@ def _made(original: Callable[..., None]) -> Callable[..., None]:
             if content is not None:  # a callable has made the optimizer only now
                 refuse_unsupported(content)
             _reduce_all(engine.optimizer)
+            forget_old_gradients(engine.optimizer)
 
     return init
 
@@ -152,14 +155,16 @@ def _reduce_all(wrapper: Any) -> None:
 
     DeepSpeed adds up buckets of what has a gradient here: where ranks have used different parameters, as those of
     experts, gradients of one would be added to those of another. Stage 2, and stage 1 with ``overlap_comm``, fill
-    buckets during the backward pass, so ranks are compared there (``optim/arrivals.py``).
+    buckets during the backward pass, so ranks are compared there (``optim/arrivals.py``). There the last pass of an
+    update has to reach what any has, with ``overlap_comm`` at stage 1 and with the optimizer on the CPU at stage 2.
     """
-    if getattr(wrapper, "partition_gradients", True):  # what is no wrapper of stages 1 and 2 has no such attribute
+    cuts = getattr(wrapper, "partition_gradients", None)
+    if cuts is None:  # no wrapper of stages 1 and 2
         return
-    mark = zero_layouts.IN_LAST_PASS if wrapper.overlap_comm else zero_layouts.IN_ANY_ORDER
-    for parameter in (p for group in wrapper.bit16_groups for p in group):
+    mark = zero_layouts.IN_LAST_PASS if cuts or wrapper.overlap_comm else zero_layouts.IN_ANY_ORDER
+    for parameter in (p for group in wrapper.bit16_groups for p in group if not cuts or wrapper.cpu_offload):
         setattr(parameter, mark, True)
-    if wrapper.overlap_comm:
+    if cuts or wrapper.overlap_comm:
         return
     original = wrapper.reduce_gradients
 
