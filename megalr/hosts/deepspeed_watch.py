@@ -30,20 +30,25 @@ WEIGHTS_OF_STAGE_3 = "get_fp32_state_dict_from_zero_checkpoint"
 INTERNALS = {
     ENGINES: ("DeepSpeedEngine", WEIGHTS_OF_STAGE_3),
     ENGINE: (
+        "_is_gradient_accumulation_boundary",
+        "backward",
         "basic_optimizer",
         "global_steps",
         "gradient_accumulation_steps",
         "load_checkpoint",
+        "managed_gradient_accumulation",
         "micro_steps",
         "module",
         "optimizer",
         "pipeline_parallelism",
         "set_train_batch_size",
         "set_train_micro_batch_size",
+        "step",
         "zero_optimization_stage",
     ),
     "the configuration of an engine": ("_param_dict",),
     STAGES_1_AND_2: (
+        "_coalesce_grad_reduction",
         "bit16_groups",
         "cpu_offload",
         "get_gradient_for_reduction",
@@ -56,6 +61,8 @@ INTERNALS = {
     ACCUMULATING: ("grad_accum",),
     UNFUSED: ("refresh_fp32_params",),
 }
+
+PASSED = "megalr_passed"  # our mark of an engine that has made a backward pass since its last step
 
 _watched: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -76,6 +83,8 @@ def watch(optimizer: Any) -> None:
     engine_class.megalr_watches = True
     wrappers = {
         "__init__": _made,
+        "backward": _passed,
+        "step": _stepped,
         "load_checkpoint": _loading,
         "set_train_batch_size": _resized,
         "set_train_micro_batch_size": _resized,
@@ -121,6 +130,47 @@ def _resized(original: Callable[..., None]) -> Callable[..., None]:
         return None
 
     return resize
+
+
+def _passed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass: the only one of its micro-batch, where DeepSpeed would lose gradients of the others."""
+
+    @functools.wraps(original)
+    def backward(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_ours(engine) and _wants_one_pass(engine):
+            if getattr(engine, PASSED, False) or getattr(engine.optimizer, "_coalesce_grad_reduction", False):
+                raise UserError(
+                    "engine.backward was called twice before engine.step. ZeRO's stages 1 and 2 lose gradients by that "
+                    "where gradient_accumulation_steps is not 1: add the losses up and call engine.backward once, or "
+                    'write "managed_gradient_accumulation": false, and call engine.step once for each update'
+                )
+            setattr(engine, PASSED, True)
+        return original(engine, *args, **kwargs)
+
+    return backward
+
+
+def _stepped(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A micro-batch is over."""
+
+    @functools.wraps(original)
+    def step(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(engine, PASSED):
+            setattr(engine, PASSED, False)
+        return original(engine, *args, **kwargs)
+
+    return step
+
+
+def _wants_one_pass(engine: Any) -> bool:
+    """Whether the engine counts micro-batches to find where an update ends, at stages 1 and 2."""
+    return (
+        hasattr(engine.optimizer, "partition_gradients")
+        and not getattr(engine, "pipeline_parallelism", False)
+        and engine.gradient_accumulation_steps() > 1
+        and engine.managed_gradient_accumulation()
+        and engine._is_gradient_accumulation_boundary is None
+    )
 
 
 def _loading(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -99,6 +99,22 @@ def route(stage: int, *turns: Routes, bf16: bool = False, **zero: Any) -> tuple[
         return None, str(error)
 
 
+def twice(stage: int, accumulation: int, **changes: Any) -> str:
+    """How an update ends in which each micro-batch has two backward passes."""
+    engine = _pair(_config(stage, accumulation) | changes)[1]
+    try:
+        for pass_ in range(accumulation):
+            for loss in (0, 1):
+                engine.backward(engine(_rows(loss, pass_, dist.get_rank()), (0, 1)))
+            if changes == {} or pass_ == accumulation - 1:
+                engine.step()
+        return f"{engine.basic_optimizer.updates} update"
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+
+
 def resize(stage: int) -> tuple[float | None, str]:
     """Three updates of two micro-batches, three of three, then in the next one another size.
 

@@ -230,6 +230,15 @@ def test_an_old_gradient_is_not_used_again(ranks, case):
     assert words or results[0][0] < 1e-6
 
 
+@pytest.mark.parametrize("stage", slow_but((0, 1, 2, 3), [2, 3]))
+def test_two_backward_passes_of_a_micro_batch(ranks, stage):
+    refused = stage in (1, 2)
+    for said in ranks(2).run(f"{WORKER}:twice", stage, 2):
+        assert said.startswith("engine.backward was called twice" if refused else "1 update")
+    assert ranks(2).run(f"{WORKER}:twice", stage, 1) == ["1 update"] * 2
+    assert ranks(2).run(f"{WORKER}:twice", stage, 2, managed_gradient_accumulation=False) == ["1 update"] * 2
+
+
 @pytest.mark.parametrize("stage", slow_but((0, 1, 2, 3), [1, 2, 3]))
 def test_batches_of_another_size(ranks, stage):
     for error, messages in ranks(2).run(f"{WORKER}:resize", stage):
