@@ -1,7 +1,7 @@
 """What DeepSpeed's engine would do wrongly, without a word, with our optimizer in it.
 
 A job may call ``deepspeed.initialize`` itself, or leave that to a Trainer, so there is no engine to look at when our
-optimizer is built. Four methods of DeepSpeed's class of engines are wrapped instead, once for a process. They do more
+optimizer is built. Six methods of DeepSpeed's class of engines are wrapped instead, once for a process. They do more
 for an engine whose optimizer :func:`watch` was given; any other engine is left as it is.
 """
 
@@ -21,6 +21,7 @@ from megalr.errors import UserError
 from megalr.hosts import zero_layouts
 from megalr.hosts.deepspeed import ACCUMULATING, ENGINE, STAGES_1_AND_2, UNFUSED, DeepSpeedEngine
 from megalr.hosts.deepspeed_config import refuse_unsupported
+from megalr.hosts.deepspeed_gradients import forget_old_gradients
 from megalr.hosts.deepspeed_monitors import outlive_monitors
 
 ENGINES = "deepspeed.runtime.engine"
@@ -30,21 +31,27 @@ WEIGHTS_OF_STAGE_3 = "get_fp32_state_dict_from_zero_checkpoint"
 INTERNALS = {
     ENGINES: ("DeepSpeedEngine", WEIGHTS_OF_STAGE_3),
     ENGINE: (
+        "_is_gradient_accumulation_boundary",
+        "backward",
         "basic_optimizer",
         "global_steps",
         "gradient_accumulation_steps",
         "load_checkpoint",
+        "managed_gradient_accumulation",
         "micro_steps",
         "module",
         "optimizer",
         "pipeline_parallelism",
         "set_train_batch_size",
         "set_train_micro_batch_size",
+        "step",
         "zero_optimization_stage",
     ),
     "the configuration of an engine": ("_param_dict",),
     STAGES_1_AND_2: (
+        "_coalesce_grad_reduction",
         "bit16_groups",
+        "cpu_offload",
         "get_gradient_for_reduction",
         "gradient_accumulation_dtype",
         "overlap_comm",
@@ -55,6 +62,8 @@ INTERNALS = {
     ACCUMULATING: ("grad_accum",),
     UNFUSED: ("refresh_fp32_params",),
 }
+
+PASSED = "megalr_passed"  # our mark of an engine that has made a backward pass since its last step
 
 _watched: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -75,6 +84,8 @@ def watch(optimizer: Any) -> None:
     engine_class.megalr_watches = True
     wrappers = {
         "__init__": _made,
+        "backward": _passed,
+        "step": _stepped,
         "load_checkpoint": _loading,
         "set_train_batch_size": _resized,
         "set_train_micro_batch_size": _resized,
@@ -101,6 +112,7 @@ def _made(original: Callable[..., None]) -> Callable[..., None]:
             if content is not None:  # a callable has made the optimizer only now
                 refuse_unsupported(content)
             _reduce_all(engine.optimizer)
+            forget_old_gradients(engine.optimizer)
             outlive_monitors(engine)
 
     return init
@@ -120,6 +132,47 @@ def _resized(original: Callable[..., None]) -> Callable[..., None]:
         return None
 
     return resize
+
+
+def _passed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass: the only one of its micro-batch, where DeepSpeed would lose gradients of the others."""
+
+    @functools.wraps(original)
+    def backward(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_ours(engine) and _wants_one_pass(engine):
+            if getattr(engine, PASSED, False) or getattr(engine.optimizer, "_coalesce_grad_reduction", False):
+                raise UserError(
+                    "engine.backward was called twice before engine.step. ZeRO's stages 1 and 2 lose gradients by that "
+                    "where gradient_accumulation_steps is not 1: add the losses up and call engine.backward once, or "
+                    'write "managed_gradient_accumulation": false, and call engine.step once for each update'
+                )
+            setattr(engine, PASSED, True)
+        return original(engine, *args, **kwargs)
+
+    return backward
+
+
+def _stepped(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A micro-batch is over."""
+
+    @functools.wraps(original)
+    def step(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(engine, PASSED):
+            setattr(engine, PASSED, False)
+        return original(engine, *args, **kwargs)
+
+    return step
+
+
+def _wants_one_pass(engine: Any) -> bool:
+    """Whether the engine counts micro-batches to find where an update ends, at stages 1 and 2."""
+    return (
+        hasattr(engine.optimizer, "partition_gradients")
+        and not getattr(engine, "pipeline_parallelism", False)
+        and engine.gradient_accumulation_steps() > 1
+        and engine.managed_gradient_accumulation()
+        and engine._is_gradient_accumulation_boundary is None
+    )
 
 
 def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -154,14 +207,16 @@ def _reduce_all(wrapper: Any) -> None:
 
     DeepSpeed adds up buckets of what has a gradient here: where ranks have used different parameters, as those of
     experts, gradients of one would be added to those of another. Stage 2, and stage 1 with ``overlap_comm``, fill
-    buckets during the backward pass, so ranks are compared there (``optim/arrivals.py``).
+    buckets during the backward pass, so ranks are compared there (``optim/arrivals.py``). There the last pass of an
+    update has to reach what any has, with ``overlap_comm`` at stage 1 and with the optimizer on the CPU at stage 2.
     """
-    if getattr(wrapper, "partition_gradients", True):  # what is no wrapper of stages 1 and 2 has no such attribute
+    cuts = getattr(wrapper, "partition_gradients", None)
+    if cuts is None:  # no wrapper of stages 1 and 2
         return
-    mark = zero_layouts.IN_LAST_PASS if wrapper.overlap_comm else zero_layouts.IN_ANY_ORDER
-    for parameter in (p for group in wrapper.bit16_groups for p in group):
+    mark = zero_layouts.IN_LAST_PASS if cuts or wrapper.overlap_comm else zero_layouts.IN_ANY_ORDER
+    for parameter in (p for group in wrapper.bit16_groups for p in group if not cuts or wrapper.cpu_offload):
         setattr(parameter, mark, True)
-    if wrapper.overlap_comm:
+    if cuts or wrapper.overlap_comm:
         return
     original = wrapper.reduce_gradients
 

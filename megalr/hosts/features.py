@@ -212,6 +212,7 @@ FEATURES: tuple[Feature, ...] = (
         "aio",
         works("block_size", TRAINS),
         untested("queue_depth intra_op_parallelism single_submit overlap_events use_gds", NVME),
+        untested("thread_count", "an old name, which Lightning writes; of NVMe, which is refused"),
     ),
     refused("hybrid_engine.enabled", "it puts layers for inference into the model: remove it"),
     untested("hybrid_engine"),

@@ -74,9 +74,10 @@ class Arrivals:
         seldom = [name for count, name in made if count < max(made)[0]]
         if seldom:
             raise UserError(
-                f"not every backward pass of an update has reached {_shown(seldom)}. ZeRO's stage 1 with overlap_comm "
-                "adds gradients up in the last one, and leaves out those of parameters that it does not reach: write "
-                '"overlap_comm": false'
+                f"not every backward pass of an update has reached {_shown(seldom)}. ZeRO's stage 1 with overlap_comm, "
+                "and stage 2 with the optimizer on the CPU, take gradients in the last one, and leave out those of "
+                'parameters that it does not reach: write "overlap_comm": false at stage 1, or "stage": 3 with '
+                "offload_optimizer"
             )
 
     def _hook(self, index: int) -> object:

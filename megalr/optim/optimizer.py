@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megalr import hosts
 from megalr.agreement import agree
 from megalr.config.settings import MegalrConfig
+from megalr.errors import UserError
 from megalr.hosts.base import Host
 from megalr.layout.shard import Shard
 from megalr.optim import engine_state
@@ -200,6 +201,25 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         self._loaded, self._are_loaded = loaded, True
         if self._sharded is not None:
             self._fill()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Not to be called: a group has its role in the model, which :func:`megalr.build_optimizer` finds.
+
+        Raises:
+            UserError: the optimizer has been built.
+        """
+        if len(self.param_groups) == len(self.groups):
+            raise UserError(
+                "megalr's optimizer takes no parameters after it was built, and would not train them: make them "
+                "parameters of the model, and build the optimizer then"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise UserError(
+            "megalr's optimizer cannot be copied or pickled, since it works on its model's own memory: for a copy of "
+            "the model call megalr.build_optimizer, and load_state_dict with this optimizer's state_dict()"
+        )
 
     def ensure_moments(self, parameters: Iterable[Tensor]) -> None:
         """Have AdamW's moments of what the engine hands to :meth:`step`; zeros where there were none."""

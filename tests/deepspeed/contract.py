@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 import megalr
 from megalr import hosts
-from megalr.hosts import deepspeed, tensor_parallel, zero_layouts
+from megalr.hosts import deepspeed, deepspeed_gradients, tensor_parallel, zero_layouts
 from megalr.hosts.base import RunningHost
 from tests.deepspeed import pipelining
 from tests.deepspeed.tensor_training import dense_model, projected, tensor_configuration, tensor_parallel_groups
@@ -32,6 +32,11 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stage 2": ({"stage": 2}, {}),
     "stage 3": ({"stage": 3, "stage3_param_persistence_threshold": 0}, {}),
     "stage 3, hpZ": ({"stage": 3, "stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": 2}, {}),
+    "stage 2, on the CPU": ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, {}),
+    "stage 3, on the CPU": (
+        {"stage": 3, "stage3_param_persistence_threshold": 0, "offload_optimizer": {"device": "cpu"}},
+        {},
+    ),
     "stage 0, bf16": ({"stage": 0}, {"bf16": {"enabled": True}}),
     "stage 1, bf16": ({"stage": 1}, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
     "stage 2, bf16": ({"stage": 2}, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
@@ -201,6 +206,10 @@ def _things(engine: Any) -> Iterator[tuple[str, Any]]:
             if name in declared:
                 yield name, thing
     yield "the configuration of an engine", engine._config
+    if getattr(engine.optimizer, "offload_optimizer", False):
+        yield deepspeed_gradients.STAGE_3_ON_CPU, engine.optimizer
+    if getattr(engine.optimizer, "cpu_offload", False):
+        yield deepspeed_gradients.STAGE_2_ON_CPU, engine.optimizer
     if engine.lr_scheduler is not None:
         yield "a schedule of DeepSpeed's", engine.lr_scheduler
     for parameter in engine.module.parameters():

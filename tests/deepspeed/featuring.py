@@ -72,18 +72,20 @@ def _step_once(engine: Any, data: list[Tensor], accumulation: int) -> None:
         engine.step()
 
 
-def route(stage: int, routes: Routes, *, bf16: bool = False, **zero: Any) -> tuple[float | None, str]:
-    """Three updates in which ranks use the experts that ``routes`` says.
+def route(stage: int, *turns: Routes, bf16: bool = False, **zero: Any) -> tuple[float | None, str]:
+    """Three updates in which ranks use the experts that ``turns`` say, by turns.
 
     Returns:
         The largest relative error of a weight against plain PyTorch, on rank 0; how the run ended early.
     """
-    config = _config(stage, len(routes), **zero)
+    config = _config(stage, len(turns[0]), **zero)
     if bf16:
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     plain, engine = _pair(config)
 
     def losses(update: int) -> list[list[Callable[[nn.Module], Tensor]]]:
+        routes = turns[update % len(turns)]
+
         def loss(pass_: int, rank: int) -> Callable[[nn.Module], Tensor]:
             x = _rows(update, pass_, rank)
             return lambda model: model(x.to(next(model.parameters()).dtype), routes[pass_][rank])
@@ -95,6 +97,22 @@ def route(stage: int, routes: Routes, *, bf16: bool = False, **zero: Any) -> tup
     except UserError as error:
         engine.destroy()
         return None, str(error)
+
+
+def twice(stage: int, accumulation: int, **changes: Any) -> str:
+    """How an update ends in which each micro-batch has two backward passes."""
+    engine = _pair(_config(stage, accumulation) | changes)[1]
+    try:
+        for pass_ in range(accumulation):
+            for loss in (0, 1):
+                engine.backward(engine(_rows(loss, pass_, dist.get_rank()), (0, 1)))
+            if changes == {} or pass_ == accumulation - 1:
+                engine.step()
+        return f"{engine.basic_optimizer.updates} update"
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.destroy()
 
 
 def resize(stage: int) -> tuple[float | None, str]:

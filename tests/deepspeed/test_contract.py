@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from megalr.hosts import autotp, deepspeed, deepspeed_pipeline, tensor_parallel, zero_layouts
+from megalr.hosts import (
+    autotp,
+    deepspeed,
+    deepspeed_gradients,
+    deepspeed_pipeline,
+    tensor_parallel,
+    zero_layouts,
+)
 from tests.deepspeed.harness import run_ranks
 from tests.structure import tables
 
@@ -29,6 +36,8 @@ ZERO: dict[str, set[str]] = {
     "stage 2": STAGES_1_AND_2,
     "stage 3": STAGE_3,
     "stage 3, hpZ": STAGE_3,
+    "stage 2, on the CPU": {*STAGES_1_AND_2, deepspeed_gradients.STAGE_2_ON_CPU},
+    "stage 3, on the CPU": {*STAGE_3, deepspeed_gradients.STAGE_3_ON_CPU},
     "stage 0, bf16": {deepspeed.UNFUSED, "deepspeed.runtime.fp16.loss_scaler.LossScaleConfig"},
     "stage 1, bf16": {deepspeed.BF16, *PARTS},
     "stage 2, bf16": STAGES_1_AND_2,

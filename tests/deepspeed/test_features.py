@@ -201,6 +201,44 @@ def test_ranks_that_use_different_parameters(ranks, case):
     assert words or results[0][0] < (1e-2 if "bf16" in options else 1e-6)
 
 
+# The second update leaves out an expert, or uses it in one of two passes only; all ranks the same.
+ALL, WITHOUT, LAST, FIRST = (
+    [[one, one], [two, two]] for one, two in [[(0, 1)] * 2, [(1,)] * 2, [(1,), (0, 1)], [(0, 1), (1,)]]
+)
+ON_CPU = {"offload_optimizer": {"device": "cpu"}}
+LEFT_OUT: dict[str, tuple[int, Any, dict[str, Any], str]] = {
+    f"{when}, {where}, stage {stage}": (stage, routes, options, SELDOM if refused else "")
+    for when, routes in {"in no pass": WITHOUT, "in the last pass": LAST, "in the first pass": FIRST}.items()
+    for where, options in {"on the device": {}, "on the CPU": ON_CPU}.items()
+    for stage in (1, 2, 3)
+    for refused in [(stage, where) == (2, "on the CPU") and when != "in no pass"]
+}
+DAILY_LEFT_OUT = [
+    "in no pass, on the CPU, stage 2",
+    "in the first pass, on the CPU, stage 2",
+    "in the last pass, on the device, stage 3",
+    "in no pass, on the device, stage 3",
+    "in the first pass, on the CPU, stage 3",
+]
+
+
+@pytest.mark.parametrize("case", slow_but(LEFT_OUT, DAILY_LEFT_OUT))
+def test_an_old_gradient_is_not_used_again(ranks, case):
+    stage, routes, options, words = LEFT_OUT[case]
+    results = ranks(2).run(f"{WORKER}:route", stage, ALL, routes, leaf_module={}, **options)
+    assert all(message.startswith(words) and bool(message) == bool(words) for _, message in results)
+    assert words or results[0][0] < 1e-6
+
+
+@pytest.mark.parametrize("stage", slow_but((0, 1, 2, 3), [2, 3]))
+def test_two_backward_passes_of_a_micro_batch(ranks, stage):
+    refused = stage in (1, 2)
+    for said in ranks(2).run(f"{WORKER}:twice", stage, 2):
+        assert said.startswith("engine.backward was called twice" if refused else "1 update")
+    assert ranks(2).run(f"{WORKER}:twice", stage, 1) == ["1 update"] * 2
+    assert ranks(2).run(f"{WORKER}:twice", stage, 2, managed_gradient_accumulation=False) == ["1 update"] * 2
+
+
 @pytest.mark.parametrize("stage", slow_but((0, 1, 2, 3), [1, 2, 3]))
 def test_batches_of_another_size(ranks, stage):
     for error, messages in ranks(2).run(f"{WORKER}:resize", stage):

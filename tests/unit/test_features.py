@@ -110,6 +110,7 @@ def test_what_the_table_refuses_is_refused(key, value):
         {"zero_optimization": {"offload_param": {"device": "none"}, "prefetch_bucket_size": 10}},
         {"hybrid_engine": {"enabled": False}, "_mine": 1, "comment": "mine", "#": ["mine"]},
         {"zero_optimization": "auto", "bf16": None},
+        {"aio": {"queue_depth": 8, "thread_count": 1}},
     ],
 )
 def test_defaults_and_comments_are_not_refused(content):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -85,3 +88,15 @@ def test_a_parameter_without_elements_has_nothing_to_train():
     model.something = nn.Parameter(torch.zeros(1))
     with pytest.raises(UserError, match=r"^trained by nobody, and missing from checkpoints: something\."):
         optimizer.step()
+
+
+def test_an_optimizer_takes_no_more_parameters_and_is_not_copied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    optimizer = megalr.build_optimizer(model, {"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}})
+    groups = len(optimizer.param_groups)
+    with pytest.raises(UserError, match="takes no parameters after it was built"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert len(optimizer.param_groups) == groups
+    for copied in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(UserError, match="cannot be copied or pickled"):
+            copied(optimizer)
