@@ -15,6 +15,9 @@ from megalr.errors import UserError
 from megalr.hosts import host_of
 from megalr.train.run_folder import RunFolder
 
+# Among the data of a checkpoint: fingerprint of the text that is evaluated on, and digest of the tokenizer.
+HELD_OUT, TOKENIZER = "held_out", "tokenizer"
+
 
 @dataclass(frozen=True)
 class Notes:
@@ -88,6 +91,14 @@ def notes_of(manifest: Manifest) -> Notes:
         return notes
     except (KeyError, TypeError) as error:
         raise UserError(f"{manifest.folder} is no checkpoint of a pretraining run: {error}") from error
+
+
+def text_of(manifest: Manifest) -> dict[str, str]:
+    """Digests of what a run has read: "data", the training text; ``HELD_OUT``, ``TOKENIZER``. Older ones lack some."""
+    client = manifest.content["client"]
+    data = client.get("data") if isinstance(client, Mapping) else None
+    known = data if isinstance(data, Mapping) else {}
+    return {key: known[key] for key in ("data", HELD_OUT, TOKENIZER) if isinstance(known.get(key), str)}
 
 
 def check_notes(notes: Notes, required: Mapping[str, Any], folder: RunFolder) -> None:

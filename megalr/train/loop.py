@@ -16,7 +16,7 @@ from megalr.data import Batches, Examples
 from megalr.errors import GuardError, UserError
 from megalr.hosts import host_of, logical_shape
 from megalr.train.arguments import Interval
-from megalr.train.checkpoints import Notes, Resumable, load_checkpoint, save_checkpoint
+from megalr.train.checkpoints import HELD_OUT, TOKENIZER, Notes, Resumable, load_checkpoint, save_checkpoint
 from megalr.train.console import Screen
 from megalr.train.ds_config import Batch
 from megalr.train.evaluation import IGNORED, Evaluation, evaluate, predicted_tokens, to_device
@@ -26,7 +26,6 @@ from megalr.train.ranks import AgreedError, Ranks
 from megalr.train.run_folder import RunFolder
 
 NOTHING_TO_PREDICT = "batch has no token to predict"
-_HELD_OUT = "held_out"  # among the data of a checkpoint: the fingerprint of the text that is evaluated on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +68,7 @@ class Loop:
         held_out: Examples,
         settings: LoopSettings,
         *,
+        tokenizer: str,
         ranks: Ranks,
         folder: RunFolder,
         screen: Screen,
@@ -81,6 +81,7 @@ class Loop:
             batches: the training text.
             held_out: the text to evaluate on.
             settings: when to do what.
+            tokenizer: its digest, to be kept with checkpoints.
             ranks, folder, screen: this process, where to write, where to print.
             required, noted: see :class:`~megalr.train.checkpoints.Notes`.
         """
@@ -93,6 +94,7 @@ class Loop:
         self._batches = batches
         self._held_out = held_out
         self._settings = settings
+        self._tokenizer = tokenizer
         self._ranks = ranks
         self._folder = folder
         self._screen = screen
@@ -195,7 +197,8 @@ class Loop:
         if failed is not None:
             self._screen.say(f"{failed}\nThe training goes on, and tries again with step {self.step:,}")
         notes = Notes(f"step{self.step}", self.step, self.tokens, self._required, self._noted)
-        data = {**self._batches.state_dict(), _HELD_OUT: self._held_out.fingerprint}
+        text = {HELD_OUT: self._held_out.fingerprint, TOKENIZER: self._tokenizer}
+        data = {**self._batches.state_dict(), **text}
         save_checkpoint(self.engine, self._folder, notes, data, keep=self._settings.keep)
         self._saved_step = self.step
 
@@ -223,7 +226,7 @@ class Loop:
 
     def _check_held_out(self, data: dict[str, Any]) -> None:
         """Refuse a run that was evaluated on another text; older checkpoints do not say."""
-        if data.get(_HELD_OUT, self._held_out.fingerprint) != self._held_out.fingerprint:
+        if data.get(HELD_OUT, self._held_out.fingerprint) != self._held_out.fingerprint:
             raise UserError(
                 "the run was evaluated on another held-out text, and its curve would mix the two. Resume with the "
                 "--eval-dataset, --max-eval-tokens and --test-half it was started with; launchers/evaluate.py scores "
