@@ -8,11 +8,13 @@ import json
 import logging
 import os
 import shutil
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalr import locks
 from megalr.checkpoint.publishing import not_ours
 from megalr.disk import write_and_sync
 from megalr.errors import UserError
@@ -216,6 +218,7 @@ def _numbered(name: str, number: int) -> RunFolder:
 
 def _hold(folder: RunFolder, lock: FolderLock) -> None:
     """Keep others out; what a killed ``--overwrite`` had set aside comes back."""
+    _check_kinds(folder)
     try:
         lock.take(folder.path)
         folder.put_back()
@@ -223,6 +226,25 @@ def _hold(folder: RunFolder, lock: FolderLock) -> None:
         raise UserError(
             f"{folder.path} cannot be written: {error.strerror} ({error.filename}): name another folder with --output"
         ) from error
+
+
+def _check_kinds(folder: RunFolder) -> None:
+    """Refuse links where a run writes files, which would write over what they lead to, and pipes, which never end.
+
+    Folders of a run may be links, as ``checkpoints`` to a larger disk, but not those that are moved or deleted whole.
+    """
+    files = [folder.settings, folder.metrics, folder.summary, folder.plot, folder.routing]
+    files += [path.with_name(f".{path.name}.part") for path in files] + [folder.path / locks.NAME]
+    kinds = {**dict.fromkeys(files, stat.S_ISREG), **dict.fromkeys((folder.old_run, folder.moving), stat.S_ISDIR)}
+    for path, is_right in kinds.items():
+        try:
+            mode = os.lstat(path).st_mode
+        except OSError:  # of those that are there but cannot be read, others complain
+            continue
+        if not is_right(mode):
+            kind = "a file" if is_right is stat.S_ISREG else "a folder"
+            what = f"a symbolic link to {os.readlink(path)}" if stat.S_ISLNK(mode) else f"not {kind}"
+            raise UserError(f"{path} is {what}, where a run has {kind} of its own: delete it, or name another folder")
 
 
 def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
