@@ -75,22 +75,23 @@ def _tokenizer(arguments: argparse.Namespace, place: Path) -> Any:
     if arguments.to == "safetensors":
         return None
     if arguments.tokenizer is not None:
-        return _fitting(arguments.tokenizer, place)
+        return _fitting(arguments.tokenizer, place, chosen=True)
     from megalr.train.run_settings import read_settings  # noqa: PLC0415  (slow to import)
 
     try:
         directory = place.parent if is_one(place) else place
         if directory.name != "checkpoints" or not (directory.parent / "run.json").exists():
             raise UserError(f"{directory} is not of a run, whose run.json would name it")
-        return _fitting(read_settings(directory.parent).text.tokenizer, place)
+        return _fitting(read_settings(directory.parent).text.tokenizer, place, chosen=False)
     except UserError as error:
         print(f"no tokenizer is saved with the model: {error}. --tokenizer names one", file=sys.stderr)
         return None
 
 
-def _fitting(name: str | None, place: Path) -> Any:
+def _fitting(name: str | None, place: Path, *, chosen: bool) -> Any:
     # Slow to import.
-    from megalr.data.tokenizer import load_tokenizer  # noqa: PLC0415
+    from megalr.data.tokenizer import digest_of_tokenizer, load_tokenizer  # noqa: PLC0415
+    from megalr.train.checkpoints import TOKENIZER, text_of  # noqa: PLC0415
     from megalr.train.models import entries_of  # noqa: PLC0415
 
     tokenizer = load_tokenizer(name, say=print)
@@ -102,6 +103,15 @@ def _fitting(name: str | None, place: Path) -> Any:
             f"the tokenizer {name or 'that comes along'} has {entries:,} entries and the model {size:,}: it is not the "
             "one that the model was trained with"
         )
+    trained_with = None if manifest is None else text_of(manifest).get(TOKENIZER)
+    if trained_with is not None and trained_with != digest_of_tokenizer(tokenizer):
+        words = (
+            f"the tokenizer {name or 'that comes along'} is not the one that the model was trained with, or has "
+            "changed since"
+        )
+        if not chosen:
+            raise UserError(words)
+        print(words, file=sys.stderr)
     return tokenizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 EMBEDDED_TOKENIZER = Path(__file__).parent / "austen" / "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
+
+# Shows how a tokenizer treats case, accents, numbers, spaces and line breaks.
+_PROBE = "Emma's 1,816 novels  (Été, naïve) \n\tÉLAN: x86_64, 東京 ﬁn! "
 
 _END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 _PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>")
@@ -58,6 +62,17 @@ def load_tokenizer(name: str | None, *, say: Callable[[str], None] = lambda line
             "with the original the model scores the first words of a text badly"
         )
     return tokenizer
+
+
+def digest_of_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
+    """What tells one tokenizer from another: its entries, special tokens, and what it makes of a short text.
+
+    Not of its file, which another version of the library writes otherwise.
+    """
+    entries = sorted(tokenizer.get_vocab().items())
+    probe = tokenizer.encode(_PROBE, add_special_tokens=False)
+    state = [entries, tokenizer.eos_token_id, tokenizer.pad_token_id, probe]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def largest_token(tokenizer: PreTrainedTokenizerFast) -> int:

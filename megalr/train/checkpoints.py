@@ -15,7 +15,8 @@ from megalr.errors import UserError
 from megalr.hosts import host_of
 from megalr.train.run_folder import RunFolder
 
-HELD_OUT = "held_out"  # among the data of a checkpoint: the fingerprint of the text that is evaluated on
+# Among the data of a checkpoint: fingerprint of the text that is evaluated on, and digest of the tokenizer.
+HELD_OUT, TOKENIZER = "held_out", "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,12 @@ def notes_of(manifest: Manifest) -> Notes:
         raise UserError(f"{manifest.folder} is no checkpoint of a pretraining run: {error}") from error
 
 
-def held_out_of(manifest: Manifest) -> str | None:
-    """The fingerprint of the text that its run was evaluated on; None of older versions, which did not note it."""
-    data = manifest.content["client"].get("data")
-    found = data.get(HELD_OUT) if isinstance(data, Mapping) else None
-    return found if isinstance(found, str) else None
+def text_of(manifest: Manifest) -> dict[str, str]:
+    """Digests of what a run has read: "data", the training text; ``HELD_OUT``, ``TOKENIZER``. Older ones lack some."""
+    client = manifest.content["client"]
+    data = client.get("data") if isinstance(client, Mapping) else None
+    known = data if isinstance(data, Mapping) else {}
+    return {key: known[key] for key in ("data", HELD_OUT, TOKENIZER) if isinstance(known.get(key), str)}
 
 
 def check_notes(notes: Notes, required: Mapping[str, Any], folder: RunFolder) -> None:

@@ -16,7 +16,7 @@ from megalr.data import Batches, Examples
 from megalr.errors import GuardError, UserError
 from megalr.hosts import host_of, logical_shape
 from megalr.train.arguments import Interval
-from megalr.train.checkpoints import HELD_OUT, Notes, Resumable, load_checkpoint, save_checkpoint
+from megalr.train.checkpoints import HELD_OUT, TOKENIZER, Notes, Resumable, load_checkpoint, save_checkpoint
 from megalr.train.console import Screen
 from megalr.train.ds_config import Batch
 from megalr.train.evaluation import IGNORED, Evaluation, evaluate, predicted_tokens, to_device
@@ -68,6 +68,7 @@ class Loop:
         held_out: Examples,
         settings: LoopSettings,
         *,
+        tokenizer: str,
         ranks: Ranks,
         folder: RunFolder,
         screen: Screen,
@@ -80,6 +81,7 @@ class Loop:
             batches: the training text.
             held_out: the text to evaluate on.
             settings: when to do what.
+            tokenizer: its digest, to be kept with checkpoints.
             ranks, folder, screen: this process, where to write, where to print.
             required, noted: see :class:`~megalr.train.checkpoints.Notes`.
         """
@@ -92,6 +94,7 @@ class Loop:
         self._batches = batches
         self._held_out = held_out
         self._settings = settings
+        self._tokenizer = tokenizer
         self._ranks = ranks
         self._folder = folder
         self._screen = screen
@@ -201,7 +204,8 @@ class Loop:
         if failed is not None:
             self._screen.say(f"{failed}\nThe training goes on, and tries again with step {self.step:,}")
         notes = Notes(f"step{self.step}", self.step, self.tokens, self._required, self._noted)
-        data = {**self._batches.state_dict(), HELD_OUT: self._held_out.fingerprint}
+        text = {HELD_OUT: self._held_out.fingerprint, TOKENIZER: self._tokenizer}
+        data = {**self._batches.state_dict(), **text}
         save_checkpoint(self.engine, self._folder, notes, data, keep=self._settings.keep)
         self._saved_step = self.step
 

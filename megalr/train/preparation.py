@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from megalr.config.secrets import secrets_in, without_secrets
 from megalr.config.settings import MegalrConfig, read_json
 from megalr.data import Data, DataConfig, load_data, load_tokenizer
 from megalr.data.sources import AUSTEN, evaluation_source, is_hub_dataset, is_local, refuse_text_column, training_source
+from megalr.data.tokenizer import digest_of_tokenizer
 from megalr.errors import UserError
 from megalr.hosts import check_config
 from megalr.hosts.autotp import check_tensor_parallel, tensor_parallel_size
@@ -162,7 +161,7 @@ def make_plan(
     with ranks.together():
         tokenizer = load_tokenizer(arguments.tokenizer, say=screen.say)
         fit_to_text(model, tokenizer, arguments.sequence_length)
-    ranks.agree({"the tokenizer": _digest_of(tokenizer)})
+    ranks.agree({"the tokenizer": digest_of_tokenizer(tokenizer)[:12]})
     with ranks.together():
         text = data_config(arguments, resolved.seed)
         data = load_data(text, tokenizer, rank=ranks.local_rank, barrier=ranks.barrier)
@@ -263,11 +262,6 @@ def _flags(arguments: PretrainArguments) -> dict[str, str]:
     """The flags that all ranks need to have alike; the JSON's place may be another on another node."""
     own = ("deepspeed", "verbose")
     return {f"--{name.replace('_', '-')}": str(value) for name, value in asdict(arguments).items() if name not in own}
-
-
-def _digest_of(tokenizer: PreTrainedTokenizerFast) -> str:
-    state = [tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
 
 
 def _files(config: DataConfig) -> dict[str, str]:

@@ -18,6 +18,7 @@ import torch
 
 from megalr.config.secrets import without_secrets
 from megalr.data import Batches, unigram_perplexity
+from megalr.data.tokenizer import digest_of_tokenizer
 from megalr.disk import write_and_sync
 from megalr.errors import UserError
 from megalr.hosts import host_of
@@ -147,6 +148,7 @@ def build_loop(plan: Plan, ranks: Ranks, screen: Screen) -> Loop:
         batches,
         plan.data.evaluation,
         settings,
+        tokenizer=digest_of_tokenizer(plan.tokenizer),
         ranks=ranks,
         folder=plan.folder,
         screen=screen,

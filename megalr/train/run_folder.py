@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalr import locks
 from megalr.checkpoint.manifest import LATEST
 from megalr.checkpoint.publishing import not_ours
 from megalr.disk import write_and_sync
@@ -232,6 +233,7 @@ def _numbered(name: str, number: int) -> RunFolder:
 
 def _hold(folder: RunFolder, lock: FolderLock) -> None:
     """Keep others out; what a killed ``--overwrite`` had set aside comes back."""
+    _check_kinds(folder)
     try:
         lock.take(folder.path)
         folder.put_back()
@@ -239,6 +241,29 @@ def _hold(folder: RunFolder, lock: FolderLock) -> None:
         raise UserError(
             f"{folder.path} cannot be written: {error.strerror} ({error.filename}): name another folder with --output"
         ) from error
+
+
+def _check_kinds(folder: RunFolder) -> None:
+    """Refuse what is no file or folder where a run has one, such as a pipe, which never ends, and links out of the run.
+
+    Folders that a run writes into may be links, as ``checkpoints`` to a larger disk, but not those that it moves.
+    """
+    parts = [path.with_name(f".{path.name}.part") for path in folder.files]
+    own = [*folder.files, *parts, folder.path / locks.NAME]
+    moved = [folder.old_run, folder.moving]
+    for path in (*own, *moved, *folder.folders, folder.checkpoints / LATEST):
+        if os.path.islink(path) and path in (*own, *moved):
+            raise UserError(
+                f"{path} is a symbolic link to {os.readlink(path)}, and a run writes there: delete the link, or name "
+                "another folder with --output"
+            )
+        # Not Path.is_file, which raises where a folder cannot be read.
+        is_folder = path in (*moved, *folder.folders)
+        if os.path.lexists(path) and not (os.path.isdir(path) if is_folder else os.path.isfile(path)):
+            raise UserError(
+                f"{path} is no {'folder' if is_folder else 'file'}, which a run writes there: move it elsewhere, or "
+                "name another folder with --output"
+            )
 
 
 def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
@@ -279,18 +304,6 @@ def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
             f"{folder.path} holds {state}: add --resume to continue it, --overwrite to delete it, or name "
             "another folder with --output"
         )
-
-
-def _check_kinds(folder: RunFolder) -> None:
-    """Refuse a folder in place of a file, which cannot be replaced, a FIFO, which waits, and a link to nothing."""
-    for path in (*folder.written, folder.checkpoints / LATEST):
-        # Not Path.is_file, which raises where a folder cannot be read.
-        kind, right = ("folder", os.path.isdir(path)) if path in folder.folders else ("file", os.path.isfile(path))
-        if os.path.lexists(path) and not right:
-            raise UserError(
-                f"{path} is no {kind}, which a run writes there: move it elsewhere, or name another folder with "
-                "--output"
-            )
 
 
 def _foreign_checkpoints(folder: RunFolder) -> list[str]:

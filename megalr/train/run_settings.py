@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -48,6 +49,8 @@ def read_settings(run: Path) -> RunSettings:
     """
     path = run / NAME
     try:
+        if _never_ends(path):
+            raise UserError(f"{path} is not a file")
         content = text.read(path)
         missing = [name for name in ("deepspeed", "model", "data") if not isinstance(content.get(name), dict)]
         if missing:
@@ -68,10 +71,15 @@ def read_settings(run: Path) -> RunSettings:
 def is_a_runs(path: Path) -> bool:
     """Whether a file is a run's ``run.json``, of whatever version."""
     try:
-        content = text.read(path)
+        content = {} if _never_ends(path) else text.read(path)
     except UserError:
         return False
     return isinstance(content.get("command"), str) and isinstance(content.get("deepspeed"), dict)
+
+
+def _never_ends(path: Path) -> bool:
+    """Whether it is a pipe or a device."""
+    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
 
 
 def _text(content: Mapping[str, Any], path: Path) -> DataConfig:

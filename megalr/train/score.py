@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,15 @@ import torch
 from megalr.checkpoint.export.weights import Weights
 from megalr.checkpoint.folders import latest, listed, newest_whole, read_or_offer
 from megalr.checkpoint.manifest import Manifest
-from megalr.data import DataConfig, load_data, load_tokenizer
+from megalr.data import Data, DataConfig, load_data, load_tokenizer
 from megalr.data.sources import refuse_text_column
-from megalr.data.tokenizer import EMBEDDED_TOKENIZER
+from megalr.data.tokenizer import EMBEDDED_TOKENIZER, digest_of_tokenizer
 from megalr.errors import UserError, in_short
 from megalr.flags import PlainParser, nonempty, positive
 from megalr.layers import parametrize
 from megalr.plugins import load_plugins
 from megalr.train.arguments import add_plugins, add_text
-from megalr.train.checkpoints import differences, held_out_of, notes_of
+from megalr.train.checkpoints import HELD_OUT, TOKENIZER, differences, notes_of, text_of
 from megalr.train.evaluation import evaluate
 from megalr.train.models import build_model, config_of, entries_of, fit_to_text
 from megalr.train.ranks import Ranks
@@ -77,14 +78,14 @@ class Scored:
         model: of transformers.
         text, micro_batch_size: what it is scored with.
         notes: which weights these are, in lines.
-        held_out: the fingerprint of the text that the run was evaluated on; None where that is not known.
+        trained_on: digests of the text and the tokenizer, as far as they are known.
     """
 
     model: Any
     text: DataConfig
     micro_batch_size: int
     notes: tuple[str, ...]
-    held_out: str | None = None
+    trained_on: dict[str, str] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -151,11 +152,11 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
     if "text_column" in changes:  # what the run was trained with may be for its own text alone
         refuse_text_column(text)
     tokenizer = load_tokenizer(text.tokenizer, say=print)
-    notes = _check_tokenizer(found.model.config, tokenizer, folder, chosen="tokenizer" in changes)
+    notes = _check_tokenizer(found, tokenizer, folder, text.tokenizer, chosen="tokenizer" in changes)
     fit_to_text(found.model.config, tokenizer, text.sequence_length)
     print("\n".join([*found.notes, *notes]))
     data = load_data(text, tokenizer, rank=0, barrier=ranks.barrier)
-    if not changes and found.held_out not in (None, data.evaluation.fingerprint):
+    if not changes and _is_another_text(found.trained_on, data):
         raise UserError(
             f"the held-out text is not the one that the run in {folder} was evaluated on: what its run.json names "
             f"(dataset {text.dataset}, eval_dataset {text.eval_dataset}, tokenizer {text.tokenizer}) has changed "
@@ -233,7 +234,7 @@ def _from_checkpoint(run: Path, manifest: Manifest, notes: list[str]) -> Scored:
             for parameter in model.parameters():  # buffers stay fp32, as DeepSpeed leaves them
                 parameter.data = parameter.data.to(dtype)
     title = f"{manifest.folder} ({manifest.updates:,} updates)"
-    return Scored(model, settings.text, settings.micro_batch_size, (*notes, title), held_out_of(manifest))
+    return Scored(model, settings.text, settings.micro_batch_size, (*notes, title), text_of(manifest))
 
 
 def _check_same_run(settings: RunSettings, manifest: Manifest) -> None:
@@ -262,7 +263,11 @@ def _from_export(folder: Path, tokenizer: str | None) -> Scored:
         )
     model = _read_export(folder)
     text = DataConfig(tokenizer=str(folder) if has_one else None)
-    return Scored(model, text, _DEFAULT_MICRO_BATCH, (str(folder),))
+    own: dict[str, str] = {}
+    if has_one and tokenizer is not None:
+        with contextlib.suppress(UserError):  # to name another is the cure
+            own = {TOKENIZER: digest_of_tokenizer(load_tokenizer(str(folder)))}
+    return Scored(model, text, _DEFAULT_MICRO_BATCH, (str(folder),), own)
 
 
 def _read_export(folder: Path) -> Any:
@@ -301,25 +306,41 @@ def _check_finite(model: Any, folder: Path) -> None:
         raise UserError(f"{folder} has weights that are not finite: {', '.join(wrong[:3])}. {_NOT_SCORED}")
 
 
-def _check_tokenizer(config: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, *, chosen: bool) -> Sequence[str]:
+def _is_another_text(trained_on: dict[str, str], data: Data) -> bool:
+    """Whether a run's own text is no longer what it was; the held-out one if that is known."""
+    if HELD_OUT in trained_on:
+        return trained_on[HELD_OUT] != data.evaluation.fingerprint
+    return trained_on.get("data", data.train.fingerprint) != data.train.fingerprint
+
+
+def _check_tokenizer(
+    found: Scored, tokenizer: PreTrainedTokenizerFast, folder: Path, name: str | None, *, chosen: bool
+) -> Sequence[str]:
     """Refuse a tokenizer that is not the model's, as far as that is seen; of one that the user has chosen, say it.
 
     Args:
-        config: the model's, as it was saved: with the special tokens of the tokenizer that it was trained with.
+        found: the model, whose configuration has the special tokens of the tokenizer that it was trained with.
         tokenizer: to score it with.
-        folder: the model's, for the message.
+        folder, name: the model's and the tokenizer's, for the message.
         chosen: by the user.
     """
-    notes = []
+    notes, config = [], found.model.config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    wrong = None
     if ends != [None] and tokenizer.eos_token_id not in ends:
-        words = (
+        wrong = (
             f"the model in {folder} has the end-of-text token {', '.join(map(str, ends))}, the tokenizer "
             f"{tokenizer.eos_token_id}: it is not the one that the model was trained with"
         )
+    elif TOKENIZER in found.trained_on and found.trained_on[TOKENIZER] != digest_of_tokenizer(tokenizer):
+        wrong = (
+            f"the tokenizer {name or EMBEDDED_TOKENIZER} is not the one that the model in {folder} was trained "
+            "with, or has changed since"
+        )
+    if wrong is not None:
         if not chosen:
-            raise UserError(f"{words}. Write --tokenizer and that one")
-        notes.append(words)
+            raise UserError(f"{wrong}. Write --tokenizer and that one")
+        notes.append(wrong)
     entries = entries_of(tokenizer)
     if config.vocab_size - entries >= _PADDED:
         notes.append(f"the model's vocabulary has {config.vocab_size:,} entries, the tokenizer's {entries:,}")

@@ -11,6 +11,7 @@ import pytest
 from megalr.errors import UserError
 from megalr.locks import FolderLock
 from megalr.train.run_folder import RunFolder, take_run_folder, write_json
+from megalr.train.run_settings import is_a_runs, read_settings
 from tests.unprivileged import unprivileged
 
 SETTINGS = '{"command": "pretrain.py", "deepspeed": {}}'
@@ -137,8 +138,9 @@ def test_a_run_goes_on_only_where_its_files_are_files(name, make):
     (folder.checkpoints / "step5" / "manifest.json").write_text("{}")
     (folder.path / name).unlink(missing_ok=True)
     make(folder.path / name)
+    words = f"runs/zero2/{name} is (no file|a symbolic link to .*), (which|and) a run writes there: "
     for output in (None, "runs/zero2"):
-        with pytest.raises(UserError, match=f"runs/zero2/{name} is no file, which a run writes there: move it"):
+        with pytest.raises(UserError, match=words):
             choose(output, resume=True)
 
 
@@ -335,3 +337,34 @@ def test_a_run_that_begins_anew_keeps_its_metrics(tmp_path):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(kept.name, "a row\n")]
     assert folder.keep_metrics() is None
     assert not folder.is_taken
+
+
+PARTS = (".run.json.part", ".metrics.jsonl.part")
+FILES = ("metrics.jsonl", "routing.txt", "loss.png", "run.json", ".writer.json", *PARTS)
+
+
+@pytest.mark.parametrize("flag", ["resume", "overwrite"])
+@pytest.mark.parametrize("name", [*FILES, ".moving", ".replaced"])
+def test_links_in_a_run_lead_no_writes_out_of_it(tmp_path, name, flag):
+    run = make_run(tmp_path / "run", finished=False)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "work").write_text("of years")
+    (run.path / name).unlink(missing_ok=True)
+    (run.path / name).symlink_to(precious / "work" if name in FILES else precious)
+    with pytest.raises(UserError, match=f"{name} is a symbolic link to .*precious"):
+        choose(str(run.path), **{flag: True})
+    assert (precious / "work").read_text() == "of years"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.json"])
+def test_pipes_in_a_run_are_not_waited_for(tmp_path, name):
+    run = make_run(tmp_path / "run", finished=False)
+    (run.path / name).unlink(missing_ok=True)
+    os.mkfifo(run.path / name)
+    with pytest.raises(UserError, match=f"{name} is no file"):
+        choose(str(run.path), resume=True)
+    assert not is_a_runs(run.settings) or name != "run.json"
+    if name == "run.json":
+        with pytest.raises(UserError, match=r"run.json is not a file"):
+            read_settings(run.path)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from megalr.checkpoint.__main__ import main as tool
 from megalr.checkpoint.saving import write_entries
 from megalr.data import DataConfig, load_data
-from megalr.data.tokenizer import EMBEDDED_TOKENIZER, load_tokenizer
+from megalr.data.tokenizer import EMBEDDED_TOKENIZER, digest_of_tokenizer, load_tokenizer
 from megalr.errors import UserError
 from megalr.layout.rectangles import Entry
 from megalr.train.models import build_model, config_from_dict, fit_to_text
@@ -37,17 +38,29 @@ def text(tmp_path):
     return ["--dataset", str(path), "--sequence-length", "16"]
 
 
+def exchanged_tokenizer(folder):
+    """With as many entries and the same special tokens; two entries are exchanged."""
+    content = json.loads(EMBEDDED_TOKENIZER.read_text(encoding="utf-8"))
+    entries = content["model"]["vocab"]
+    entries["a"], entries["e"] = entries["e"], entries["a"]
+    path = folder / "exchanged.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
 def model_of(vocabulary=4096, seed=0):
     config = config_from_dict({**SHAPE, "vocab_size": vocabulary, "max_position_embeddings": 64})
     fit_to_text(config, load_tokenizer(None), 16)
     return build_model(config, seed=seed)
 
 
-def save(run, updates, model, held_out=None, **required):
+def save(run, updates, model, data=None, **required):
     settings = {"model": model.config.to_dict(), "megalr.parametrization": FULL["parametrization"], **required}
     document = known_state.document(updates) | {
-        "client": {"run": {"step": updates, "tokens": updates, "required": settings, "settings": {}}}
-        | ({} if held_out is None else {"data": {"held_out": held_out}}),
+        "client": {
+            "run": {"step": updates, "tokens": updates, "required": settings, "settings": {}},
+            "data": data or {},
+        },
         "config": {"megalr": FULL},
         "model": json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": ["LlamaForCausalLM"]},
     }
@@ -104,19 +117,6 @@ def test_the_newest_checkpoint_is_named(run, capsys):
     assert f"{run / 'checkpoints' / 'step3'} (3 updates)" in output
     assert perplexity(output) == perplexity(scored(capsys, run / "checkpoints" / "step3"))
     assert perplexity(output) != perplexity(scored(capsys, run / "checkpoints" / "step2"))
-
-
-def test_a_text_that_has_changed_is_scored_if_it_is_named_alone(run, text, capsys):
-    held_out = load_data(
-        DataConfig(dataset=text[1], sequence_length=16), load_tokenizer(None), rank=0, barrier=lambda: None
-    ).evaluation.fingerprint
-    save(run, 4, model_of(seed=4), held_out=held_out)
-    assert "step4 (4 updates)" in scored(capsys, run)
-    with open(text[1], "a") as file:
-        file.write("Another end of the text.\n" * 9)
-    with pytest.raises(UserError, match=rf"not the one that the run in .* names \(dataset {text[1]}.*has changed"):
-        scored(capsys, run)
-    assert "step4 (4 updates)" in scored(capsys, run, *text)
 
 
 def test_damaged_weights_are_not_scored(run, capsys):
@@ -283,3 +283,41 @@ def test_where_the_runs_tokenizer_cannot_be_had_that_is_said(run, tmp_path, caps
     named = str(EMBEDDED_TOKENIZER) if what != "larger" else str(tmp_path / "tokenizer.json")
     code = tool(["export", str(place), str(tmp_path / "out"), "--to", "hf", "--tokenizer", named])
     assert code == (2 if what == "larger" else 0)
+
+
+def test_a_tokenizer_that_has_changed_is_not_scored_with_or_exported(run, tmp_path, capsys):
+    mine = tmp_path / "mine.json"
+    shutil.copy(EMBEDDED_TOKENIZER, mine)
+    change_settings(run, "data", tokenizer=str(mine))
+    save(run, 4, model_of(), data={"tokenizer": digest_of_tokenizer(load_tokenizer(str(mine)))})
+    right = perplexity(scored(capsys, run))
+    shutil.copy(exchanged_tokenizer(tmp_path), mine)
+    with pytest.raises(UserError, match=r"mine.json is not the one .* or has changed since. Write --tokenizer"):
+        scored(capsys, run)
+    assert tool(["export", str(run / "checkpoints"), str(tmp_path / "out"), "--to", "hf"]) == 0
+    assert "no tokenizer is saved with the model" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    assert "has changed since" in scored(capsys, run, "--tokenizer", mine)  # the user's choice
+    output = scored(capsys, run, "--tokenizer", EMBEDDED_TOKENIZER)
+    assert "has changed since" not in output and perplexity(output) == right
+
+
+def test_another_tokenizer_than_the_exports_own_is_said(export, tmp_path, text, capsys):
+    assert "exchanged.json is not the one" in scored(
+        capsys, export, *text, "--tokenizer", exchanged_tokenizer(tmp_path)
+    )
+    assert "is not the one" not in scored(capsys, export, *text, "--tokenizer", EMBEDDED_TOKENIZER)
+
+
+@pytest.mark.parametrize("known", ["data", "held_out"])
+def test_a_text_that_has_changed_is_scored_if_it_is_named_alone(run, text, capsys, known):
+    config = DataConfig(dataset=text[1], sequence_length=16)
+    read = load_data(config, load_tokenizer(None), rank=0, barrier=lambda: None)
+    digests = {"data": read.train.fingerprint, "held_out": read.evaluation.fingerprint}
+    save(run, 4, model_of(), data={known: digests[known]})
+    assert "step4 (4 updates)" in scored(capsys, run)
+    with Path(text[1]).open("a") as file:
+        file.write("The rain is cold and the fire is warm.\n" * 40)
+    with pytest.raises(UserError, match=rf"not the one that the run in .* names \(dataset {text[1]}.*has changed"):
+        scored(capsys, run)
+    assert "step4 (4 updates)" in scored(capsys, run, "--dataset", text[1])
