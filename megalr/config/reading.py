@@ -18,8 +18,8 @@ from megalr.config.sections import (
     OptimizerConfig,
     RefactorizationConfig,
 )
-from megalr.config.values import KEYS
 from megalr.errors import UserError
+from megalr.hosts.features import refuse_unknown
 from megalr.layers.base import ParametrizationConfig
 from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.layers.velora import VeloraConfig
@@ -65,10 +65,7 @@ def read_json(config: Json | str | Path) -> dict[str, Any]:
             raise UserError(f"no DeepSpeed configuration at {path}; see ds_configs/ for ready ones")
         content = text.read(path)
     text.check_values(content)
-    if content and not set(content) & set(KEYS):
-        first = ", ".join(map(str, list(content)[:3]))
-        whose = "the configuration" if isinstance(config, Mapping) else str(config)
-        raise UserError(f"{whose} is no DeepSpeed configuration: it has {first} and no key that DeepSpeed knows")
+    refuse_unknown(content)
     return content
 
 

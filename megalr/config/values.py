@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalr.errors import UserError
-from megalr.schema import Json, nearest, slip
+from megalr.schema import Json, slip
 
 
 @dataclass(frozen=True)
@@ -198,50 +198,6 @@ VALUES |= {
 
 SCHEDULE = [place.rpartition(".")[2] for place in VALUES if place.startswith("scheduler.params.")]
 
-# Keys of sections whose unknown ones DeepSpeed overlooks.
-SECTIONS: dict[str, tuple[str, ...]] = {
-    "activation_checkpointing": (*_FLAGS["activation_checkpointing."], "number_checkpoints"),
-    "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
-    "scheduler": ("type", "params"),
-    "torch_autocast": ("enabled", "dtype", "lower_precision_safe_modules"),
-}
-# Keys of the JSON itself. Others may be there for other programs, so only those that look like a slip are refused.
-KEYS = sorted(
-    {key.partition(".")[0] for key in VALUES}
-    | {
-        "aio",
-        "amp",
-        "autotuning",
-        "bfloat16",
-        "communication_data_type",
-        "compression_training",
-        "comms_logger",
-        "compile",
-        "curriculum_learning",
-        "data_efficiency",
-        "elasticity",
-        "eigenvalue",
-        "expert_parallel",
-        "gradient_allreduce_op",
-        "hybrid_engine",
-        "load_universal_checkpoint",
-        "log_level",
-        "nebula",
-        "optimizer",
-        "pipeline",
-        "progressive_layer_drop",
-        "quantize_training",
-        "seq_parallel_communication_data_type",
-        "sequence_parallel_size",
-        "sparse_attention",
-        "timers",
-        "use_data_before_expert_parallelism",
-        "vocabulary_size",
-        "weight_quantization",
-        "zero_allow_comm_data_type_fp32",
-    }
-)
-
 
 def check(content: Json) -> None:
     """Refuse what DeepSpeed would take for something else.
@@ -252,7 +208,6 @@ def check(content: Json) -> None:
     Raises:
         UserError: names the key, what it is, and what to write.
     """
-    _refuse_slips(content, KEYS, "the JSON")
     for place, kind in VALUES.items():
         *sections, key = place.split(".")
         section: Any = content
@@ -265,10 +220,6 @@ def check(content: Json) -> None:
             name = f'"{place}" must be' if kind is OBJECT else f"{place} is {short(value)}: write"
             raise UserError(f"{name} {kind.words}" + (f", not {short(value)}" if kind is OBJECT else ""))
     _refuse_slips((content.get("scheduler") or {}).get("params") or {}, SCHEDULE, "scheduler.params")
-    for name, known in SECTIONS.items():
-        for key in content.get(name) or ():
-            if key not in known:
-                raise UserError(f'{name} has no key "{key}"{nearest(str(key), dict.fromkeys(known))}')
 
 
 def _refuse_slips(section: Json, known: Sequence[str], where: str) -> None:

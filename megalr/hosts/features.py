@@ -242,7 +242,7 @@ FEATURES: tuple[Feature, ...] = (
 
 
 def refuse_features(content: Json) -> None:
-    """Refuse by name what megalr cannot do, and what DeepSpeed does not know and would leave out without a word.
+    """Refuse by name what megalr cannot do, and unknown keys.
 
     Args:
         content: the whole JSON.
@@ -256,6 +256,18 @@ def refuse_features(content: Json) -> None:
             if is_there and value not in feature.off:
                 written = json.dumps(value, default=str)
                 raise UserError(f"{key} is {written[:60]}, which megalr refuses: {feature.says}")
+    refuse_unknown(content)
+
+
+def refuse_unknown(content: Json) -> None:
+    """Refuse keys that DeepSpeed does not know, and would leave out without a word.
+
+    Args:
+        content: the whole JSON.
+
+    Raises:
+        UserError: names the key, and the one that may be meant.
+    """
     for section in ("", *sections()):
         given = content if not section else _at(content, section)[1]
         known = children(section)

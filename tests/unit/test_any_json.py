@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from megalr.config.reading import ONLY_WITH_A_RULE, SECTIONS
 from megalr.config.settings import MegalrConfig, read_json
-from megalr.config.values import KEYS, VALUES
+from megalr.config.values import VALUES
 from megalr.errors import UserError
+from megalr.hosts.features import children
 from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.rules.registry import RULES
 
@@ -23,7 +24,7 @@ PROPERTY = settings(
 )
 
 NAMES = st.sampled_from(
-    sorted({*KEYS, *(key for place in VALUES for key in place.split(".")), *SECTIONS, *ONLY_WITH_A_RULE})
+    sorted({*children(""), *(key for place in VALUES for key in place.split(".")), *SECTIONS, *ONLY_WITH_A_RULE})
     + ["type", "rank", "params", "lr", "betas", "parametrization", "interval", "moments", "plugins"]
 )
 WORDS = st.sampled_from([*RULES, *PARAMETRIZATIONS, "auto", "true", "", "reset", "svd"])
