@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import shlex
 import socket
 import time
 from pathlib import Path
@@ -23,12 +24,18 @@ logger = logging.getLogger(__name__)
 NAME = ".writer.json"
 # What file systems answer that have no locks, such as Lustre mounted without them.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+# What says that a file is not there; whatever else cannot be found out says nothing.
+GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 
 _open: set[int] = set()  # descriptors of locks, which forked children must not keep
 
 
 class FolderInUseError(UserError):
     """Somebody else writes into the folder."""
+
+
+class FolderGoneError(UserError):
+    """The folder that was held is no longer where it was."""
 
 
 class FolderLock:
@@ -63,7 +70,7 @@ class FolderLock:
             try:
                 _lock(handle, folder)
                 # Who held it before may have removed the file between the two calls.
-                if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                if _is_at(handle, path):
                     break
             except BaseException:
                 os.close(handle)
@@ -76,14 +83,31 @@ class FolderLock:
         _open.add(handle)
         self._path, self._handle, self._made = path, handle, made
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether what is held is still where it was, and nobody else can hold that place; so where nothing is held."""
+        return self._path is None or _is_at(self._handle, self._path)
+
+    def check(self) -> None:
+        """Make sure, before anything is written, that the folder is still the one that is held.
+
+        Raises:
+            FolderGoneError: it was moved or deleted, saying where it is now, if that is known, and what to do.
+        """
+        if not self.is_in_place:
+            assert self._path is not None
+            raise FolderGoneError(_gone(self._path, self._handle))
+
     def release(self) -> None:
         """Let go, and remove the folder if it is new and still empty."""
         if self._path is None:
             return
-        self._path.unlink(missing_ok=True)
+        is_ours = self.is_in_place  # else it may be the next one's
+        if is_ours:
+            self._path.unlink(missing_ok=True)
         _open.discard(self._handle)
         os.close(self._handle)
-        for folder in self._made:
+        for folder in self._made if is_ours else []:
             try:
                 folder.rmdir()
             except OSError:  # there is something in it
@@ -111,6 +135,31 @@ def _lock(handle: int, folder: Path) -> None:
         if _lives(holder):
             raise FolderInUseError(_in_use(folder, holder)) from None
         logger.warning("%s lies on a file system without locks: a second run there would not be noticed", folder)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError as error:
+        return error.errno not in GONE
+
+
+def _gone(path: Path, handle: int) -> str:
+    folder = path.parent
+    try:
+        now = Path(os.readlink(f"/proc/self/fd/{handle}"))  # Linux knows
+    except OSError:
+        now = path
+    what = f"{folder} was moved or deleted"
+    todo = f"move it back, or name its new place with --output, and add --resume; if it is deleted, start {folder} anew"
+    if now.exists() and _is_at(handle, now) and now.parent != folder.absolute():
+        what = f"{folder} was moved to {now.parent}"
+        todo = f"move it back, or write --output {shlex.quote(str(now.parent))}, and add --resume"
+    elif folder.is_dir():
+        what = f"{path}, which keeps other runs out of the folder, was deleted, or the folder was replaced"
+        todo = "see what is in the folder, and go on with --resume"
+    return f"{what} while this run wrote there. The run has ended and written nothing there since: {todo}"
 
 
 def _holder(handle: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import megalr
 from megalr.data import Batches, Examples
 from megalr.errors import GuardError, UserError
 from megalr.hosts import host_of, logical_shape
+from megalr.locks import FolderLock
 from megalr.train.arguments import Interval
 from megalr.train.checkpoints import HELD_OUT, TOKENIZER, Notes, Resumable, load_checkpoint, save_checkpoint
 from megalr.train.console import Screen
@@ -71,6 +72,7 @@ class Loop:
         tokenizer: str,
         ranks: Ranks,
         folder: RunFolder,
+        lock: FolderLock,
         screen: Screen,
         required: dict[str, Any],
         noted: dict[str, Any],
@@ -83,6 +85,7 @@ class Loop:
             settings: when to do what.
             tokenizer: its digest, to be kept with checkpoints.
             ranks, folder, screen: this process, where to write, where to print.
+            lock: what holds the folder, on rank 0.
             required, noted: see :class:`~megalr.train.checkpoints.Notes`.
         """
         self.engine = engine
@@ -97,6 +100,7 @@ class Loop:
         self._tokenizer = tokenizer
         self._ranks = ranks
         self._folder = folder
+        self._lock = lock
         self._screen = screen
         self._required, self._noted = required, noted
         self.metrics = MetricsLog(folder.metrics, enabled=ranks.is_first)
@@ -115,6 +119,7 @@ class Loop:
             self._check_held_out(data)
         self.step, self.tokens = notes.step, notes.tokens
         self._saved_step = self._written_step = notes.step
+        self.check_folder()
         with self._ranks.together():
             self.metrics.cut(notes.step)
         if self._ranks.from_first(lambda: self.metrics.is_evaluated(notes.step)):
@@ -128,7 +133,7 @@ class Loop:
             checkpoint either way; where the last one could not be written after a request, an older one or none.
 
         Raises:
-            UserError: a guard stops the run, or its last checkpoint could not be written.
+            UserError: a guard stops the run, its folder is gone, or its last checkpoint could not be written.
         """
         settings = self._settings
         reason: str | None = None
@@ -191,6 +196,7 @@ class Loop:
         if self._settings.galore_compatible_eval:
             row["eval_perplexity_galore_compatible"] = found.galore_compatible
             text += f" (as published code computes it: {found.galore_compatible:,.2f})"
+        self.check_folder()
         self.metrics.append(row)
         self._screen.say(text)
         self._report({"Eval/Samples/loss": found.loss, "Eval/Samples/perplexity": found.perplexity})
@@ -200,7 +206,10 @@ class Loop:
         """Begin to write a checkpoint, unless this step has one; the one before may have failed."""
         if self._saved_step == self.step:
             return
+        self.check_folder()
         failed = self._failed_save()
+        if failed is None and self._written_step is not None and not self._folder.checkpoints.exists():
+            self._screen.say(f"{self._folder.checkpoints} was moved or deleted, with what was saved: it is made anew")
         if failed is not None:
             self._screen.say(f"{failed}\nThe training goes on, and tries again with step {self.step:,}")
         notes = Notes(f"step{self.step}", self.step, self.tokens, self._required, self._noted)
@@ -208,6 +217,19 @@ class Loop:
         data = {**self._batches.state_dict(), **text}
         save_checkpoint(self.engine, self._folder, notes, data, keep=self._settings.keep)
         self._saved_step = self.step
+
+    def check_folder(self) -> None:
+        """Make sure that the folder is where it was, before anything is written there, lest it be made anew.
+
+        Raises:
+            UserError: it was moved or deleted; on all ranks.
+        """
+        try:
+            self._ranks.from_first(self._lock.check)
+        except AgreedError:
+            self._screen.end_bar()
+            self._failed_save()  # has said so itself
+            raise
 
     @property
     def epoch(self) -> float:
@@ -288,7 +310,9 @@ class Loop:
                     engine.step()
                 except GuardError as error:  # at the last micro-batch of all ranks; the step is noted all the same
                     stopped = error
-            (total,) = ranks.sum_of_data([float(sum(losses))])
+            total, gone = ranks.sum_of_data([float(sum(losses)), not self._lock.is_in_place])
+        if gone:
+            self.check_folder()
         self.step += 1
         self.tokens += read_by_all
         self._tokens_here += read_by_all

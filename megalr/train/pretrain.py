@@ -74,18 +74,19 @@ def _pretrain(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, l
     ranks = plan.ranks
     unigram = ranks.from_first(lambda: _unigram(plan))
     try:
-        return _run(plan, ranks, unigram, screen)
+        return _run(plan, ranks, unigram, lock, screen)
     finally:
-        if ranks.is_first:
+        if ranks.is_first and lock.is_in_place:
             plan.folder.put_back()  # a run that was to be replaced, where no update has come of it
 
 
-def _run(plan: Plan, ranks: Ranks, unigram: float, screen: Screen) -> int:
+def _run(plan: Plan, ranks: Ranks, unigram: float, lock: FolderLock, screen: Screen) -> int:
     arguments = plan.arguments
+    ranks.from_first(lock.check)  # reading the text may have taken long
     ranks.from_first(lambda: _prepare_folder(plan))
     if plan.checkpoint is None:
         ranks.from_first(lambda: _write_settings(plan, ranks))  # first of all: it says that the rest is a run's
-    loop = build_loop(plan, ranks, screen)
+    loop = build_loop(plan, ranks, lock, screen)
     if plan.checkpoint is not None:
         loop.resume(plan.checkpoint)  # the last that may refuse: a finished run stays as it is until then
         ranks.from_first(lambda: _write_settings(plan, ranks))
@@ -103,11 +104,12 @@ def _run(plan: Plan, ranks: Ranks, unigram: float, screen: Screen) -> int:
         screen.say(f"exporting to {arguments.export}")
         difference = _export(loop.engine, plan, Path(arguments.export).expanduser(), ranks)
     test = _test(loop, plan, ranks)
+    loop.check_folder()
     finish(loop, plan, Baselines(untrained=untrained, unigram=unigram), difference, test, ranks, screen)
     return 0
 
 
-def build_loop(plan: Plan, ranks: Ranks, screen: Screen) -> Loop:
+def build_loop(plan: Plan, ranks: Ranks, lock: FolderLock, screen: Screen) -> Loop:
     """The model, its engine and everything the loop needs. Collective."""
     import megalr  # noqa: PLC0415  (it brings DeepSpeed, whose chatter has to be silenced first)
 
@@ -124,6 +126,7 @@ def build_loop(plan: Plan, ranks: Ranks, screen: Screen) -> Loop:
             raise UserError(f"DeepSpeed cannot make an engine of this configuration: {error}") from error
     optimizer = host_of(engine).optimizer
     table = optimizer.routing_table()
+    ranks.from_first(lock.check)
     ranks.from_first(lambda: write_and_sync(plan.folder.routing, f"{table}\n"))
     screen.say(table if arguments.verbose else optimizer.summary())
     batches = Batches(
@@ -151,6 +154,7 @@ def build_loop(plan: Plan, ranks: Ranks, screen: Screen) -> Loop:
         tokenizer=digest_of_tokenizer(plan.tokenizer),
         ranks=ranks,
         folder=plan.folder,
+        lock=lock,
         screen=screen,
         required=plan.required,
         noted=plan.noted,

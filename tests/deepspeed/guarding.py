@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +18,7 @@ import megalr
 from megalr.guards.guard import Guard
 from megalr.hosts import held
 from megalr.hosts.deepspeed_config import deepspeed_section
+from megalr.train import loop
 from megalr.train.arguments import parse_arguments
 from megalr.train.pretrain import pretrain
 from megalr.train.ranks import AgreedError, start_ranks
@@ -230,3 +232,22 @@ def launcher_ends(flags: list[str], folder: str) -> str:
     except AgreedError as error:
         return str(error)
     return ""
+
+
+def launcher_loses(lost: str, flags: list[str], folder: str) -> tuple[str, list[str]]:
+    """:func:`launcher_ends` where something is moved in the middle of the third step, and what else is said."""
+    said: list[str] = []
+    calls = iter(range(1, 100))
+    to_device = loop.to_device
+
+    def lose(batch: Any, device: torch.device) -> Any:
+        if next(calls) == 3:
+            megalr.wait_for_checkpoint()
+            if dist.get_rank() == 0:
+                os.rename(lost, "kept")
+        return to_device(batch, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "to_device", lose)
+        patch.setattr(loop.Screen, "say", lambda self, text: said.append(text))
+        return launcher_ends(flags, folder), said

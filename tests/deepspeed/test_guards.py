@@ -214,3 +214,35 @@ def test_checkpoints_by_the_clock_of_rank_0(ranks, tmp_path):
         words = [*flags, "--output", every, "--save-every", every]
         assert ranks(2).run(f"{GUARDING}:launcher_ends", words, str(tmp_path)) == ["", ""]
         assert {folder.name for folder in (tmp_path / every / "checkpoints").iterdir() if folder.is_dir()} == saved
+
+
+def flags_of_four_steps(tmp_path, output):
+    monitor = {"enabled": True, "output_path": "auto", "job_name": "auto"}  # DeepSpeed opens its files in each step
+    config = write_config(tmp_path / "c.json", csv_monitor=monitor)
+    flags = ["--deepspeed", str(config), *small_run(tmp_path), "--steps", "4", "--save-every", "2", "--log-every", "1"]
+    return [*flags, "--batch-size", "2", "--output", output]
+
+
+def test_a_run_whose_folder_is_moved_ends_and_goes_on_from_there(ranks, tmp_path):
+    flags = flags_of_four_steps(tmp_path, "run")
+    found = ranks(2).run(f"{GUARDING}:launcher_loses", "run", flags, str(tmp_path))
+    assert found[0][0] == found[1][0]
+    assert found[0][0].startswith(f"run was moved to {tmp_path / 'kept'} while this run wrote there")
+    assert f"--output {tmp_path / 'kept'}, and add --resume" in found[0][0]
+    assert not (tmp_path / "run").exists()
+    assert [row["step"] for row in metrics(tmp_path / "kept") if "loss" in row] == [1, 2]
+
+    again = [*flags_of_four_steps(tmp_path, "kept"), "--resume"]
+    assert ranks(2).run(f"{GUARDING}:launcher_ends", again, str(tmp_path)) == ["", ""]
+    assert [row["step"] for row in metrics(tmp_path / "kept") if "loss" in row] == [1, 2, 3, 4]
+    assert (tmp_path / "kept/summary.json").exists()
+
+
+@pytest.mark.slow
+def test_checkpoints_that_are_moved_away_are_missed(ranks, tmp_path):
+    flags = flags_of_four_steps(tmp_path, "run")
+    ((error, said),) = ranks(1).run(f"{GUARDING}:launcher_loses", "run/checkpoints", flags, str(tmp_path))
+    assert error == ""
+    assert "run/checkpoints was moved or deleted, with what was saved: it is made anew" in said
+    assert (tmp_path / "kept/latest").read_text() == "step2"
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step4"

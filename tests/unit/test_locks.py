@@ -4,13 +4,14 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 
 import pytest
 
 from megalr import locks
-from megalr.locks import NAME, FolderInUseError, FolderLock
+from megalr.locks import NAME, FolderGoneError, FolderInUseError, FolderLock
 from tests.processes import python, run, started
 
 HOLDING = """
@@ -99,3 +100,49 @@ def test_whatever_is_in_the_file(tmp_path, content):
             FolderLock().take(tmp_path)
     with FolderLock() as lock:
         lock.take(tmp_path)
+
+
+def test_a_folder_that_is_moved_is_not_held_any_more_and_the_next_one_is_left_alone(tmp_path):
+    run, kept = tmp_path / "run", tmp_path / "kept here"
+    with FolderLock() as lock:
+        lock.check()  # holds nothing yet
+        lock.take(run)
+        lock.check()
+        run.rename(kept)
+        next_one = FolderLock()
+        for meanwhile in (lambda: None, lambda: next_one.take(run)):
+            meanwhile()
+            with pytest.raises(FolderGoneError) as caught:
+                lock.check()
+            assert str(caught.value).startswith(f"{run} was moved to {kept} while this run wrote there")
+            assert f"write --output '{kept}', and add --resume" in str(caught.value)
+    next_one.check()
+    next_one.release()
+
+
+def test_a_folder_that_is_moved_back_is_held(tmp_path):
+    with FolderLock() as lock:
+        lock.take(tmp_path / "run")
+        (tmp_path / "run").rename(tmp_path / "kept")
+        assert not lock.is_in_place
+        (tmp_path / "kept").rename(tmp_path / "run")
+        lock.check()
+        with pytest.raises(FolderInUseError):
+            FolderLock().take(tmp_path / "run")
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_what_is_said_of_a_folder_or_lock_that_is_deleted(tmp_path, monkeypatch, knows):
+    """Also where the system does not say what became of a file."""
+    if not knows:
+        monkeypatch.setattr(locks.os, "readlink", lambda path: (_ for _ in ()).throw(FileNotFoundError(path)))
+    run = tmp_path / "run"
+    with FolderLock() as lock:
+        lock.take(run)
+        (run / NAME).unlink()
+        with pytest.raises(FolderGoneError, match=f"{run / NAME}, which keeps other runs out .* --resume"):
+            lock.check()
+        shutil.rmtree(run)
+        with pytest.raises(FolderGoneError, match=f"{run} was moved or deleted while .* start {run} anew"):
+            lock.check()
+    assert not run.exists()
