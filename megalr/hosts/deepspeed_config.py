@@ -40,6 +40,7 @@ def refuse_unsupported(content: Json) -> None:
         check_section(content)
     refuse_features(content)
     if content.get("scheduler"):
+        _refuse_cycled_betas(content["scheduler"])
         _refuse_torch_schedule(content)
     if content.get("zero_allow_untested_optimizer") is False:
         raise UserError(
@@ -48,6 +49,16 @@ def refuse_unsupported(content: Json) -> None:
         )
     if (content.get("fp16") or {}).get("enabled") not in (None, False, "auto") and not torch.cuda.is_available():
         raise UserError('fp16 needs a GPU: write "fp16": {"enabled": false} and "bf16": {"enabled": "auto"}')
+
+
+def _refuse_cycled_betas(section: Any) -> None:
+    """Raise a UserError for a schedule that is to cycle betas, which DeepSpeed would not do."""
+    params = section.get("params") if isinstance(section, Mapping) else None
+    if isinstance(params, Mapping) and params.get("cycle_momentum") is True:
+        raise UserError(
+            f"scheduler.params.cycle_momentum is true for {section.get('type')}, and megalr's optimizer keeps its "
+            'betas during a run: write "cycle_momentum": false; the learning rate is cycled as before'
+        )
 
 
 def _refuse_torch_schedule(content: Json) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import Node, get_gradient_edge
 
 from megalr.layers.base import MergeRounding, Parametrization
 from megalr.layers.tensor_parallel.messages import SharedInput
@@ -157,7 +158,8 @@ class ProjectedLinear(nn.Module):
         bias: (out_features,) or None.
         side: where the basis is.
         latents: what the group shares besides; None for a layer on its own.
-        full_gradient: sum of the whole weight's gradient over backward passes, for a refresh; None if none is due.
+        full_gradient: sum of the whole weight's gradient over the backward passes that add to R's, for a refresh;
+            None if none is due.
     """
 
     bias: nn.Parameter | None
@@ -207,8 +209,8 @@ class ProjectedLinear(nn.Module):
         """x Wᵀ + bias; the gradient goes to ``r``, which has to be this layer's R, perhaps by way of something."""
         materialize = self.materializes(x.numel() // self.in_features)
         y: Tensor = _Projected.apply(x, r, bias, self._latent(x, materialize), self, materialize)
-        if self.full_gradient is not None and torch.is_grad_enabled() and y.requires_grad:
-            y = _Collect.apply(y, x.detach(), self.full_gradient)
+        if self.full_gradient is not None and torch.is_grad_enabled() and self.R.requires_grad:
+            y = _Collect.apply(y, x.detach(), self.full_gradient, get_gradient_edge(self.R).node)
         return y
 
     def materializes(self, tokens: int) -> bool:
@@ -398,17 +400,30 @@ class FullGradientSum:
 
 
 class _Collect(torch.autograd.Function):
-    """Hands on y, and adds dyᵀ x to a sum when dy comes by."""
+    """Hands on y, and adds dyᵀ x to a sum when dy comes by on its way to R's gradient.
+
+    ``torch.autograd.grad`` for something else, as for a penalty or a saliency map, comes by as well; R's gradient knows
+    nothing of it, so the sum may not either.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, total: FullGradientSum) -> Tensor:
-        ctx.total = total
+    def forward(ctx: Any, y: Tensor, x: Tensor, total: FullGradientSum, accumulator: Node) -> Tensor:
+        ctx.total, ctx.accumulator = total, accumulator  # what adds to R.grad in this graph
         ctx.save_for_backward(x)
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        ctx.total.add(grads[0].reshape(-1, grads[0].shape[-1]), x.reshape(-1, x.shape[-1]))
-        return grads[0], None, None
+        if _accumulates(ctx.accumulator):
+            (x,) = ctx.saved_tensors
+            ctx.total.add(grads[0].reshape(-1, grads[0].shape[-1]), x.reshape(-1, x.shape[-1]))
+        return grads[0], None, None, None
+
+
+def _accumulates(accumulator: Node) -> bool:
+    """Whether the backward pass that is under way will add to the gradient of an accumulator's leaf."""
+    try:
+        return torch._C._will_engine_execute_node(accumulator)
+    except RuntimeError:  # torch's answer where ``torch.autograd.grad`` returns the leaf's gradient and adds it nowhere
+        return False

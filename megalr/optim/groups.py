@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -109,6 +109,25 @@ def check_names(groups: Iterable[ParameterGroup], module: nn.Module) -> None:
                 raise UserError(
                     f"megalr's optimizer was built for another module than the engine's: {name} is {theirs}. Give "
                     "megalr.build_optimizer the model that the engine gets, as it is then"
+                )
+
+
+def check_settings(groups: Iterable[ParameterGroup], param_groups: Iterable[Mapping[str, Any]]) -> None:
+    """Make sure that what a rule has of its own is not changed where the rule does not read it.
+
+    Raises:
+        UserError: betas or eps of a rule's group are no longer those of the configuration.
+    """
+    for group, now in zip(groups, param_groups, strict=True):
+        if group.rule is None:
+            continue
+        for key in ("betas", "eps"):
+            given, found = getattr(group.settings, key), now[key]
+            if found != given and not (key == "betas" and tuple(found) == tuple(given)):
+                raise UserError(
+                    f'param_groups has {key} {found} for the group "{group.name}", and the rule that updates it, '
+                    f"{group.rule.name}, goes on with {given}: leave {key} of this group as it was, or write another "
+                    f'"{key}" in optimizer.params and build the optimizer again'
                 )
 
 

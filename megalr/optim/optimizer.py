@@ -21,7 +21,7 @@ from megalr.optim.clock import Clock
 from megalr.optim.events.base import Event, LayerEvents, Step
 from megalr.optim.events.momentum_reset import MomentumReset
 from megalr.optim.events.refactorization import Refactorization
-from megalr.optim.groups import ParameterGroup
+from megalr.optim.groups import ParameterGroup, check_settings
 from megalr.optim.inspection import Inspection
 from megalr.optim.model_check import ModelCheck
 from megalr.optim.progress import Progress
@@ -108,7 +108,8 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         """Update the parameters of the current groups; after the last buffer of this update, run the events due.
 
         Raises:
-            UserError: what is done to the model since its engine was made would be undone; on all ranks alike.
+            UserError: what is done to the model since its engine was made would be undone; on all ranks alike. Or
+                betas or eps of a rule's group were changed, which the rule does not read.
         """
         if closure is not None:
             raise NotImplementedError("MegalrOptimizer.step takes no closure")
@@ -118,6 +119,8 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         if self._to_agree:
             agree(self._to_agree)
             self._to_agree = {}
+        if progress.is_between:
+            check_settings(self.groups, self.all_groups)
         if progress.is_between and self.checks_model:
             self.check_model()
         progress.begin(self.all_groups, shard, self.exchange, self._arrivals)

@@ -153,6 +153,18 @@ def test_every_way_in_refuses_before_anything_is_built():
         megalr.trainer_optimizer(SimpleNamespace(deepspeed=content))
 
 
+def test_a_schedule_that_cycles_betas_is_refused():
+    params = {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3, "cycle_first_step_size": 4}
+    content = json_with("scheduler", {"type": "OneCycle", "params": params | {"cycle_momentum": True}})
+    model = nn.Sequential(nn.Linear(4, 4))
+    words = '^scheduler.params.cycle_momentum is true for OneCycle, .* write "cycle_momentum": false'
+    for build in (megalr.build_optimizer, lambda model, config: megalr.initialize(model=model, config=config)):
+        with pytest.raises(UserError, match=words):
+            build(model, content)
+    for allowed in (params, params | {"cycle_momentum": False}):
+        megalr.build_optimizer(model, json_with("scheduler", {"type": "OneCycle", "params": allowed}))
+
+
 def test_what_deepspeed_refuses_is_said_before_anything_is_built():
     content = json_with("comms_logger.prof_ops", 5)
     content["megalr"] |= {"parametrization": {"type": "low_rank", "rank": 2}}

@@ -100,3 +100,28 @@ def test_an_optimizer_takes_no_more_parameters_and_is_not_copied():
     for copied in (copy.deepcopy, copy.copy, pickle.dumps):
         with pytest.raises(UserError, match="cannot be copied or pickled"):
             copied(optimizer)
+
+
+@pytest.mark.parametrize(("key", "value"), [("betas", (0.5, 0.999)), ("eps", 1e-4)])
+def test_betas_that_a_rule_would_not_read_are_refused(key, value):
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    config = {"optimizer": {"type": "GaLoreAdamW", "params": {"lr": 0.1, "rank": 2}}}
+    optimizer = megalr.build_optimizer(model, config)
+
+    def step() -> None:
+        model(torch.randn(3, 4)).square().sum().backward()
+        optimizer.step()
+
+    matrices, norm = optimizer.param_groups
+    given = matrices[key]
+    matrices["betas"] = list(matrices["betas"])  # as some checkpoints have them
+    norm[key] = value  # AdamW reads it
+    step()
+    matrices[key] = value
+    with pytest.raises(
+        UserError, match=f'^param_groups has {key} .* for the group "matrices".* galore, goes on with .* as it was'
+    ):
+        step()
+    assert optimizer.updates == 1
+    matrices[key] = given
+    step()

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import megalr
 from megalr.optim.events import projected as projection
@@ -65,6 +66,42 @@ def test_a_gradient_that_is_changed_delays_a_refresh_and_does_not_prevent_it(sid
         turn = layer.basis.T @ old
         torch.testing.assert_close(got.view_as(low), low @ turn.T if side == "input" else turn @ low)
         assert (layer.basis - old).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("asked", ["x", "other", "R"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_gradients_that_are_asked_for_between_updates_change_nothing(side, asked, checkpointing):
+    """A penalty, or a saliency map; with a micro-batch more in each update, and layers that are used twice."""
+    runs = []
+    for asks in (False, True):
+        torch.manual_seed(0)
+        config = {
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+            "megalr": {
+                "parametrization": {**PARAMETRIZATION, "update_proj_gap": 3, "side": side, "target_modules": ["0", "2"]}
+            },
+        }
+        model = nn.Sequential(nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 9), nn.LayerNorm(9))
+        megalr.parametrize(model, config)
+        optimizer = megalr.build_optimizer(model, config)
+
+        def loss(x, model=model):
+            y = checkpoint(model, model(x), use_reentrant=False) if checkpointing else model(model(x))
+            return y.sub(1).square().sum()
+
+        for _ in range(7):
+            optimizer.zero_grad()
+            for _ in range(2):
+                x = torch.randn(32, 9, requires_grad=True)
+                loss(x).backward()
+                if asks:
+                    torch.autograd.grad(loss(x), {"x": x, "other": model[3].weight, "R": model[0].R}[asked])
+            optimizer.step()
+        assert optimizer.refreshes >= 4
+        runs.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    for name, expected in runs[0].items():
+        assert torch.equal(runs[1][name], expected), name
 
 
 def test_a_refresh_goes_on_waiting_after_a_load():

@@ -216,6 +216,23 @@ def test_autocast(side, compute):
         assert (rounded - exact).norm() < 0.03 * exact.norm()
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_passes_that_make_no_gradient_of_r_are_not_collected(side):
+    """The sum is that of the gradients in R.grad, whatever else ``torch.autograd.grad`` is asked for."""
+    layer, _ = layer_of(side)
+    x = torch.randn(4, N, requires_grad=True)
+    layer.full_gradient = FullGradientSum()
+    for inputs in ([x], [layer.R], [x, layer.R], [layer.bias]):
+        torch.autograd.grad(layer(x).square().sum(), inputs)
+    layer(x).square().sum().backward(inputs=[x])
+    assert layer.full_gradient.value is None
+    layer(x).square().sum().backward()
+    layer(layer(x)[:, :1] * x).sum().backward(inputs=[layer.R])
+    whole = layer.full_gradient.value
+    low = whole @ layer.basis if side == "input" else layer.basis.T @ whole
+    torch.testing.assert_close(low, layer.R.grad)
+
+
 def test_inference_mode():
     ids = torch.arange(12).view(2, 6)
     model = llama(True, compute="low_rank")

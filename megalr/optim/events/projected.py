@@ -48,8 +48,8 @@ PARALLEL = 0.98  # the least squared cosine between the two gradients of R; roun
 # more, something changes R's gradient on its way, and the refresh does without its exact counterpart in the new basis.
 PATIENCE = 3
 WAITING = {
-    True: "R's gradient is not the full gradient times the basis: an update was skipped, or a hook, a penalty or "
-    "clipping by value changes it",
+    True: "R's gradient is not the full gradient times the basis: an update was skipped, a hook, a penalty or "
+    "clipping by value changes it, or it comes from torch.autograd.grad in place of backward()",
     False: "the full gradient is not finite",
 }
 
