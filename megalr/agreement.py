@@ -56,7 +56,7 @@ def agree(facts: Mapping[str, str], more: Callable[[], Mapping[str, str]] = dict
     Raises:
         UserError: on all ranks alike, with who differs in what.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not has_ranks():
         return
     own = torch.frombuffer(bytearray(hashlib.sha256(json.dumps(facts).encode()).digest()), dtype=torch.uint8)
     with _group_on_cpu() as group:
@@ -71,6 +71,11 @@ def agree(facts: Mapping[str, str], more: Callable[[], Mapping[str, str]] = dict
         + "\n".join(differences(found, hosts))
         + "\nStart them all with the same files, packages and arguments"
     )
+
+
+def has_ranks() -> bool:
+    """Whether this process has met others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def gathered(value: T) -> list[T]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalr import hosts
+from megalr.agreement import has_ranks
 from megalr.errors import UserError
 from megalr.guards.replicas import compare_replicas, find_replicas, in_words
 from megalr.hosts import host_of
@@ -55,10 +56,12 @@ def adopt_weights(engine: Any, weights: Mapping[str, Tensor] | None = None, *, m
     optimizer.check_model(weights=False)
     given = _names_on_first(weights)
     if given is not None:
-        _check_names(host.module, shard, given)
+        # The optimizer knows one of the names of a parameter that has several.
+        first = {id(parameter): name for name, parameter in named_parameters(host.module)}
+        _check_names(host.module, shard, given, first)
         host.prepare_load()
         for name, shape in given.items():
-            _take(host.module, shard, name, _from_first(weights, name, shape, host.device))
+            _take(host.module, shard, first, name, _from_first(weights, name, shape, host.device))
             optimizer.remainders.pop(name.removesuffix(".weight"), None)
     elif masters:
         host.prepare_load()
@@ -93,7 +96,7 @@ def _optimizer_of(host: RunningHost) -> MegalrOptimizer:
 def _names_on_first(weights: Mapping[str, Tensor] | None) -> dict[str, tuple[int, ...]] | None:
     """Names and shapes of what rank 0 was given, on all ranks; None for nothing."""
     names = [None if weights is None else {name: tuple(each.shape) for name, each in weights.items()}]
-    if _has_ranks():
+    if has_ranks():
         dist.broadcast_object_list(names, src=0)
     return names[0]
 
@@ -105,14 +108,15 @@ def _from_first(
     whole = torch.empty(shape, device=device)
     if weights is not None and name in weights and weights[name].shape == shape:
         whole.copy_(weights[name])
-    if _has_ranks():
+    if has_ranks():
         dist.broadcast(whole, src=0)
     return whole
 
 
-def _check_names(module: nn.Module, shard: Shard, given: Mapping[str, tuple[int, ...]]) -> None:
+def _check_names(
+    module: nn.Module, shard: Shard, given: Mapping[str, tuple[int, ...]], first: Mapping[int, str]
+) -> None:
     """Refuse tensors that the model does not have in this shape."""
-    first = {id(parameter): name for name, parameter in named_parameters(module)}
     known = {name: tuple(buffer.shape) for name, buffer in named_buffers(module)}
     for name, parameter in named_parameters(module, remove_duplicate=False):
         known[name] = tuple(shard.layout.shapes.get(first[id(parameter)]) or part_offset(name, parameter)[1])
@@ -131,7 +135,7 @@ def _check_names(module: nn.Module, shard: Shard, given: Mapping[str, tuple[int,
         )
 
 
-def _take(module: nn.Module, shard: Shard, name: str, whole: Tensor) -> None:
+def _take(module: nn.Module, shard: Shard, first: Mapping[int, str], name: str, whole: Tensor) -> None:
     """Write a whole tensor where this rank holds parts of it: into the masters, or a weight or buffer without any."""
     owner, _, leaf = name.rpartition(".")
     layer = submodule(module, owner)
@@ -141,10 +145,9 @@ def _take(module: nn.Module, shard: Shard, name: str, whole: Tensor) -> None:
         if isinstance(layer, FactorizedLinear):
             layer.buffers_changed()
         return
-    # The optimizer knows one of the names of a parameter that has several.
-    first = next(n for n, each in named_parameters(module) if each is parameter)
-    if first in shard.layout.shapes:
-        write(shard.layout.flat(first, whole), shard.buffers, shard.layout.on(first, shard.rank))
+    held = first[id(parameter)]
+    if held in shard.layout.shapes:
+        write(shard.layout.flat(held, whole), shard.buffers, shard.layout.on(held, shard.rank))
         return
     origin, _ = part_offset(name, parameter)
     for dim, (start, length) in enumerate(zip(origin, hosts.logical_shape(parameter), strict=False)):
@@ -177,7 +180,3 @@ def _check_replicas(host: RunningHost) -> None:
             f"these differ:\n{in_words(found, len(replicas))}\nWrite the same on every rank, or give whole tensors on "
             "rank 0 as megalr.adopt_weights(engine, weights)"
         )
-
-
-def _has_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

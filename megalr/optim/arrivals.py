@@ -70,8 +70,8 @@ class Arrivals:
 
     def refuse_missing(self) -> None:
         """Raise a UserError where some backward pass of an update has not reached a parameter that another has."""
-        made = [(count, name) for count, name in zip(self._counts, self._names, strict=True) if count]
-        seldom = [name for count, name in made if count < max(made)[0]]
+        passes = max(self._counts, default=0)
+        seldom = [name for name, count in zip(self._names, self._counts, strict=True) if 0 < count < passes]
         if seldom:
             raise UserError(
                 f"not every backward pass of an update has reached {_shown(seldom)}. ZeRO's stage 1 with overlap_comm, "

@@ -6,7 +6,7 @@ what it has there. What is done to the model afterwards would be undone, or left
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +84,10 @@ class ModelCheck:
 
     def _complaint(self, weights: bool, are_loaded: bool) -> str:
         """What is wrong as this rank sees it; empty if nothing is."""
-        parameters = list(self._trained.items() if self._model is None else named_parameters(self._model))
-        if {id(p) for _, p in parameters if p.requires_grad} != self._ids:
-            complaint = self._of_another_set(parameters)
+        # Names take longer than all else here, and are for a complaint alone.
+        parameters = self._trained.values() if self._model is None else self._model.parameters()
+        if {id(p) for p in parameters if p.requires_grad} != self._ids:
+            complaint = self._of_another_set()
             if complaint:
                 return complaint
         if [_place(p) for p in self._trained.values()] != self._places:
@@ -96,7 +97,8 @@ class ModelCheck:
             return _about(WRITTEN, written(self._shard, are_loaded=are_loaded))
         return ""
 
-    def _of_another_set(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
+    def _of_another_set(self) -> str:
+        parameters = list(self._trained.items() if self._model is None else named_parameters(self._model))
         here = {id(p) for _, p in parameters}
         frozen = [n for n, p in self._trained.items() if not p.requires_grad and id(p) in here]
         # One without elements has nothing to train, and some engines leave it out.

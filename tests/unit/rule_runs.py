@@ -67,3 +67,13 @@ def reference_weights(reference: Reference, gradients: list[Tensor]) -> list[Ten
 def worst(got: list[Tensor], expected: list[Tensor]) -> float:
     """The largest relative difference of two runs, by Frobenius norm; NaN if any is."""
     return torch.stack([(g - e).norm() / e.norm() for g, e in zip(got, expected, strict=True)]).max().item()
+
+
+def run_from(rule, state, gradients, start=0):
+    """The updates, with the state as it is after ``start`` others; it is modified in place."""
+    made = []
+    for updates, grad in enumerate(gradients, start):
+        due = rule.refresh_due(state, updates, 0)
+        basis = rule.new_basis(grad, state, updates=updates, seed=SEED, name=NAME) if due else None
+        made.append(rule.update(grad, state, basis))
+    return made

@@ -25,6 +25,7 @@ from tests.unit.rule_runs import (
     drifting_gradients,
     reference_weights,
     rule_weights,
+    run_from,
     worst,
 )
 
@@ -299,16 +300,6 @@ def test_state_is_fp32_tensors_and_counts_of_the_size_that_is_said(shape):
         assert {key: value.shape for key, value in tensors.items()} == before, name
         assert sum(value.numel() for value in tensors.values()) == rule.state_numel(shape), name
         assert set(rule.basis_keys(shape)) <= set(tensors), name
-
-
-def run_from(rule, state, gradients, start=0):
-    """The updates, with the state as it is after ``start`` others; it is modified in place."""
-    made = []
-    for updates, grad in enumerate(gradients, start):
-        due = rule.refresh_due(state, updates, 0)
-        basis = rule.new_basis(grad, state, updates=updates, seed=SEED, name=NAME) if due else None
-        made.append(rule.update(grad, state, basis))
-    return made
 
 
 def test_state_of_both_sides():

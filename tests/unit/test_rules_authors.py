@@ -18,18 +18,9 @@ from megalr.optim.forms import changed_settings, rule_settings
 from megalr.rules.quantization import dequantize_groups, quantize_groups
 from megalr.rules.registry import RULES
 from tests.references import reference_for
-from tests.unit.rule_runs import LR, NAME, SEED, drifting_gradients
+from tests.unit.rule_runs import LR, drifting_gradients, run_from
 
 BOUND = 2e-5
-
-
-def run(rule, state, gradients, start=0):
-    made = []
-    for updates, grad in enumerate(gradients, start):
-        due = rule.refresh_due(state, updates, 0)
-        basis = rule.new_basis(grad, state, updates=updates, seed=SEED, name=NAME) if due else None
-        made.append(rule.update(grad, state, basis))
-    return made
 
 
 def numbers_of(state):
@@ -100,16 +91,16 @@ def test_an_old_ldadam_state_keeps_its_side(way):
     gradients = drifting_gradients((12, 12), 9)
     right = RULES["LDAdamW"](rank=4, proj_type="right")
     old = right.init_state((12, 12))
-    run(right, old, gradients[:3])
+    run_from(right, old, gradients[:3])
     del old["version"]
-    expected = run(right, copy.deepcopy(old), gradients[3:], start=3)
+    expected = run_from(right, copy.deepcopy(old), gradients[3:], start=3)
     if way == "room":
         rule = RULES["LDAdamW"](rank=4)
         for begin in (3, 6):
             room = rule.room(numbers_of(old), (12, 12), "cpu")
             assert room.keys() == old.keys() and all(room[k].shape == old[k].shape for k in ("right", "exp_avg"))
             old = room | old
-            got = run(rule, old, gradients[begin : begin + 3], start=begin)
+            got = run_from(rule, old, gradients[begin : begin + 3], start=begin)
             assert all(torch.equal(*pair) for pair in zip(got, expected[begin - 3 :], strict=False))
         return
     model, optimizer = trainer("LDAdamW", rank=4)
@@ -135,9 +126,9 @@ def test_golore_turns_the_first_moment_alone():
     gradients = drifting_gradients((12, 20), 4)
     rule = RULES["GoLoreAdamW"](rank=4, random_from=3, update_proj_gap=3)
     state = rule.init_state((12, 20))
-    run(rule, state, gradients[:3])
+    run_from(rule, state, gradients[:3])
     m, v, old = (state[key].clone() for key in ("exp_avg", "exp_avg_sq", "left"))
-    run(rule, state, gradients[3:], start=3)
+    run_from(rule, state, gradients[3:], start=3)
     new = state["left"]
     assert not torch.allclose(old, new)
     low = new.T @ gradients[3]
@@ -154,7 +145,7 @@ def test_apollos_limiter_sees_the_update_without_its_bias_correction():
     gradients = [grad * (1 + 0.5 * (t % 3)) for t, grad in enumerate(gradients)]  # so that the limiter has work
     rule = RULES["APOLLO"](rank=4, scale=4.0, eps=1e-12)
     state = rule.init_state((12, 20))
-    got, last, limited = run(rule, state, gradients), None, 0
+    got, last, limited = run_from(rule, state, gradients), None, 0
     m = v = torch.zeros(4, 20)
     for t, (grad, update) in enumerate(zip(gradients, got, strict=True), start=1):
         low = state["left"].T @ grad
@@ -172,12 +163,12 @@ def test_an_old_norm_of_apollo_goes_on_as_a_new_one():
     gradients = drifting_gradients((12, 20), 8)
     rule = RULES["APOLLO"](rank=4, scale=4.0)
     state = rule.init_state((12, 20))
-    run(rule, state, gradients[:5])
+    run_from(rule, state, gradients[:5])
     old = {key: value for key, value in copy.deepcopy(state).items() if key != "version"}
     old["norm"] *= 2.0 * (1 - 0.999**5) ** 0.5 / (1 - 0.9**5)  # with the scale's root and the bias correction
     old = rule.room(numbers_of(old), (12, 20), "cpu") | old
     assert "version" not in old
-    expected, got = (run(rule, each, gradients[5:], start=5) for each in (state, old))
+    expected, got = (run_from(rule, each, gradients[5:], start=5) for each in (state, old))
     for pair in zip(got, expected, strict=True):
         torch.testing.assert_close(*pair)
 
@@ -191,7 +182,7 @@ def test_q_galore_trains_single_rows_and_columns(shape):
     gradients = [-grad for grad in drifting_gradients(shape, 6)]
     settings = {"rank": 4, "eps": 1e-8}
     got, expected = (
-        run(rule, rule.init_state(shape), gradients)
+        run_from(rule, rule.init_state(shape), gradients)
         for rule in (RULES[name](**settings) for name in ("QGaLoreAdamW", "GaLoreAdamW"))
     )
     for update, other in zip(got, expected, strict=True):
@@ -227,10 +218,10 @@ def test_an_old_frugal_state_keeps_its_columns(settings, shape, former):
     old = rule.room({"refreshes": 0, "step": 0}, shape, "cpu")
     assert former in (old["exp_avg"].shape if "columns" not in old else old["columns"].shape)
     gradients = drifting_gradients(shape, 5)
-    run(rule, old, gradients)
+    run_from(rule, old, gradients)
     assert "version" not in old and former in (old.get("columns", old["exp_avg"])).shape
     new = rule.init_state(shape)
-    run(rule, new, gradients)
+    run_from(rule, new, gradients)
     assert new["version"] == 2 and rule.rank_of(shape) in (new.get("columns", new["exp_avg"])).shape
 
 
