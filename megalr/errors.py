@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """A mistake in a configuration, a flag or a file, worded for the person who made it.
@@ -25,3 +27,10 @@ def in_short(error: Exception) -> str:
 def printable(text: str) -> str:
     """Text of others for a terminal: control characters, which could rewrite the line, as Python writes them."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def some_of(items: Sequence[str], most: int = 3, between: str = ", ") -> str:
+    """The first items for a message, and how many more there are."""
+    more = len(items) - most
+    shown = between.join(items[:most])
+    return shown if more <= 0 else f"{shown}{between.replace(',', '')}and {more} more"

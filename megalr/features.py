@@ -22,7 +22,8 @@ The keys are those of DeepSpeed {VERSION}'s JSON.
   with an optimizer of megalr's.
 - untested: left to DeepSpeed.
 
-A key that is not here is refused, too. Keys that begin with `_`, `#`, `//` or `comment` are yours.
+A key that is not here is refused in a section, and at the top where it resembles one that is or asks for something to
+be enabled; of others at the top a warning is given. Keys that begin with `_`, `#`, `//` or `comment` are yours.
 """
 TESTS = "tests/deepspeed/test_features.py::"
 CALLS = (

@@ -57,6 +57,11 @@ def slip(word: str, known: Iterable[str]) -> str | None:
     return next((each for each in known if each != word and _one_slip(word.lower(), each.lower())), None)
 
 
+def resembles(word: str, known: Iterable[str], similarity: float) -> bool:
+    """Whether a word is at least so similar to a known one, from 0 to 1 as difflib measures it."""
+    return bool(difflib.get_close_matches(word.lower(), list(known), cutoff=similarity))
+
+
 def _one_slip(first: str, second: str) -> bool:
     at = _alike(first, second)
     one, other = first[at:], second[at:]

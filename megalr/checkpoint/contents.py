@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megalr.checkpoint.random_states import random_states, set_random_states
 from megalr.checkpoint.schedules import goes_on, schedule_numbers, set_schedule
-from megalr.errors import UserError
+from megalr.errors import UserError, some_of
 from megalr.hosts import held, host_of, logical_shape
 from megalr.hosts.tensor_parallel import indices_in_whole, part_offset
 from megalr.layers.base import FactorizedLinear
@@ -219,12 +219,10 @@ class Contents:
         theirs = {key: tuple(each.shape) for key, each in saved.items() if key.split("/")[0] in kinds}
         wrong = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         if wrong:
-            lines = [f"  {key}: {theirs.get(key, 'none')} -> {mine.get(key, 'none')}" for key in wrong[:5]]
-            more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""  # noqa: PLR2004  (lines that are shown)
+            lines = [f"{key}: {theirs.get(key, 'none')} -> {mine.get(key, 'none')}" for key in wrong]
             raise UserError(
-                "the checkpoint is of another model or parametrization (checkpoint -> now):\n"
-                + "\n".join(lines)
-                + more
+                "the checkpoint is of another model or parametrization (checkpoint -> now):\n  "
+                + some_of(lines, 5, "\n  ")
                 + "\nload it with the model and the megalr.parametrization that it was written with"
             )
 

@@ -19,7 +19,7 @@ from megalr.checkpoint.checking import check_content
 from megalr.checkpoint.format import itemsize, piece_name
 from megalr.checkpoint.inputs import check_depth, open_inside, parse, read_inside
 from megalr.disk import write_and_sync
-from megalr.errors import UserError, printable
+from megalr.errors import UserError, printable, some_of
 from megalr.naming import without_wrappers
 from megalr.version import __version__
 
@@ -266,4 +266,4 @@ def _checksum_of(read: Callable[[int], bytes], length: int) -> int:
 def _some(keys: Sequence[str]) -> str:
     """Parameters for a message: a few of them."""
     names = list(dict.fromkeys(printable(key.partition("/")[2]) for key in keys))
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return some_of(names)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megalr import hosts
 from megalr.agreement import has_ranks
-from megalr.errors import UserError
+from megalr.errors import UserError, some_of
 from megalr.guards.replicas import compare_replicas, find_replicas, in_words
 from megalr.hosts import host_of
 from megalr.hosts.base import RunningHost
@@ -127,11 +127,11 @@ def _check_names(
             )
     wrong = [name for name, shape in given.items() if known.get(name) != tuple(shape)]
     if wrong:
-        lines = [f"  {name}: {given[name]} -> {known.get(name, 'none')}" for name in wrong[:SHOWN]]
-        more = f"\n  and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        lines = [f"{name}: {given[name]} -> {known.get(name, 'none')}" for name in wrong]
         raise UserError(
-            "these weights are not of this model (given -> the model's):\n" + "\n".join(lines) + more + "\nGive "
-            "tensors by the names and in the shapes of megalr.consolidated_state_dict(engine)"
+            "these weights are not of this model (given -> the model's):\n  "
+            + some_of(lines, SHOWN, "\n  ")
+            + "\nGive tensors by the names and in the shapes of megalr.consolidated_state_dict(engine)"
         )
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalr.errors import some_of
 from megalr.hosts import is_replicated
 from megalr.hosts.tensor_parallel import tensor_parallel_cuts, tensor_parallel_rank
 from megalr.naming import named_parameters
@@ -127,6 +128,5 @@ def in_words(found: dict[int, list[str]], total: int) -> str:
     """What :func:`compare_replicas` found, for a message."""
     lines = []
     for rank, names in found.items():
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        lines.append(f"  rank {rank}: {', '.join(names[:SHOWN])}{more} ({len(names)} of {total})")
+        lines.append(f"  rank {rank}: {some_of(names, SHOWN)} ({len(names)} of {total})")
     return "\n".join(lines)

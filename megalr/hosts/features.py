@@ -7,18 +7,24 @@ the test that shows it. ``megalr/features.py`` makes docs/deepspeed.md of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from megalr.errors import UserError
-from megalr.schema import Json, nearest
+from megalr.schema import Json, nearest, resembles, slip
+
+logger = logging.getLogger(__name__)
 
 VERSION = "0.19.8"
 COMMENTS = ("_", "#", "//", "comment")  # how keys begin that nobody reads, and that stay
 OURS = ("megalr",)
 DEPRECATED = "stage3_"  # what DeepSpeed takes with and without
 OPEN = ("hybrid_engine", "expert_parallel", "compile")  # the table has one key of each; DeepSpeed knows the others
+ALIKE, ALIKE_SECTION = 0.8, 0.7  # how similar an unknown key may be to a known one, as schema.resembles measures it
 UNSET = (None, False, "auto")  # values with which a feature is not in use
 
 TRAINS = "tests/deepspeed/test_features.py::test_trains_as_one_plain_process"
@@ -159,7 +165,7 @@ FEATURES: tuple[Feature, ...] = (
         works("check_grad_overflow", UNCHECKED, "megalr looks at gradients itself"),
         refused("bf16_master_weights_and_grads bf16_optimizer_states", f"{ADAM_ONLY}: remove it"),
     ),
-    refused("bfloat16", 'an old name: write "bf16"', {"enabled": True}),
+    refused("bfloat16", 'an old name: write "bf16"', {"enabled": True}, (*UNSET, {"enabled": False})),
     untested("fp16", GPU),
     *within(
         "fp16",
@@ -262,6 +268,9 @@ def refuse_features(content: Json) -> None:
 def refuse_unknown(content: Json) -> None:
     """Refuse keys that DeepSpeed does not know, and would leave out without a word.
 
+    Beside the sections, where training programs of others keep keys of their own, a key is refused if it resembles a
+    known one or asks for something to be enabled. Of others a warning is given, once.
+
     Args:
         content: the whole JSON.
 
@@ -271,11 +280,13 @@ def refuse_unknown(content: Json) -> None:
     for section in ("", *sections()):
         given = content if not section else _at(content, section)[1]
         known = children(section)
-        for key in given if isinstance(given, Mapping) else ():
-            if key not in known and not str(key).startswith(COMMENTS):
+        unknown = [key for key in given if key not in known] if isinstance(given, Mapping) else []
+        for key in (key for key in unknown if not str(key).startswith(COMMENTS)):
+            if section or len(unknown) == len(given) or _may_be_meant(str(key), given[key], known):
                 where = section or "the JSON"
                 hint = nearest(str(key), known).partition(" valid: ")[0].rstrip(";")
                 raise UserError(f'{where} has no key "{key}"{hint} (docs/deepspeed.md has all of DeepSpeed {VERSION})')
+            _mention(str(key))
 
 
 def sections() -> list[str]:
@@ -291,6 +302,19 @@ def children(section: str) -> dict[str, None]:
     names = [path[len(dotted) :] for path in paths if path.startswith(dotted) and path != section]
     own = dict.fromkeys(name.partition(".")[0] for name in names)
     return own | {name.removeprefix(DEPRECATED): None for name in own} | dict.fromkeys(() if section else OURS)
+
+
+def _may_be_meant(key: str, value: Any, known: Iterable[str]) -> bool:
+    """Whether an unknown key is a known one in other letters, or a section that is to do something."""
+    if slip(key, known) or (isinstance(value, Mapping) and value.get("enabled") not in UNSET):
+        return True
+    return resembles(key, known, ALIKE_SECTION if isinstance(value, Mapping) else ALIKE)
+
+
+@cache
+def _mention(key: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning('the JSON\'s "%s" is a key of neither megalr nor DeepSpeed %s: nobody reads it', key, VERSION)
 
 
 def _at(content: Json, path: str) -> tuple[bool, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from megalr.errors import UserError
+from megalr.errors import UserError, some_of
 from megalr.layout.exchange import Exchange
 
 SHOWN = 4  # parameters in a message
@@ -60,7 +60,7 @@ class Arrivals:
         """
         least, most = exchange.range_of(torch.tensor(self._counts))
         names = [name for name, low, high in zip(self._names, least, most, strict=True) if low != high]
-        what = f"used different parameters: {_shown(names)}" if names else "used parameters in another order"
+        what = f"used different parameters: {some_of(names)}" if names else "used parameters in another order"
         raise UserError(
             f"ranks have {what}. ZeRO's stage 2, and stage 1 with overlap_comm, add gradients up in the order in which "
             "they come, so those of different parameters have been mixed. Have every rank use all parameters (add "
@@ -74,10 +74,10 @@ class Arrivals:
         seldom = [name for name, count in zip(self._names, self._counts, strict=True) if 0 < count < passes]
         if seldom:
             raise UserError(
-                f"not every backward pass of an update has reached {_shown(seldom)}. ZeRO's stage 1 with overlap_comm, "
-                "and stage 2 with the optimizer on the CPU, take gradients in the last one, and leave out those of "
-                'parameters that it does not reach: write "overlap_comm": false at stage 1, or "stage": 3 with '
-                "offload_optimizer"
+                f"not every backward pass of an update has reached {some_of(seldom)}. ZeRO's stage 1 with "
+                "overlap_comm, and stage 2 with the optimizer on the CPU, take gradients in the last one, and leave "
+                'out those of parameters that it does not reach: write "overlap_comm": false at stage 1, or "stage": '
+                "3 with offload_optimizer"
             )
 
     def _hook(self, index: int) -> object:
@@ -88,7 +88,3 @@ class Arrivals:
             self._order = zlib.crc32(mark, self._order)
 
         return count
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from megalr.errors import UserError
+from megalr.errors import UserError, some_of
 from megalr.hosts import is_partitioned, logical_shape
 from megalr.layout.exchange import Exchange
 from megalr.layout.shard import Shard, Twin
@@ -125,8 +125,7 @@ def _place(parameter: Tensor) -> tuple[torch.dtype, int | None]:
 
 
 def _about(words: str, names: list[str]) -> str:
-    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-    return words.format(names=shown) if names else ""
+    return words.format(names=some_of(names, SHOWN)) if names else ""
 
 
 def _is_cast(twin: Twin, by_way_of: torch.dtype | None) -> bool:

@@ -12,7 +12,7 @@ import torch
 from megalr.checkpoint.export.weights import Weights, check_model
 from megalr.config.text import read
 from megalr.data.tokenizer import largest_token
-from megalr.errors import UserError, printable
+from megalr.errors import UserError, printable, some_of
 from megalr.layers import parametrize
 from megalr.schema import slip
 
@@ -159,10 +159,10 @@ def config_of(values: dict[str, Any], weights: Weights) -> LlamaConfig:
     found = {name: weights.shape(name) for name in (*weights, *weights.aliases)}
     wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if wrong:
-        some = "; ".join(f"{name}: {found.get(name, 'none')} -> {expected.get(name, 'none')}" for name in wrong[:3])
+        changes = [f"{printable(name)}: {found.get(name, 'none')} -> {expected.get(name, 'none')}" for name in wrong]
         raise UserError(
             f"{weights.manifest.folder} is of another model than its run's configuration describes (checkpoint -> "
-            f"configuration): {printable(some)}" + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            f"configuration): {some_of(changes)}"
         )
     return config
 

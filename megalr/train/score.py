@@ -17,7 +17,7 @@ from megalr.checkpoint.manifest import Manifest
 from megalr.data import Data, DataConfig, load_data, load_tokenizer
 from megalr.data.sources import refuse_text_column
 from megalr.data.tokenizer import EMBEDDED_TOKENIZER, digest_of_tokenizer
-from megalr.errors import UserError, in_short
+from megalr.errors import UserError, in_short, some_of
 from megalr.flags import PlainParser, nonempty, positive
 from megalr.layers import parametrize
 from megalr.plugins import load_plugins
@@ -286,8 +286,7 @@ def _read_export(folder: Path) -> Any:
             "cut or missing, write the export again"
         ) from error
     wrong = [
-        f"{kind.removesuffix('_keys')}: {', '.join(sorted(map(str, report[kind]))[:3])}"
-        + (f" and {len(report[kind]) - 3} more" if len(report[kind]) > 3 else "")  # noqa: PLR2004  (that are shown)
+        f"{kind.removesuffix('_keys')}: {some_of(sorted(map(str, report[kind])))}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
         if report.get(kind)
     ]

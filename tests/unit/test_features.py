@@ -110,7 +110,7 @@ def test_what_the_table_refuses_is_refused(key, value):
         {"zero_optimization": {"offload_param": {"device": "none"}, "prefetch_bucket_size": 10}},
         {"hybrid_engine": {"enabled": False}, "_mine": 1, "comment": "mine", "#": ["mine"]},
         {"zero_optimization": "auto", "bf16": None},
-        {"aio": {"queue_depth": 8, "thread_count": 1}},
+        {"aio": {"queue_depth": 8, "thread_count": 1}, "bfloat16": {"enabled": False}},
     ],
 )
 def test_defaults_and_comments_are_not_refused(content):
@@ -128,6 +128,8 @@ def test_defaults_and_comments_are_not_refused(content):
         ({"bf16": {"enable": True}}, 'bf16 has no key "enable"; did you mean "enabled"?'),
         ({"torch_autocast": {"dytpe": "bfloat16"}}, 'torch_autocast has no key "dytpe"; did you mean "dtype"?'),
         ({"fp32_allreduce": True}, 'the JSON has no key "fp32_allreduce"'),
+        ({"train_batch_size": 8, "optim": {"type": "Muon"}}, 'no key "optim"; did you mean "optimizer"?'),
+        ({"train_batch_size": 8, "micro_batch_size_per_gpu": 1}, 'no key "micro_batch_size_per_gpu"; did you mean'),
         (
             {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
             "zero_optimization.offload_optimizer has no key",
@@ -137,6 +139,19 @@ def test_defaults_and_comments_are_not_refused(content):
 def test_a_key_that_deepspeed_does_not_know_is_refused(content, words):
     with pytest.raises(UserError, match=re.escape(words)):
         refuse_features(content)
+
+
+def test_keys_of_other_programs_stay_and_are_mentioned_once(caplog):
+    content = {"train_batch_size": 8, "seed": 1, "cuda_visible_devices": "0"}
+    for _ in range(2):
+        refuse_features(content | {"logging_batch_size_per_gpu": None, "data_impl": "mmap", "comms": {"a": 1}})
+    assert [record.args[0] for record in caplog.records] == [
+        "seed",
+        "cuda_visible_devices",
+        "logging_batch_size_per_gpu",
+        "data_impl",
+        "comms",
+    ]
 
 
 def test_every_way_in_refuses_before_anything_is_built():

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import os
 import sys
 import weakref
 from functools import cache
@@ -80,7 +81,23 @@ def _is_module(name: str) -> bool:
 @cache
 def _known_names() -> set[str]:
     objects: list[Any] = [torch, torch.Tensor, nn, nn.Module, nn.Parameter, torch.optim, torch.optim.lr_scheduler]
-    objects += [dist, type(dist.group), str, list, dict, tuple, set, int, float, Exception, type, sys, json, inspect]
+    objects += [
+        dist,
+        type(dist.group),
+        str,
+        list,
+        dict,
+        tuple,
+        set,
+        int,
+        float,
+        Exception,
+        type,
+        os,
+        sys,
+        json,
+        inspect,
+    ]
     objects += [inspect.Signature, inspect.BoundArguments, weakref, logging, logging.Logger]
     names = {name for each in objects for name in dir(each)}
     for module in sources():
