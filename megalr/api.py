@@ -281,7 +281,8 @@ def _complete(training_args: Any, content: Json) -> None:
 def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
     """The model's weights as whole tensors on rank 0's CPU, by qualified name; None on other ranks. Collective.
 
-    Trained parameters come from the fp32 masters, at any ZeRO stage; frozen ones and persistent buffers as they are.
+    A parameter that layers share is there under each of its names, as one tensor. Trained parameters come from the fp32
+    masters, at any ZeRO stage; frozen ones and persistent buffers as they are.
 
     Raises:
         UserError: the masters are not what the model has, see :func:`megalr.adopt_weights`, or the optimizer was built
@@ -297,8 +298,11 @@ def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
         places = indices_in_whole(parameter)
         if places is not None and state is not None:
             state[name] = torch.empty_like(state[name]).index_copy_(0, places, state[name])
-    # Layers may share a frozen parameter, and each has its own name for it.
+    # Layers may share a parameter, and each has its own name for it.
+    first = {id(parameter): name for name, parameter in named_parameters(module)}
     for name, parameter in named_parameters(module, remove_duplicate=False):
+        if name not in trained and first[id(parameter)] in trained and state is not None:
+            state[name] = state[first[id(parameter)]]
         if name not in trained and (not parameter.requires_grad or 0 in logical_shape(parameter)):
             with gather([parameter]):
                 whole = whole_frozen(name, parameter)

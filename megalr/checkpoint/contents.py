@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megalr.checkpoint.random_states import random_states, set_random_states
 from megalr.checkpoint.schedules import goes_on, schedule_numbers, set_schedule
 from megalr.errors import UserError, some_of
+from megalr.generation import next_generation
 from megalr.hosts import held, host_of, logical_shape
 from megalr.hosts.tensor_parallel import indices_in_whole, part_offset
 from megalr.layers.base import FactorizedLinear
@@ -169,6 +170,7 @@ class Contents:
         self._settle_buffers()
         settle(self._optimizer, numbers["optimizer"])
         self._host.publish(self._shard)
+        next_generation()
         self._host.set_counters(numbers["engine"])
         self._settle_schedule(numbers)
         self._host.set_loss_scale(numbers["loss_scaler"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megalr import hosts
 from megalr.agreement import has_ranks
 from megalr.errors import UserError, some_of
+from megalr.generation import next_generation
 from megalr.guards.replicas import compare_replicas, find_replicas, in_words
 from megalr.hosts import host_of
 from megalr.hosts.base import RunningHost
@@ -71,6 +72,7 @@ def adopt_weights(engine: Any, weights: Mapping[str, Tensor] | None = None, *, m
         optimizer.remainders.clear()
         host.prepare_load()
     host.publish(shard)
+    next_generation()
 
 
 def _optimizer_of(host: RunningHost) -> MegalrOptimizer:

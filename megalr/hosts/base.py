@@ -226,7 +226,7 @@ class RunningHost(Host):
     def progress(self) -> tuple[int, int]:
         """Micro-batches of the update under way that are made, and of how many.
 
-        ``(0, n)`` between two updates, and where the user says when an update ends.
+        ``(0, n)`` between two updates. Where the user says when an update ends, the last backward pass alone is known.
         """
 
     @abstractmethod

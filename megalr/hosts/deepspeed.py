@@ -39,6 +39,7 @@ GRADIENTS = {
 COUNTS = ("global_steps", "global_samples", "skipped_steps")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 SCALER_HOLDERS = ("loss_scaler", "loss_scale_config")  # what ZeRO's wrappers call it, and the one of stage 0
+PASSED = "megalr_passed"  # our mark of an engine that has made a backward pass since its last step
 POSITION = "last_batch_iteration"  # of DeepSpeed's own schedules: their attribute, and all of their state
 # What engine.save_checkpoint writes: model states, ZeRO's states, layers of a pipeline.
 CHECKPOINT_FILES = ("mp_rank_*_model_states.pt", "*zero_pp_rank_*_states.pt", "layer_*-model_*.pt")
@@ -195,7 +196,8 @@ class DeepSpeedEngine(DeepSpeed, RunningHost):
         engine = self._engine
         size = int(engine.gradient_accumulation_steps())
         told = getattr(engine, "_is_gradient_accumulation_boundary", None) is not None
-        return (0 if told or not self._counts_micro_batches() else engine.micro_steps % size), size
+        stepped = 0 if told or not self._counts_micro_batches() else engine.micro_steps % size
+        return stepped + bool(getattr(engine, PASSED, False)), size
 
     def counters(self) -> dict[str, int]:
         return {key: getattr(self._engine, key) for key in COUNTS}

@@ -19,7 +19,7 @@ import torch
 
 from megalr.errors import UserError
 from megalr.hosts import zero_layouts
-from megalr.hosts.deepspeed import ACCUMULATING, ENGINE, STAGES_1_AND_2, UNFUSED, DeepSpeedEngine
+from megalr.hosts.deepspeed import ACCUMULATING, ENGINE, PASSED, STAGES_1_AND_2, UNFUSED, DeepSpeedEngine
 from megalr.hosts.deepspeed_config import refuse_unsupported
 from megalr.hosts.deepspeed_gradients import forget_old_gradients
 from megalr.hosts.deepspeed_monitors import outlive_monitors
@@ -62,8 +62,6 @@ INTERNALS = {
     ACCUMULATING: ("grad_accum",),
     UNFUSED: ("refresh_fp32_params",),
 }
-
-PASSED = "megalr_passed"  # our mark of an engine that has made a backward pass since its last step
 
 _watched: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -139,8 +137,9 @@ def _passed(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def backward(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_ours(engine) and _wants_one_pass(engine):
-            if getattr(engine, PASSED, False) or getattr(engine.optimizer, "_coalesce_grad_reduction", False):
+        if _is_ours(engine):
+            is_second = getattr(engine, PASSED, False) or getattr(engine.optimizer, "_coalesce_grad_reduction", False)
+            if is_second and _wants_one_pass(engine):
                 raise UserError(
                     "engine.backward was called twice before engine.step. ZeRO's stages 1 and 2 lose gradients by that "
                     "where gradient_accumulation_steps is not 1: add the losses up and call engine.backward once, or "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node, get_gradient_edge
 
+from megalr.generation import generation
 from megalr.layers.base import MergeRounding, Parametrization
 from megalr.layers.tensor_parallel.messages import SharedInput
 from megalr.layers.tensor_parallel.split import Split, become
@@ -308,8 +309,9 @@ class SharedLatent:
 
     def of(self, x: Tensor, layer: ProjectedLinear) -> Tensor:
         """x Q for one of the layers; under DeepSpeed each gets a view of x of its own."""
-        version = 0 if x.is_inference() else x._version  # tensors of inference mode have none
-        key = (x.data_ptr(), version, x.shape, x.stride(), x.dtype)
+        if x.is_inference():  # without a version, which would tell that x was written to
+            return _latent(x, layer.basis)
+        key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, generation())
         if self._held is None or self._key != key or id(layer) in self._served:
             self._key, self._served = key, set()
             self._held = (x.detach(), _latent(x, layer.basis))

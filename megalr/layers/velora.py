@@ -85,11 +85,11 @@ def _compressed(model: nn.Module) -> Iterator[tuple[str, VeloraLinear]]:
 class VeloraLinear(nn.Linear):
     """``nn.Linear`` that saves ``groups`` numbers for each token, once it has a direction.
 
-    v is the mean of the sub-tokens of the first update, over all ranks and micro-batches, normalized; the published
-    code takes the first micro-batch of each process. Until then x is saved whole.
+    v is the mean of the sub-tokens of the first update that the layer is used in, over all ranks and micro-batches,
+    normalized; the published code takes the first micro-batch of each process. Until then x is saved whole.
 
     Attributes:
-        direction: v, (in_features / groups,), fp32; None before the first update is over.
+        direction: v, (in_features / groups,), fp32; None before that update is over.
         total: the sum of this rank's sub-tokens so far, while there is no direction.
     """
 

@@ -12,6 +12,7 @@ from megalr import hosts
 from megalr.agreement import agree
 from megalr.config.settings import MegalrConfig
 from megalr.errors import UserError
+from megalr.generation import next_generation
 from megalr.hosts.base import Host
 from megalr.layout.shard import Shard
 from megalr.optim import engine_state
@@ -202,6 +203,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         for group, given in zip(self.param_groups, self.groups, strict=True):
             group.update({key: value for key, value in vars(given.settings).items() if key != "lr"})
         self._loaded, self._are_loaded = loaded, True
+        next_generation()
         if self._sharded is not None:
             self._fill()
 
@@ -297,6 +299,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
             return
         self.updates += 1
         self._are_loaded = False
+        next_generation()
         for clock in self.clocks.values():
             clock.advance()
         zeroed = self._resets_due(self.updates)

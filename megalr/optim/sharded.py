@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megalr import hosts
 from megalr.config.settings import MegalrConfig
+from megalr.errors import UserError
 from megalr.hosts.base import Host
 from megalr.layout.exchange import Exchange
 from megalr.layout.shard import Shard
@@ -48,6 +50,9 @@ class Sharded:
             param_groups: its groups now, with the engine's tensors in "params".
             config: maximum temporary memory, random seed, and how tensor-parallel ranks update.
             host: the engine; None: recognized by what it has made of the parameters.
+
+        Raises:
+            UserError: what is to be updated has a dtype that cannot be.
         """
         read = hosts.read if host is None else host.read
         local, shard = read([group.parameters for group in groups], param_groups)
@@ -62,6 +67,7 @@ class Sharded:
         )
         exact = config.tp_update == "exact"
         rules = {n: g.rule for g in groups if g.rule for n in g.parameters if n in shard.layout.shapes}
+        _check_dtypes(shard, with_rule=bool(rules))
         matrices = None
         if rules:
             own = shard if exact else local
@@ -88,3 +94,17 @@ class Sharded:
 def gradient_of(parameter: Tensor) -> Tensor:
     """The gradient; without one it counts as zero, as ZeRO has it."""
     return parameter.new_zeros(parameter.shape) if parameter.grad is None else parameter.grad
+
+
+def _check_dtypes(shard: Shard, *, with_rule: bool) -> None:
+    """Refuse what torch would refuse in mid-update: AdamW takes bf16 without masters, rules need fp32."""
+    fitting = {torch.float32} if with_rule else {torch.float32, torch.bfloat16}
+    found = sorted(
+        {str(buffer.dtype).removeprefix("torch.") for buffer in shard.buffers if buffer.dtype not in fitting}
+    )
+    if found:
+        raise UserError(
+            f"the optimizer was given {found[0]} weights to update, and needs fp32: for a model in 16 bits write "
+            '"bf16": {"enabled": true} in the JSON, which keeps fp32 masters; for any other call model.float() before '
+            "the optimizer is built"
+        )

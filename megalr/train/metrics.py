@@ -58,13 +58,17 @@ class MetricsLog:
         self._unwritten = ""
 
     def cut(self, step: int) -> None:
-        """Drop rows beyond ``step``, which a resumed run writes again, and lines that are no rows."""
+        """Drop rows beyond ``step``, which a resumed run writes again, and a last line that a kill has cut off.
+
+        Lines that somebody else wrote stay; nobody reads them.
+        """
         if not self._enabled or not self._path.exists():
             return
         part = self._path.with_name(f".{self._path.name}.part")
-        rows = [row for row in read_rows(self._path) if row["step"] <= step]
-        with named(part):
-            part.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        with named(self._path), self._path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
+            kept = [line for line in lines if _is_kept(line, step)]
+        with named(part), part.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            file.writelines(line if line.endswith("\n") else f"{line}\n" for line in kept)
         os.replace(part, self._path)
 
 
@@ -72,14 +76,21 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file, which need not exist; lines that a kill has cut off, or somebody else wrote, are left out."""
     if not path.exists():
         return
-    with named(path), path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict) and _is_row(row):
-                yield row
+    with named(path), path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+        yield from (row for row in map(_row, lines) if row is not None)
+
+
+def _is_kept(line: str, step: int) -> bool:
+    row = _row(line)
+    return line.endswith("\n") if row is None else bool(row["step"] <= step)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and _is_row(row) else None
 
 
 def _is_row(row: dict[str, Any]) -> bool:

@@ -135,15 +135,20 @@ def resize(stage: int) -> tuple[float | None, str]:
     engine.set_train_batch_size(2 * 3 * ROWS)
     _train(plain, optimizer, engine, [losses(update, 3) for update in range(3, 6)])
     error = _error(plain, engine)
-    engine.backward(losses(6, 1)[0][dist.get_rank()](engine))
-    engine.step()
     messages = []
-    methods = {"set_train_batch_size": 12, "set_train_micro_batch_size": 12, "load_checkpoint": "nowhere"}
-    for method, argument in methods.items():
-        try:
-            getattr(engine, method)(argument)
-        except UserError as found:
-            messages.append(str(found))
+    calls: dict[str, Callable[[], Any]] = {
+        "set_train_batch_size": lambda: engine.set_train_batch_size(12),
+        "set_train_micro_batch_size": lambda: engine.set_train_micro_batch_size(12),
+        "load_checkpoint": lambda: engine.load_checkpoint("nowhere"),
+        "adopt_weights": lambda: megalr.adopt_weights(engine),
+    }
+    for after in (lambda: engine.backward(losses(6, 1)[0][dist.get_rank()](engine)), engine.step):
+        after()
+        for call in calls.values():
+            try:
+                call()
+            except UserError as found:
+                messages.append(str(found))
     engine.destroy()
     return error, "\n".join(messages)
 

@@ -174,6 +174,7 @@ def test_a_model_that_is_none_of_transformers(odd, tmp_path, capsys):
     assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
     model = rule_training.odd_model(tied=True)
     assert load_model(model, tmp_path / "model.safetensors") == (set(), [])
+    model.load_state_dict(state)  # what layers share is there under each name
 
 
 def test_verify_names_the_file_and_the_parameter(odd, tmp_path, capsys):

@@ -248,7 +248,9 @@ def test_batches_of_another_size(ranks, stage):
     for error, messages in ranks(2).run(f"{WORKER}:resize", stage):
         assert error is None or error < 1e-6
         for method in ("set_train_batch_size", "set_train_micro_batch_size", "load_checkpoint"):
-            assert f"engine.{method} was called after 1 of 3 micro-batches of an update: call it between" in messages
+            words = f"engine.{method} was called after 1 of 3 micro-batches of an update: call it between"
+            assert messages.count(words) == 2  # after the backward pass, and after its step
+        assert messages.count("an update has begun: 1 of its 3 micro-batches are made") == 2
 
 
 HOW = {"the module": {"load_module_only": True}, "no states": {"load_optimizer_states": False}}

@@ -40,6 +40,15 @@ def test_optimizer_without_parametrize_says_what_to_call():
         megalr.build_optimizer(model(), LOW_RANK)
 
 
+@pytest.mark.parametrize(("dtype", "rule"), [(torch.bfloat16, "Muon"), (torch.float64, "AdamW")])
+def test_weights_that_are_not_fp32_are_refused(dtype, rule):
+    net = model().to(dtype)
+    optimizer = megalr.build_optimizer(net, {"optimizer": {"type": rule}})
+    net(torch.ones(1, 6, dtype=dtype)).sum().backward()
+    with pytest.raises(UserError, match=f"was given {str(dtype).removeprefix('torch.')} weights to update"):
+        optimizer.step()
+
+
 def test_optimizer_of_a_plain_loop_trains():
     """Without DeepSpeed it is an ordinary torch optimizer."""
     torch.manual_seed(0)

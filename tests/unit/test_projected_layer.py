@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megalr.config.settings import MegalrConfig, ProjectedConfig
 from megalr.errors import UserError
+from megalr.generation import next_generation
 from megalr.layers import ProjectedLinear, densify, parametrize, projected_layers
 from megalr.layers.projected import FullGradientSum
 
@@ -136,6 +137,29 @@ def test_a_shared_basis_has_one_latent(monkeypatch):
         assert first.o_proj.basis is not first.q_proj.basis
         held = [layer.latents._held for layer in projected_layers(model).values() if layer.latents]
         assert all(x is None for x in held)
+
+
+def test_a_shared_latent_is_of_the_basis_and_the_input_as_they_are():
+    """Layers of a group that are called in different updates with one tensor, and around a change of it in place."""
+    model = llama(True, compute="low_rank")
+    attention, x = model.model.layers[0].self_attn, torch.randn(3, model.config.hidden_size)
+
+    def expected():
+        layer = attention.k_proj
+        return x @ (layer.weight + layer.R @ layer.basis.T).T
+
+    for layer in (attention.q_proj, attention.k_proj):
+        nn.init.normal_(layer.R)
+    attention.q_proj(x)
+    with torch.no_grad():
+        attention.k_proj.basis.copy_(attention.k_proj.basis.flip(0))
+    next_generation()  # as an update or a load does
+    torch.testing.assert_close(attention.k_proj(x), expected())
+    with torch.inference_mode():
+        x = x.clone()
+        attention.q_proj(x)
+        x.mul_(2)
+        torch.testing.assert_close(attention.k_proj(x), expected())
 
 
 @pytest.mark.parametrize("compute", ["low_rank", "materialized", "rematerialized"])

@@ -16,7 +16,7 @@ from tests.structure import HOSTS, Module, attributes, imported, sources, tables
 # Packages and modules of megalr, from the bottom up. A module may import from lines above its own, and from its own
 # package; "megalr" is the package itself, which offers what is in the lines above.
 ORDER = (
-    "errors version",
+    "errors generation version",
     "flags schema seeding disk plugins discovery formatting processes naming agreement",
     "locks",
     "ops layout",

@@ -32,13 +32,15 @@ def test_lines_that_are_no_rows(tmp_path, line):
     assert log.untrained_perplexity() == 7.0
     assert read_history(path).losses.tolist() == [1.0]
     log.cut(1)
-    assert path.read_text() == json.dumps(rows[0]) + "\n"
+    assert path.read_text() == f"{line}\n{json.dumps(rows[0])}\n{line}\n"  # but what a kill has cut off
 
 
 def test_bytes_that_are_no_text(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'\xff\xfe\n{"step": 3}\n\x00')
-    assert list(read_rows(path)) == [{"step": 3}]
+    path.write_bytes(b'\xff\xfe\r\n{"step": 4}\n{"step": 3}\n\x00')
+    assert list(read_rows(path)) == [{"step": 4}, {"step": 3}]
+    MetricsLog(path, enabled=True).cut(3)
+    assert path.read_bytes() == b'\xff\xfe\r\n{"step": 3}\n'
 
 
 def test_a_full_disk_ends_nothing_and_rows_come_later(tmp_path, monkeypatch, caplog):

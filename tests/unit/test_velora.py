@@ -85,6 +85,29 @@ def test_the_first_update_is_exact_and_gives_the_direction():
     assert torch.equal(layer.direction, state["megalr"]["tensors"]["directions/mlp"][0])
 
 
+def test_a_layer_that_is_used_later_has_its_direction_later():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"early_mlp": nn.Linear(20, 7), "late_mlp": nn.Linear(20, 7)})
+    config = {"optimizer": {"type": "Muon"}, "megalr": {"activations": SECTION}}
+    megalr.parametrize(model, config)
+    optimizer = megalr.build_optimizer(model, config)
+    early, late, x = model["early_mlp"], model["late_mlp"], torch.randn(3, 20)
+    model.eval()  # nothing is saved for a gradient of the weight's shape that is compressed
+    early(x).sum().backward()
+    optimizer.step()
+    assert early.direction is None is late.direction
+    model.train()
+    for layers, known in ([early], [True, False]), ([early, late], [True, True]):
+        optimizer.zero_grad()
+        sum(layer(x).sum() for layer in layers).backward()
+        optimizer.step()
+        assert [layer.direction is not None for layer in (early, late)] == known
+    before = late.weight.detach().clone()
+    late(x).sum().backward()
+    optimizer.step()
+    assert not torch.equal(late.weight, before)
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [

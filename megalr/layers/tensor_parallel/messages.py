@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megalr.generation import generation
 from megalr.hosts import is_partitioned
 
 
@@ -63,7 +64,8 @@ class StackedLatents:
 
     The first layer that is called computes all of them; the others take theirs when they are called with the same x.
     Which layers belong together is a guess from their names. Where one is called with another x before all have taken
-    theirs, as in cross-attention, each works on its own from then on: as many bytes, in more messages.
+    theirs, as in cross-attention, or not before the next update, each works on its own from then on: as many bytes, in
+    more messages.
     Under ZeRO-3 every layer works on its own, since a layer's parameters are there only while it is called itself.
     """
 
@@ -77,16 +79,18 @@ class StackedLatents:
         self._group = group
         self._apart = False
         self._x: Tensor | None = None
+        self._made = 0  # the generation of what waits
         self._waiting: dict[int, Tensor] = {}
 
     def of(self, layer: Any, x: Tensor) -> Tensor:
         """The latent of one layer, (..., r)."""
-        if self._waiting and (x is not self._x or id(layer) not in self._waiting):
+        is_old = self._made != generation()
+        if self._waiting and (is_old or x is not self._x or id(layer) not in self._waiting):
             self._apart, self._x, self._waiting = True, None, {}
         if self._apart or is_partitioned(layer.A):
             return self._latents(x, [layer.A])[0]
         if not self._waiting:
-            self._x = x
+            self._x, self._made = x, generation()
             self._waiting = dict(zip(self._factors, self._latents(x, list(self._factors.values())), strict=True))
         mine = self._waiting.pop(id(layer))
         if not self._waiting:

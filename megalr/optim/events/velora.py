@@ -1,4 +1,4 @@
-"""The directions that VeLoRA's layers project their inputs on: the mean of the first update's, on all ranks."""
+"""The directions that VeLoRA's layers project their inputs on: the mean of their first update's, on all ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megalr.optim.events.base import LayerEvents
 
 
 class Directions(LayerEvents):
-    """Gives each layer its direction when the first update is over; after that there is nothing to do."""
+    """Gives each layer its direction at the end of the first update that it is used in; then there is nothing to do."""
 
     key: ClassVar[str] = "activations"
     needs_layout: ClassVar[bool] = False  # a direction is needed by the next forward pass
@@ -31,11 +31,12 @@ class Directions(LayerEvents):
     def end_update(self, updates: int) -> list[int]:
         for layer in self._layers.values():
             if layer.direction is None and layer.weight.requires_grad:
+                # An input that has come by one rank's layer alone makes a direction for all of them.
                 size = layer.in_features // layer.groups
-                # A layer that no input has come by has a direction all the same: ranks must agree.
-                total = torch.zeros(size, device=self._device()) if layer.total is None else layer.total
-                layer.direction = functional.normalize(self._exchange.sum(total), dim=0)
-                layer.total = None
+                own = torch.zeros(size, device=self._device()) if layer.total is None else layer.total
+                total, layer.total = self._exchange.sum(own), None
+                if total.any():  # else it waits for the first update in which there is one
+                    layer.direction = functional.normalize(total, dim=0)
         return []
 
     def forget_gradients(self) -> None:
