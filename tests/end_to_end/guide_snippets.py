@@ -15,6 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import megalr
 from megalr.checkpoint.__main__ import main as checkpoint_tool
@@ -64,12 +65,13 @@ def plug_into_a_job(snippets: list[str], texts: list[Any]) -> None:
 
 def trainer_and_clients(snippets: list[str], _: list[Any]) -> None:
     trainer, read = snippets
-    rows = [{"input_ids": row, "labels": row} for row in ROWS] * 4
-    names: Names = {"model": model(), "train": rows}
+    names: Names = {"model": model(), "train": [{"input_ids": row, "labels": row} for row in ROWS] * 4}
     exec(trainer, names)
     names["trainer"].train()
-    exec(read, {"megalr": megalr, "engine": (names := {"engine": names["trainer"].model_wrapped})["engine"]}, names)
+    names["engine"] = names["trainer"].model_wrapped
+    exec(read, names)
     assert names["weights"]["model.embed_tokens.weight"].shape == (4096, 128)
+    unset_hf_deepspeed_config()  # else stage 3 would cut every later model
 
 
 def long_runs(snippets: list[str], _: list[Any]) -> None:
@@ -77,7 +79,7 @@ def long_runs(snippets: list[str], _: list[Any]) -> None:
     write_json({"megalr": {"optimizer": GALORE}})
     net = model()
     optimizer = megalr.build_optimizer(net, "ds.json")
-    bare, *_rest = deepspeed.initialize(model=net, optimizer=optimizer, config="ds.json")
+    bare, *_others = deepspeed.initialize(model=net, optimizer=optimizer, config="ds.json")
     names: Names = {"engine": bare, "megalr": megalr, "torch": torch}
     for snippet in (guard, write, adopt):
         exec(snippet, names)
