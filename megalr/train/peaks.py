@@ -32,7 +32,7 @@ PEAKS: tuple[tuple[str, Peak], ...] = (
     (r"Tesla V100-PCIE-\d+GB", Peak(fp16=112.0, bf16=None, tf32=None, fp32=14.0)),
     (r"Tesla V100S-PCIE-32GB", Peak(fp16=130.0, bf16=None, tf32=None, fp32=16.4)),
     # NVIDIA A100 datasheet, June 2021: all forms alike.
-    (r"(NVIDIA )?A100-(SXM4|PCIE|PG509)[-\w]*", Peak(fp16=312.0, bf16=312.0, tf32=156.0, fp32=19.5)),
+    (r"(NVIDIA )?A100-(SXM4|PCIE)-\d+GB", Peak(fp16=312.0, bf16=312.0, tf32=156.0, fp32=19.5)),
     (r"NVIDIA A100 80GB PCIe", Peak(fp16=312.0, bf16=312.0, tf32=156.0, fp32=19.5)),
     # NVIDIA L40S datasheet, 2023.
     (r"NVIDIA L40S", Peak(fp16=362.05, bf16=362.05, tf32=183.0, fp32=91.6)),

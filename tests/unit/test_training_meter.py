@@ -5,7 +5,6 @@ import time
 import pytest
 import torch
 
-from megalr import timing
 from megalr.timing import Stopwatch, span
 from megalr.train.meter import PARTS, Meter, Work
 from megalr.train.monitors import NAMES, monitor_numbers
@@ -115,12 +114,11 @@ def test_on_a_gpu_nothing_waits_until_the_times_are_read(monkeypatch):
 
 
 def test_a_span_costs_little_without_a_profiler():
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(1000):
         with span("forward"):
             pass
-    assert time.perf_counter() - start < 0.05
-    assert timing.torch.autograd.profiler._is_profiler_enabled is False
+    assert time.process_time() - start < 0.02
 
 
 @pytest.mark.parametrize(
