@@ -51,22 +51,8 @@ def model_flops(model: LlamaConfig, megalr: MegalrConfig, *, sequences: int, seq
     Returns:
         Operations; a multiplication and an addition are two.
     """
-    outline = parametrize(empty_model(model), megalr.parametrization)
-    if megalr.activations is not None:
-        compress_activations(outline, megalr.activations)
-    counter = FlopCounterMode(display=False)
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
-        warnings.simplefilter("ignore")  # layers compare addresses, of which these tensors have none
-        outline.train().to_empty(device="cpu")
-        for layer in compressed_layers(outline).values():  # as from the second update on
-            layer.direction = torch.zeros(layer.in_features // layer.groups)
-        tokens = torch.zeros(sequences, sequence_length, dtype=torch.long)
-        # An explicit mask: transformers would look into the tokens to choose one.
-        mask = torch.zeros(sequences, 1, sequence_length, sequence_length)
-        with counter, sdpa_kernel(SDPBackend.MATH):
-            output = outline(input_ids=tokens, labels=tokens, attention_mask=mask, use_cache=False)
-            output.loss.backward()
-    return int(counter.get_total_flops())
+    with torch.random.fork_rng(devices=[]):  # the first rank alone counts, and ranks' random numbers stay alike
+        return _counted(model, megalr, sequences, sequence_length)
 
 
 def flops_of_update(
@@ -87,3 +73,22 @@ def flops_of_update(
     except Exception as error:  # of any kind, in somebody else's layer
         logger.warning("the model's operations cannot be counted: %s. TFLOP/s and MFU are left out.", error)
         return None
+
+
+def _counted(model: LlamaConfig, megalr: MegalrConfig, sequences: int, sequence_length: int) -> int:
+    outline = parametrize(empty_model(model), megalr.parametrization)
+    if megalr.activations is not None:
+        compress_activations(outline, megalr.activations)
+    counter = FlopCounterMode(display=False)
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+        warnings.simplefilter("ignore")  # layers compare addresses, of which these tensors have none
+        outline.train().to_empty(device="cpu")
+        for layer in compressed_layers(outline).values():  # as from the second update on
+            layer.direction = torch.zeros(layer.in_features // layer.groups)
+        tokens = torch.zeros(sequences, sequence_length, dtype=torch.long)
+        # An explicit mask: transformers would look into the tokens to choose one.
+        mask = torch.zeros(sequences, 1, sequence_length, sequence_length)
+        with counter, sdpa_kernel(SDPBackend.MATH):
+            output = outline(input_ids=tokens, labels=tokens, attention_mask=mask, use_cache=False)
+            output.loss.backward()
+    return int(counter.get_total_flops())

@@ -86,6 +86,14 @@ def test_a_frozen_weight_has_no_gradient():
     assert counted(config("lora")) == expected
 
 
+def test_counting_leaves_random_numbers_alone(monkeypatch):
+    """Also where somebody's layers draw some as they are made."""
+    monkeypatch.setattr("megalr.train.flops.parametrize", lambda *given: (torch.rand(1), parametrize(*given))[1])
+    before = torch.get_rng_state()
+    counted(config("lora"))
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_an_update_is_all_its_passes():
     one = counted(config("full"))
     assert flops_of_update(SHAPE, config("full"), sequences=SEQUENCES, passes=6, sequence_length=LENGTH) == 6 * one
