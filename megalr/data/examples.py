@@ -141,3 +141,24 @@ class TruncatedExamples(Examples):
         content = np.array(self._text[start : start + self.sequence_length])
         content[-1] = self._end_id
         return content
+
+
+class SampledExamples(Examples):
+    """Some examples of a table, evenly spread over it."""
+
+    def __init__(self, whole: Examples, count: int) -> None:
+        """
+        Args:
+            whole: the table.
+            count: how many to take, at most all.
+        """
+        self._whole = whole
+        self._indices = [index * len(whole) // count for index in range(count)]
+        tokens = sum(len(whole._content(index)) for index in self._indices)
+        super().__init__(whole.sequence_length, whole.pad_id, f"sample {count} {whole.fingerprint}", tokens, dropped=0)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def _content(self, index: int) -> NDArray[Any]:
+        return self._whole._content(self._indices[index])

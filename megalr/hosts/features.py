@@ -33,6 +33,7 @@ WAYS = "tests/deepspeed/test_ways_in.py::test_the_three_ways_train_the_same_weig
 OFFLOADED = "tests/deepspeed/test_ways_in.py::test_trainer_with_the_optimizer_on_the_cpu_keeps_the_rule"
 RULES = "tests/deepspeed/test_rules.py::test_equals_one_plain_process"
 SCHEDULED = "tests/deepspeed/test_ways_in.py::test_trainer_with_a_schedule_of_deepspeed"
+MONITORS = "tests/unit/test_training_monitors.py::test_all_monitors_get_the_same_names_and_numbers"
 UNCHECKED = "tests/deepspeed/test_guards.py::test_a_bad_update_never_was"
 TENSOR = "tests/deepspeed/test_tensor_parallel.py::test_equals_one_process"
 
@@ -204,7 +205,7 @@ FEATURES: tuple[Feature, ...] = (
         untested("use_node_local_storage parallel_write checkpoint_serialization writer"),
     ),
     works("csv_monitor", CONTRACT),
-    untested("tensorboard wandb comet", "megalr writes to them what it writes to csv_monitor"),
+    works("tensorboard wandb comet", MONITORS, "of W&B and Comet the test has stand-ins"),
     works("flops_profiler", TRAINS),
     *within(
         "flops_profiler",

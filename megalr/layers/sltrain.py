@@ -150,9 +150,12 @@ class SLTrainLinear(LowRankLinear):
         self.values = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
         self.register_buffer("support", torch.empty(count, dtype=torch.int32, device=device), persistent=False)
         self.register_buffer("support_key", torch.empty(KEY_PARTS, dtype=torch.int32, device=device))
-        self._rows = 0
+        self._rows = self._rows_of_a_block()
         self._bounds: list[int] = []
-        if not self.values.is_meta:
+        if self.values.is_meta:  # an outline, whose blocks have the shapes of the layer's
+            blocks = -(-out_features // self._rows)
+            self._bounds = [count * block // blocks for block in range(blocks + 1)]
+        else:
             self.support_key.copy_(_parts_of(support_seed))
             self.draw_support()
 
@@ -211,9 +214,12 @@ class SLTrainLinear(LowRankLinear):
     def draw_support(self) -> None:
         """Find the places again that the key stands for."""
         self.support.copy_(self._places())
-        self._rows = max(1, min(BLOCK // self.in_features, -(-self.out_features // BLOCKS)))
+        self._rows = self._rows_of_a_block()
         starts = torch.arange(0, self.out_features + self._rows, self._rows).clamp_(max=self.out_features)
         self._bounds = torch.searchsorted(self.support.cpu(), (starts * self.in_features).int()).tolist()
+
+    def _rows_of_a_block(self) -> int:
+        return max(1, min(BLOCK // self.in_features, -(-self.out_features // BLOCKS)))
 
     def _places(self) -> Tensor:
         """The places that the key stands for."""

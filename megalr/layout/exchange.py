@@ -8,6 +8,7 @@ collective is called. All ranks of the group must call with the same units in th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from megalr.layout.layout import Fragment, Layout
 from megalr.layout.placement import Unit
+from megalr.timing import Stopwatch
 
 BUCKET_BYTES = 2**28
 # One tensor a flat buffer: masters, or first moments, or ... of this rank.
@@ -86,6 +88,7 @@ class Exchange:
         bucket_bytes: maximum temporary memory of whole-matrix work.
         bytes_sent: bytes this rank has sent to others since the start.
         bytes_moved: bytes all ranks together have sent to others since the start.
+        stopwatch: measures, as "exchange", how long this rank waits for messages; None: nobody does.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class Exchange:
         self.rank = rank
         self.bucket_bytes = bucket_bytes
         self.bytes_sent = self.bytes_moved = 0
+        self.stopwatch: Stopwatch | None = None
         self._group = group
         self._replicas = replicas
         self._device = device
@@ -203,7 +207,8 @@ class Exchange:
         if world_size == 1:
             return tensor
         message = tensor if self._device is None else tensor.to(self._device)
-        dist.all_reduce(message, group=self._group)
+        with self._waiting():
+            dist.all_reduce(message, group=self._group)
         if message is not tensor:
             tensor.copy_(message)
         size = message.numel() * message.element_size()
@@ -216,7 +221,8 @@ class Exchange:
         self.sum(tensor)
         if self._replicas is not None:
             message = tensor if self._device is None else tensor.to(self._device)
-            dist.all_reduce(message, group=self._replicas)
+            with self._waiting():
+                dist.all_reduce(message, group=self._replicas)
             if message is not tensor:
                 tensor.copy_(message)
         return tensor
@@ -257,6 +263,9 @@ class Exchange:
             found = [each for one in lists for each in one]
         return found
 
+    def _waiting(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.stopwatch is None else self.stopwatch.measure("exchange")
+
     def _groups(self) -> list[dist.ProcessGroup]:
         """Those in which this rank is not alone."""
         return [g for g in (self._group if self.layout.world_size > 1 else None, self._replicas) if g is not None]
@@ -281,7 +290,8 @@ class Exchange:
         self.bytes_moved += plan.travelling * count * send.element_size()
 
         def arrive(sent: Tensor = send) -> None:  # holds what is being sent until it has been
-            work.wait()
+            with self._waiting():
+                work.wait()
             position = 0
             for fragment in plan.incoming:
                 for k in range(count):
@@ -293,7 +303,8 @@ class Exchange:
     def _send(self, tensor: Tensor, group: dist.ProcessGroup | None, source: int) -> int:
         """Broadcast in place; the bytes of one message."""
         message = tensor if self._device is None else tensor.to(self._device)
-        dist.broadcast(message, group=group, group_src=source)
+        with self._waiting():
+            dist.broadcast(message, group=group, group_src=source)
         if message is not tensor:
             tensor.copy_(message)
         return message.numel() * message.element_size()

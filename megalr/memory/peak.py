@@ -1,12 +1,24 @@
-"""The peak memory of this process, as measured."""
+"""The memory of this process, now and at its peak, as measured."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from pathlib import Path
 
 import torch
+
+
+def memory_bytes() -> int | None:
+    """The memory this process holds now: allocated on the GPU if it uses one, else resident; None if unknown.
+
+    See :func:`peak_memory_bytes`.
+    """
+    if torch.cuda.is_available() and (allocated := torch.cuda.memory_allocated()):
+        return allocated
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else None
 
 
 def peak_memory_bytes() -> int:

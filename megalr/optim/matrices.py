@@ -15,6 +15,7 @@ from megalr.layout.rectangles import Entry
 from megalr.layout.rounds import Rounds
 from megalr.layout.shard import Shard
 from megalr.rules.base import Basis, Rule, Shape, State, tensor, tensors_of
+from megalr.timing import span
 
 
 @dataclass(frozen=True)
@@ -368,7 +369,8 @@ class MatrixUpdater:
         return matrix.rule.refresh_due(self._state(matrix), updates, matrix.phase)
 
     def _new_basis(self, matrix: Matrix, grad: Tensor, updates: int) -> Basis:
-        basis = matrix.rule.new_basis(grad, self._state(matrix), updates=updates, seed=self._seed, name=matrix.name)
+        with span("refresh"):
+            basis = matrix.rule.new_basis(grad, self._state(matrix), updates=updates, seed=self._seed, name=matrix.name)
         return {key: self.exchange.broadcast_replicas(basis[key].contiguous()) for key in sorted(basis)}
 
     def _state(self, matrix: Matrix) -> State:

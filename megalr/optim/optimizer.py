@@ -27,6 +27,7 @@ from megalr.optim.inspection import Inspection
 from megalr.optim.model_check import ModelCheck
 from megalr.optim.progress import Progress
 from megalr.optim.sharded import Sharded
+from megalr.timing import Stopwatch, span
 
 
 class MegalrOptimizer(Inspection, torch.optim.Optimizer):
@@ -226,6 +227,18 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
             "the model call megalr.build_optimizer, and load_state_dict with this optimizer's state_dict()"
         )
 
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rate of each group at the next update, by the group's name, with the ramp after a restart."""
+        return {group["name"]: self._learning_rate(group) for group in self.all_groups}
+
+    def measure_exchange(self, stopwatch: Stopwatch | None) -> None:
+        """Have a stopwatch add up, as "exchange", how long this rank waits for messages of whole-matrix work.
+
+        Args:
+            stopwatch: of somebody who reads it; None: nobody measures.
+        """
+        self._prepared.measure_exchange(stopwatch)
+
     def ensure_moments(self, parameters: Iterable[Tensor]) -> None:
         """Have AdamW's moments of what the engine hands to :meth:`step`; zeros where there were none."""
         for parameter in parameters:
@@ -266,7 +279,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         step = Step(
             updates=self.updates,
             count=clock.count + 1,
-            lr=group["lr"] * clock.ramp(max((event.restart_warmup_steps for event in self.events), default=0)),
+            lr=self._learning_rate(group),
             **{key: group[key] for key in ("betas", "eps", "weight_decay")},
         )
         if group["by_rule"] and self.matrices is not None:
@@ -284,6 +297,11 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
             self.layer_events.update(sorted(here), self._prepared.flat_gradients(here), step)
             return
         adamw(list(here.values()), self.state, step, reset=name in self._resets_due(self.updates + 1))
+
+    def _learning_rate(self, group: Mapping[str, Any]) -> float:
+        """A group's at the next update, with the ramp after a restart."""
+        warmup = max((event.restart_warmup_steps for event in self.events), default=0)
+        return float(group["lr"] * self.clocks[clock_of(group["name"])].ramp(warmup))
 
     def _schedule(self, group: str, lr: float) -> float:
         """A group's learning rate over that of the JSON."""
@@ -308,10 +326,11 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         if self.matrices is not None:
             self.matrices.reset(n for g in self.groups if clock_of(g.name) in zeroed for n in g.parameters)
         for event in self.events:
-            for name in event.restarts_due(self.updates):
-                self.clocks[name].since_reset = 0
-            for buffer in event.end_update(self.updates):
-                self.prepare().publish(buffer)
+            with span(event.name, shown=bool(event.name) and event.due(self.updates)):
+                for name in event.restarts_due(self.updates):
+                    self.clocks[name].since_reset = 0
+                for buffer in event.end_update(self.updates):
+                    self.prepare().publish(buffer)
         self.last_events = [event.name for event in self.events if event.name and event.due(self.updates)]
 
     def _resets_due(self, updates: int) -> set[str]:

@@ -17,6 +17,7 @@ from megalr.layout.exchange import Exchange
 from megalr.layout.shard import Shard
 from megalr.optim.groups import ParameterGroup
 from megalr.optim.matrices import MatrixUpdater
+from megalr.timing import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ class Sharded:
     def bytes_moved(self) -> int:
         """Bytes that all ranks together have sent each other for whole-matrix work."""
         return self.exchange.bytes_moved + (0 if self.matrices is None else self.matrices.exchange.bytes_moved)
+
+    def measure_exchange(self, stopwatch: Stopwatch | None) -> None:
+        """Have a stopwatch measure, as "exchange", how long this rank waits for whole-matrix work's messages."""
+        for exchange in (self.exchange, *([] if self.matrices is None else [self.matrices.exchange])):
+            exchange.stopwatch = stopwatch
 
     def flat_gradients(self, here: Mapping[int, Tensor]) -> list[Tensor]:
         """The gradients of some buffers, flat, in the buffers' layout; nothing of the others.

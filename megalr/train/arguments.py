@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megalr.errors import UserError
-from megalr.flags import PlainParser, nonempty, positive
+from megalr.flags import PlainParser, nonempty, positive, positive_float
+from megalr.train.profiling import WARM_UP
 
 DEFAULT_STEPS = 400
 DEFAULT_BATCH_SIZE = 12  # sequences a step; 1, 2, 3 and 4 processes share them evenly
@@ -54,10 +55,12 @@ class PretrainArguments:
     batch_size: int | None = None
     micro_batch_size: int | None = None
     seed: int | None = None
-    eval_every: int = 100
+    eval_every: int | None = None
     save_every: Interval = Interval(updates=1000)
     keep_checkpoints: int | None = None
     log_every: int = 1
+    peak_tflops: float | None = None
+    profile: int = 0
     galore_compatible_eval: bool = False
     output: str | None = None
     resume: bool = False
@@ -240,9 +243,9 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--eval-every",
         type=positive,
-        default=100,
         metavar="N",
-        help="updates between two evaluations on the held-out text (default: 100)",
+        help="updates between two evaluations on the whole held-out text (default: about 20 evaluations in a run, on a "
+        "sample that costs at most 5 %% of it; the first and the last read the whole text)",
     )
     group.add_argument(
         "--galore-compatible-eval",
@@ -255,6 +258,19 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         default=1,
         metavar="N",
         help="updates between two rows of metrics.jsonl (default: 1)",
+    )
+    group.add_argument(
+        "--peak-tflops",
+        type=positive_float,
+        metavar="X",
+        help="peak speed of one device in TFLOP/s, for the MFU (default: that of known GPUs)",
+    )
+    group.add_argument(
+        "--profile",
+        type=positive,
+        default=0,
+        metavar="N",
+        help=f"trace N updates after {WARM_UP} to warm up; profile/trace.json.gz in the run's folder opens in Perfetto",
     )
 
 

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from megalr.data import Examples, evaluation_batches
+from megalr.data.examples import SampledExamples
 from megalr.train.ranks import Ranks
 
 IGNORED = -100
+
+# How often a run is evaluated by default: about so many times, and at least every so many updates.
+EVALUATIONS, LARGEST_INTERVAL = 20, 100
+# What evaluations on the way may cost, as a share of the updates' operations. A forward pass is a third of an update.
+SHARE, FORWARD_SHARE = 0.05, 1 / 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,43 @@ class Evaluation:
     def perplexity(self) -> float:
         """exp(loss)."""
         return _exp(self.loss)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The evaluations on the way; a run begins and ends with one of the whole text.
+
+    Attributes:
+        every: updates between two.
+        examples: what they read.
+        is_sample: whether that is a part of the held-out text.
+    """
+
+    every: int
+    examples: Examples
+    is_sample: bool
+
+
+def schedule_evaluations(every: int | None, held_out: Examples, *, batch: int, steps: int) -> Schedule:
+    """When to evaluate on the way, and on what; the same however the run is cut into processes.
+
+    By default it is often enough for a curve, and evaluations cost at most ``SHARE`` of the updates: where the
+    held-out text is too long for that, they read an evenly spread sample of it, always the same.
+
+    Args:
+        every: what the user asked for: the whole text every so many updates; None for the default.
+        held_out: the whole text.
+        batch: sequences of one update; a sample is a multiple of that, so that all ranks have work.
+        steps: updates of the run.
+    """
+    if every is not None:
+        return Schedule(every, held_out, is_sample=False)
+    budget = SHARE / FORWARD_SHARE  # batches that may be read for each update
+    every = max(min(steps // EVALUATIONS, LARGEST_INTERVAL), math.ceil(1 / budget))
+    count = int(every * budget) * batch
+    if count >= len(held_out):
+        return Schedule(every, held_out, is_sample=False)
+    return Schedule(every, SampledExamples(held_out, count), is_sample=True)
 
 
 @torch.no_grad()

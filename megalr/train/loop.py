@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +18,12 @@ from megalr.train.arguments import Interval
 from megalr.train.checkpoints import HELD_OUT, TOKENIZER, Notes, Resumable, load_checkpoint, save_checkpoint
 from megalr.train.console import Screen
 from megalr.train.ds_config import Batch
-from megalr.train.evaluation import IGNORED, Evaluation, evaluate, predicted_tokens, to_device
+from megalr.train.evaluation import IGNORED, Evaluation, Schedule, evaluate, predicted_tokens, to_device
 from megalr.train.interruption import StopRequest, agreed_reason
+from megalr.train.meter import Meter, Work
 from megalr.train.metrics import MetricsLog
+from megalr.train.monitors import monitor_numbers
+from megalr.train.profiling import Profile
 from megalr.train.ranks import AgreedError, Ranks
 from megalr.train.run_folder import RunFolder
 
@@ -36,18 +37,21 @@ class LoopSettings:
     Attributes:
         steps: updates of the whole run.
         batch: sequences of one update.
-        eval_every, log_every: updates between two of these.
+        evaluations: those on the way.
+        log_every: updates between two rows.
         save_every: updates between two checkpoints, or time, of which rank 0's clock is the measure.
         keep: how many checkpoints to leave; None for all.
+        profile: updates to profile; 0 for none.
         galore_compatible_eval: show that perplexity, too.
     """
 
     steps: int
     batch: Batch
-    eval_every: int
+    evaluations: Schedule
     save_every: Interval
     log_every: int
     keep: int | None
+    profile: int
     galore_compatible_eval: bool
 
 
@@ -57,8 +61,8 @@ class Loop:
     Attributes:
         step: updates made.
         tokens: training tokens read, pads not counted.
-        seconds: spent on updates by this process; evaluations and checkpoints are not counted.
-        last_evaluation: the latest.
+        meter: times this process's updates; evaluations and checkpoints are not counted.
+        last_evaluation: the latest of the whole held-out text.
         metrics: what was noted on the way.
     """
 
@@ -70,6 +74,7 @@ class Loop:
         settings: LoopSettings,
         *,
         tokenizer: str,
+        work: Work,
         ranks: Ranks,
         folder: RunFolder,
         lock: FolderLock,
@@ -81,9 +86,10 @@ class Loop:
         Args:
             engine: what ``megalr.initialize`` gives.
             batches: the training text.
-            held_out: the text to evaluate on.
+            held_out: the text to evaluate on; samples are of it.
             settings: when to do what.
             tokenizer: its digest, to be kept with checkpoints.
+            work: of an update.
             ranks, folder, screen: this process, where to write, where to print.
             lock: what holds the folder, on rank 0.
             required, noted: see :class:`~megalr.train.checkpoints.Notes`.
@@ -92,7 +98,7 @@ class Loop:
         self._host = host_of(engine)
         self.step = 0
         self.tokens = 0
-        self.seconds = 0.0
+        self.meter = Meter(work, ranks.device)
         self.last_evaluation: Evaluation | None = None
         self._batches = batches
         self._held_out = held_out
@@ -107,7 +113,8 @@ class Loop:
         self._saved_step: int | None = None  # begun to be written
         self._written_step: int | None = None
         self._evaluated_step: int | None = None
-        self._tokens_here = 0  # of this process's run, without what was resumed
+        self._scored_step: int | None = None  # on the whole held-out text
+        self._profile = Profile(folder.profile, settings.profile if ranks.is_first else 0)
         self._bytes_moved = self._host.optimizer.bytes_moved
 
     def resume(self, checkpoint: Resumable) -> None:
@@ -138,10 +145,11 @@ class Loop:
         settings = self._settings
         reason: str | None = None
         saved_at = time.monotonic()
-        with StopRequest() as request:
+        self._host.optimizer.measure_exchange(self.meter.stopwatch)
+        with StopRequest() as request, self._profile:
             self._screen.start_bar(self.step, settings.steps)
             if self.step and self._evaluation_is_due():  # the run was stopped before it had made it
-                reason = self.evaluate(request)
+                reason = self.evaluate(request, settings.evaluations)
             while self.step < settings.steps and reason is None:
                 self._train_step()
                 if self._host.optimizer.updates and self._ranks.is_first:
@@ -151,7 +159,7 @@ class Loop:
                     self.save()
                     saved_at = time.monotonic()
                 if reason is None and self._evaluation_is_due():
-                    reason = self.evaluate(request)
+                    reason = self.evaluate(request, settings.evaluations)
             self.save()
             failed = self._failed_save()
             if failed is not None and reason is None:
@@ -160,14 +168,23 @@ class Loop:
                 self._screen.say(str(failed))
             if self._ranks.is_first:
                 self._folder.drop_old_run()  # also where every update was skipped
-            if reason is None and (self.last_evaluation is None or self._evaluated_step != self.step):
+            if reason is None and (self.last_evaluation is None or self._scored_step != self.step):
                 reason = self.evaluate(request)
             self._screen.end_bar()
         return reason
 
-    def evaluate(self, request: StopRequest | None = None) -> str | None:
-        """Score the held-out text, and note it everywhere; returns why it was given up, if it was."""
+    def evaluate(self, request: StopRequest | None = None, schedule: Schedule | None = None) -> str | None:
+        """Score the held-out text, and note it everywhere.
+
+        Args:
+            request: what may have the evaluation given up.
+            schedule: says what to read; None: the whole text.
+
+        Returns:
+            Why it was given up, if it was.
+        """
         reason: str | None = None
+        is_sample = schedule is not None and schedule.is_sample
 
         def give_up() -> bool:
             nonlocal reason
@@ -176,7 +193,7 @@ class Loop:
 
         found = evaluate(
             self.engine,
-            self._held_out,
+            self._held_out if schedule is None else schedule.examples,
             micro_batch_size=self._settings.batch.micro,
             ranks=self._ranks,
             give_up=give_up,
@@ -184,22 +201,27 @@ class Loop:
         if found is None:
             return reason
         self._evaluated_step = self.step
-        self.last_evaluation = found
-        row = {
+        if not is_sample:
+            self.last_evaluation, self._scored_step = found, self.step
+        row: dict[str, Any] = {
             "step": self.step,
             "tokens": self.tokens,
             "epoch": self.epoch,
             "eval_loss": found.loss,
             "eval_perplexity": found.perplexity,
+            "eval_tokens": found.tokens,
         }
         text = f"step {self.step:,}: held-out perplexity {found.perplexity:,.2f}"
+        if is_sample:
+            row["eval_is_sample"] = True
+            text += f" (of a sample of {found.tokens:,} tokens)"
         if self._settings.galore_compatible_eval:
             row["eval_perplexity_galore_compatible"] = found.galore_compatible
             text += f" (as published code computes it: {found.galore_compatible:,.2f})"
         self.check_folder()
         self.metrics.append(row)
         self._screen.say(text)
-        self._report({"Eval/Samples/loss": found.loss, "Eval/Samples/perplexity": found.perplexity})
+        self._host.report(monitor_numbers(row))
         return None
 
     def save(self) -> None:
@@ -248,11 +270,6 @@ class Loop:
         layout = self._host.optimizer.prepare().layout
         return sum(map(layout.numel, layout.shapes))
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Of the updates so far in this process, over all ranks."""
-        return self._tokens_here / self.seconds if self.seconds else 0.0
-
     def _check_held_out(self, data: dict[str, Any]) -> None:
         """Refuse a run that was evaluated on another text; older checkpoints do not say."""
         if data.get(HELD_OUT, self._held_out.fingerprint) != self._held_out.fingerprint:
@@ -275,7 +292,7 @@ class Loop:
         return agreed_reason(self._ranks.gather(mine)) if asked else None, bool(save)
 
     def _evaluation_is_due(self) -> bool:
-        return self.step % self._settings.eval_every == 0 and self._evaluated_step != self.step
+        return self.step % self._settings.evaluations.every == 0 and self._evaluated_step != self.step
 
     def _failed_save(self) -> UserError | None:
         """Wait for the checkpoint under way; why it could not be written, on all ranks alike."""
@@ -289,8 +306,9 @@ class Loop:
     def _train_step(self) -> None:
         """One update."""
         engine, ranks, batch = self.engine, self._ranks, self._settings.batch
-        lr = self._host.learning_rate()
-        with self._timed():
+        measure = self.meter.stopwatch.measure
+        lr, rates = self._host.learning_rate(), self._host.optimizer.learning_rates()
+        with self.meter.update():
             micro_batches = [next(self._batches) for _ in range(batch.accumulation)]
             read = sum(int((b["labels"] != IGNORED).sum()) for b in micro_batches)
             predicted, read_by_all = map(round, ranks.sum_of_data([sum(map(predicted_tokens, micro_batches)), read]))
@@ -303,11 +321,14 @@ class Loop:
             losses: list[Tensor] = []
             stopped: GuardError | None = None
             for micro_batch in micro_batches:
-                loss = engine(**to_device(micro_batch, ranks.device), num_items_in_batch=share).loss
-                engine.backward(loss)
+                with measure("forward"):
+                    loss = engine(**to_device(micro_batch, ranks.device), num_items_in_batch=share).loss
+                with measure("backward"):
+                    engine.backward(loss)
                 losses.append(loss.detach().double())
                 try:
-                    engine.step()
+                    with measure("optimizer"):
+                        engine.step()
                 except GuardError as error:  # at the last micro-batch of all ranks; the step is noted all the same
                     stopped = error
             total, gone = ranks.sum_of_data([float(sum(losses)), not self._lock.is_in_place])
@@ -315,16 +336,17 @@ class Loop:
             self.check_folder()
         self.step += 1
         self.tokens += read_by_all
-        self._tokens_here += read_by_all
-        self._note_step(total / (batch.accumulation * ranks.data_size) if predicted else None, lr)
+        self.meter.tokens += read_by_all
+        self._profile.update_is_made()
+        self._note_step(total / (batch.accumulation * ranks.data_size) if predicted else None, lr, rates)
         if stopped is not None:
             self._screen.end_bar()
             failed = self._failed_save()
             words = [f"step {self.step}: {stopped}", *([str(failed)] if failed else []), self._last_checkpoint()]
             raise AgreedError("\n".join(words)) from stopped
 
-    def _note_step(self, loss: float | None, lr: float) -> None:
-        speed = self.tokens_per_second
+    def _note_step(self, loss: float | None, lr: float, rates: dict[str, float]) -> None:
+        speed = self.meter.tokens_per_second
         self._screen.advance(loss=loss, tokens_per_second=speed, lr=lr)
         events = list(self._host.optimizer.last_events)
         before, self._bytes_moved = self._bytes_moved, self._host.optimizer.bytes_moved
@@ -335,7 +357,9 @@ class Loop:
                 "epoch": self.epoch,
                 "loss": loss,
                 "lr": lr,
+                "learning_rates": rates,
                 "tokens_per_second": round(speed, 1),
+                **self.meter.row(),
                 "grad_norm": self._host.gradient_norm(),
                 "exchange_bytes": self._bytes_moved - before,  # of this update, sent by all ranks together
             }
@@ -345,20 +369,9 @@ class Loop:
                 row["skipped"] = self.engine.megalr_guard.last_reason
                 self._screen.say(f"step {self.step:,}: the update is skipped: {row['skipped']}")
             self.metrics.append(row)
-            # DeepSpeed itself reports the learning rate alone.
-            self._report({"Train/Samples/train_loss": loss, "Train/Samples/grad_norm": row["grad_norm"]})
+            self._host.report(monitor_numbers(row))
 
     def _last_checkpoint(self) -> str:
         if self._written_step is None:
             return "no checkpoint has been written (--save-every)"
         return f"the last checkpoint is that of step {self._written_step}, in {self._folder.checkpoints}"
-
-    def _report(self, numbers: dict[str, float | None]) -> None:
-        """Give numbers to DeepSpeed's monitors, against the sequences read, as DeepSpeed gives its own."""
-        self._host.report({name: number for name, number in numbers.items() if number is not None})
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - start

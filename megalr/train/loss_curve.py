@@ -51,7 +51,7 @@ def plot_losses(metrics_jsonl_path: str | Path, png_path: str | Path, title: str
     axes = figure.add_subplot()
     shown = title.encode(errors="replace").decode()  # a folder's name may be no text, and is no formula
     axes.set_title(shown, color=TEXT_COLOR, fontsize=12, loc="left", pad=10, parse_math=False)
-    if len(history.tokens) or len(history.eval_tokens):
+    if len(history.tokens) or len(history.eval_tokens) or len(history.sample_tokens):
         _set_limits(axes, history)
         _draw_losses(axes, history)
         _draw_events(axes, history)
@@ -68,7 +68,8 @@ class History:
 
     Attributes:
         tokens, losses: training, (updates,) float64.
-        eval_tokens, eval_losses: the held-out text, (evaluations,) float64.
+        eval_tokens, eval_losses: the whole held-out text, (evaluations,) float64.
+        sample_tokens, sample_losses: a sample of it, (evaluations,) float64.
         events: for each kind of event, the tokens at which it happened.
     """
 
@@ -76,19 +77,22 @@ class History:
     losses: Floats
     eval_tokens: Floats
     eval_losses: Floats
+    sample_tokens: Floats
+    sample_losses: Floats
     events: dict[str, list[int]]
 
 
 def read_history(metrics_jsonl_path: str | Path) -> History:
     """Read ``metrics.jsonl``, in the order in which it was written.
 
-    Rows with "loss" are training ("step", "tokens", "loss", perhaps "events", a list of names), rows with
-    "eval_loss" are evaluations ("step", "tokens", "eval_loss"). Where the steps go back, a resumed run did
-    them again: what the earlier one wrote of that step and later ones is dropped. A line cut off by a kill
-    is ignored.
+    Rows with "loss" are training ("step", "tokens", "loss", perhaps "events", a list of names), rows with "eval_loss"
+    are evaluations ("step", "tokens", "eval_loss", and "eval_is_sample" where they read a sample). Where the steps go
+    back, a resumed run did them again: what the earlier one wrote of that step and later ones is dropped. A line cut
+    off by a kill is ignored.
     """
     training: dict[int, dict[str, Any]] = {}
     evaluation: dict[int, dict[str, Any]] = {}
+    samples: dict[int, dict[str, Any]] = {}
     last = -1
     for row in read_rows(Path(metrics_jsonl_path)):
         if row.get("tokens") is None:
@@ -98,15 +102,16 @@ def read_history(metrics_jsonl_path: str | Path) -> History:
             if step <= last:
                 training = {s: r for s, r in training.items() if s < step}
                 evaluation = {s: r for s, r in evaluation.items() if s < step}
+                samples = {s: r for s, r in samples.items() if s < step}
             training[step] = row
             last = step
         if "eval_loss" in row:
-            evaluation[step] = row
+            (samples if row.get("eval_is_sample") else evaluation)[step] = row
     events: dict[str, list[int]] = {}
     for row in training.values():
         for name in row.get("events") or ():
             events.setdefault(name, []).append(row["tokens"])
-    return History(*_curve(training, "loss"), *_curve(evaluation, "eval_loss"), events)
+    return History(*_curve(training, "loss"), *_curve(evaluation, "eval_loss"), *_curve(samples, "eval_loss"), events)
 
 
 def _curve(rows: dict[int, dict[str, Any]], key: str) -> tuple[Floats, Floats]:
@@ -117,10 +122,10 @@ def _curve(rows: dict[int, dict[str, Any]], key: str) -> tuple[Floats, Floats]:
 
 
 def _set_limits(axes: Axes, history: History) -> None:
-    losses = np.concatenate([history.losses, history.eval_losses])
+    losses = np.concatenate([history.losses, history.eval_losses, history.sample_losses])
     span = max(losses.max() - losses.min(), 0.1)
     axes.set_ylim(losses.min() - 0.08 * span, losses.max() + 0.05 * span)
-    most = max(np.concatenate([history.tokens, history.eval_tokens]).max(), 1.0)
+    most = max(np.concatenate([history.tokens, history.eval_tokens, history.sample_tokens]).max(), 1.0)
     axes.set_xlim(-0.02 * most, 1.02 * most)
 
 
@@ -156,6 +161,16 @@ def _draw_losses(axes: Axes, history: History) -> None:
         if not few:
             label = "training loss, smoothed"
             axes.plot(history.tokens, _smooth(history.losses), color=LOSS_COLOR, linewidth=1.8, label=label)
+    if len(history.sample_losses):
+        axes.plot(
+            history.sample_tokens,
+            history.sample_losses,
+            color=EVALUATION_COLOR,
+            marker=".",
+            markersize=4,
+            linewidth=1,
+            label="held-out loss, of a sample",
+        )
     if len(history.eval_losses):
         axes.plot(
             history.eval_tokens,
@@ -163,7 +178,7 @@ def _draw_losses(axes: Axes, history: History) -> None:
             color=EVALUATION_COLOR,
             marker="o",
             markersize=5,
-            linewidth=1,
+            linewidth=0 if len(history.sample_losses) else 1,
             label="held-out loss",
         )
         axes.annotate(

@@ -34,6 +34,7 @@ from megalr.train.console import Screen
 from megalr.train.ds_config import Request, Resolved, resolve
 from megalr.train.export import check_export_folder
 from megalr.train.models import empty_model, fit_to_text, read_model_config
+from megalr.train.monitors import check_monitors
 from megalr.train.quiet import hide
 from megalr.train.ranks import Ranks
 from megalr.train.run_folder import RunFolder, take_run_folder
@@ -140,6 +141,8 @@ def make_plan(
         resolved = resolve(content, _request(arguments, model, ranks, output=str(folder.path)))
         megalr = MegalrConfig.from_json(resolved.config)
         check_config(resolved.config, ranks.data_size)
+        if ranks.is_first:
+            check_monitors(resolved.config)
         if arguments.export is not None and megalr.parametrization.not_dense:
             raise UserError(
                 f'--export writes dense weights, and "{megalr.parametrization.type}" layers have none, because '

@@ -25,11 +25,14 @@ from megalr.hosts import host_of
 from megalr.locks import FolderLock
 from megalr.train.arguments import PretrainArguments, parse_arguments
 from megalr.train.console import Screen
-from megalr.train.evaluation import Evaluation, evaluate
+from megalr.train.evaluation import Evaluation, evaluate, schedule_evaluations
 from megalr.train.export import export_dense
+from megalr.train.flops import flops_of_update
 from megalr.train.interruption import end_at_once_when_asked, exit_code
 from megalr.train.loop import Loop, LoopSettings
+from megalr.train.meter import Work
 from megalr.train.models import build_model
+from megalr.train.peaks import peak_of_device
 from megalr.train.preparation import Plan, make_plan
 from megalr.train.ranks import Ranks
 from megalr.train.run_folder import RunFolder, write_json
@@ -140,10 +143,16 @@ def build_loop(plan: Plan, ranks: Ranks, lock: FolderLock, screen: Screen) -> Lo
     settings = LoopSettings(
         steps=resolved.steps,
         batch=resolved.batch,
-        eval_every=arguments.eval_every,
+        evaluations=schedule_evaluations(
+            arguments.eval_every,
+            plan.data.evaluation,
+            batch=resolved.batch.total,
+            steps=resolved.steps,
+        ),
         save_every=arguments.save_every,
         log_every=arguments.log_every,
         keep=arguments.keep_checkpoints,
+        profile=arguments.profile,
         galore_compatible_eval=arguments.galore_compatible_eval,
     )
     return Loop(
@@ -152,12 +161,29 @@ def build_loop(plan: Plan, ranks: Ranks, lock: FolderLock, screen: Screen) -> Lo
         plan.data.evaluation,
         settings,
         tokenizer=digest_of_tokenizer(plan.tokenizer),
+        work=ranks.from_first(lambda: _work(plan, ranks, host_of(engine).dtypes[0])),
         ranks=ranks,
         folder=plan.folder,
         lock=lock,
         screen=screen,
         required=plan.required,
         noted=plan.noted,
+    )
+
+
+def _work(plan: Plan, ranks: Ranks, dtype: torch.dtype) -> Work:
+    """What an update asks of the devices, as far as it is known."""
+    batch, peak = plan.resolved.batch, plan.arguments.peak_tflops
+    return Work(
+        flops=flops_of_update(
+            plan.model,
+            plan.megalr,
+            sequences=batch.micro,
+            passes=batch.accumulation * ranks.data_size,
+            sequence_length=plan.arguments.sequence_length,
+        ),
+        peak_tflops=peak_of_device(ranks.device, dtype) if peak is None else peak,
+        ranks=ranks.world_size,
     )
 
 

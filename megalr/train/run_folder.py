@@ -61,6 +61,11 @@ class RunFolder:
         return self.path / "routing.txt"
 
     @property
+    def profile(self) -> Path:
+        """Traces of profiled updates."""
+        return self.path / "profile"
+
+    @property
     def is_taken(self) -> bool:
         """Whether a run is in the folder, finished or not."""
         return any(file.exists() for file in (self.settings, self.metrics, self.checkpoints, self.summary))
@@ -86,7 +91,7 @@ class RunFolder:
     @property
     def folders(self) -> list[Path]:
         """Folders that a run writes."""
-        return [self.checkpoints, self.path / "tensorboard", self.path / "csv_monitor"]
+        return [self.checkpoints, self.path / "tensorboard", self.path / "csv_monitor", self.profile]
 
     @property
     def files(self) -> list[Path]:

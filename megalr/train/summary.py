@@ -72,7 +72,8 @@ def finish(
         "steps": loop.step,
         "tokens": loop.tokens,
         "epochs": loop.epoch,
-        "tokens_per_second": loop.tokens_per_second,
+        "tokens_per_second": loop.meter.tokens_per_second,
+        **loop.meter.summary(),
         "parameters": loop.parameters,
         "trained_parameters": loop.trained_parameters,
         "processes": ranks.world_size,
@@ -109,6 +110,7 @@ def _table(numbers: dict[str, Any], plan: Plan, ranks: Ranks) -> str:
         ("training tokens", numbers["tokens"]),
         ("  epochs of the text", f"{numbers['epochs']:,.2f}"),
         ("tokens per second", f"{numbers['tokens_per_second']:,.0f}"),
+        *_speeds(numbers, "TFLOP/s per rank" if ranks.world_size > 1 else "TFLOP/s"),
         ("parameters", numbers["parameters"]),
         *([("  trained", trained)] if (trained := numbers["trained_parameters"]) < numbers["parameters"] else []),
         None,
@@ -124,3 +126,13 @@ def _table(numbers: dict[str, Any], plan: Plan, ranks: Ranks) -> str:
         rows.append(("  largest logit difference", f"{numbers['export_logit_difference']:.1e}"))
     rows += [None, ("everything is in", str(plan.folder.path))]
     return summary_table(rows)
+
+
+def _speeds(numbers: dict[str, Any], name: str) -> list[tuple[str, object]]:
+    """Of what is known."""
+    rows: list[tuple[str, object]] = []
+    if numbers["tflops_per_rank"] is not None:
+        rows.append((f"  {name}", f"{numbers['tflops_per_rank']:,.4g}"))
+    if numbers["mfu"] is not None:
+        rows.append(("  MFU", f"{100 * numbers['mfu']:.1f} %"))
+    return rows

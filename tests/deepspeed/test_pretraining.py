@@ -1,13 +1,15 @@
 """The pretraining program on several processes: the same run however it is cut, and after a resume."""
 
+import gzip
 import itertools
+import json
 import math
 import re
 import shutil
 
 import pytest
 
-from tests.end_to_end.commands import assert_same_checkpoints, losses, metrics, small_run, write_config
+from tests.end_to_end.commands import assert_same_checkpoints, losses, metrics, small_run, timeless, write_config
 
 pytestmark = pytest.mark.distributed
 TRAIN = "tests.deepspeed.pretraining:train"
@@ -53,6 +55,46 @@ def test_events_are_noted(train):
         10: ["refactorization"],
         12: ["momentum_reset"],
     }
+
+
+def test_rows_have_speeds_times_and_rates(train):
+    rows = [row for row in metrics(train(3, 2)) if "loss" in row]
+    sent = [row["step"] for row in rows if row["exchange_bytes"]]
+    assert sent == [5, 10] == [row["step"] for row in rows if row["seconds"]["exchange"]]  # refactorizations
+    for row in rows:
+        parts, total = dict(row["seconds"]), row["seconds"]["total"]
+        assert all(seconds > 0 for name, seconds in parts.items() if name != "exchange")
+        assert parts["exchange"] <= parts["optimizer"]
+        assert parts["forward"] + parts["backward"] + parts["optimizer"] <= 1.001 * total
+        assert row["tokens_per_second_per_rank"] == pytest.approx(12 * 32 / total / 2, rel=1e-3)
+        assert row["mfu"] is None and 0 < row["memory_bytes"] <= 1.01 * row["peak_memory_bytes"]
+        assert set(row["learning_rates"]) == {"factors", "embedding", "norm"}
+    # Three updates after each reset the factors have the whole rate again; the first of them has a thousandth.
+    shares = [row["learning_rates"]["factors"] / row["lr"] for row in rows]
+    assert shares[:8] == pytest.approx([1, 1, 1, 1, 0.001, 0.5005, 1, 1])
+    assert all(row["learning_rates"]["norm"] == row["lr"] for row in rows)
+
+
+def test_operations_do_not_depend_on_how_a_run_is_cut(train):
+    runs = [train(0, 1), train(2, 2), train(3, 3), train(3, 2, "--activation-checkpointing")]
+    runs.append(train(2, 3, gradient_accumulation_steps=2))
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in runs]
+    assert len({summary["flops_per_update"] for summary in summaries}) == 1
+    one = summaries[1]
+    speed = one["flops_per_update"] / one["seconds_per_update"]["total"] / 2 / 1e12
+    assert one["tflops_per_rank"] == pytest.approx(speed)
+
+
+def test_a_profile_and_a_peak(train):
+    folder = train(3, 2, "--profile", "3", "--peak-tflops", "0.5")
+    with gzip.open(folder / "profile/trace.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    found = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    assert [found.count(name) for name in ("forward", "backward", "optimizer")] == [3, 3, 3]
+    assert [found.count(name) for name in ("momentum_reset", "refactorization")] == [1, 1] and "exchange" in found
+    for row in metrics(folder)[1:5]:
+        assert row["mfu"] == pytest.approx(row["tflops_per_rank"] / 0.5, rel=1e-4)
+    check_same(folder, train(0, 1), rel=1e-5)
 
 
 def test_no_update_is_idle(train):
@@ -124,11 +166,11 @@ def test_resume_is_bitwise(ranks, train, stage, sections):
     ranks(2).run(TRAIN, [*flags, "--output", str(resumed), "--resume"], str(whole.parent))
 
     assert (resumed / "summary.json").exists()
-    timeless = [[{**row, "tokens_per_second": 0} for row in metrics(folder)] for folder in (whole, resumed)]
-    (made_up_for,) = [row for row in timeless[1] if row not in timeless[0]]
+    first, again = (timeless(metrics(folder)) for folder in (whole, resumed))
+    (made_up_for,) = [row for row in again if row not in first]
     assert made_up_for["step"] == 6
     assert math.isfinite(made_up_for["eval_loss"])
-    assert timeless[0] == [row for row in timeless[1] if row is not made_up_for]
+    assert [row for row in first if "eval_is_sample" not in row] == [row for row in again if row is not made_up_for]
     assert_same_checkpoints(resumed / f"checkpoints/step{STEPS}", whole / f"checkpoints/step{STEPS}")
 
 

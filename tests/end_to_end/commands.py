@@ -34,6 +34,17 @@ SMALL_MODEL = {
 }
 SHORT_TEXT = ["--sequence-length", "32", "--max-train-tokens", "20000", "--max-eval-tokens", "2000"]
 
+# Of a row of metrics.jsonl: times, what follows from them, and memory.
+MEASURED = (
+    "tokens_per_second",
+    "tokens_per_second_per_rank",
+    "tflops_per_rank",
+    "mfu",
+    "seconds",
+    "memory_bytes",
+    "peak_memory_bytes",
+)
+
 # What the user's own launchers would set, and nothing of this test's own process group.
 _NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "MAKEFLAGS")
 
@@ -123,6 +134,11 @@ def started(
 def metrics(run_folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl."""
     return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what is measured, which no second run has."""
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
 
 
 def losses(run_folder: Path) -> list[float]:

@@ -102,7 +102,14 @@ def test_the_numbers_are_printed_once(finished, summary):
     assert sum(line.startswith("held-out perplexity  ") for line in lines) == 1
     for key in ("perplexity", "perplexity_untrained", "perplexity_unigram", "perplexity_galore_compatible"):
         assert f"{summary[key]:,.2f}" in output
-    for words in ("fp32 masters", "optimizer state", "peak memory", "tokens per second", "precision: fp32"):
+    for words in (
+        "fp32 masters",
+        "optimizer state",
+        "peak memory",
+        "tokens per second",
+        "TFLOP/s per rank",
+        "precision: fp32",
+    ):
         assert sum(words in line for line in lines) == 1, words
     assert "Traceback" not in output
 

@@ -3,7 +3,6 @@
 import re
 import shlex
 import signal
-from typing import Any
 
 import psutil
 import pytest
@@ -18,6 +17,7 @@ from tests.end_to_end.commands import (
     run,
     small_run,
     started,
+    timeless,
     torchrun,
 )
 
@@ -113,7 +113,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, undisturbed, laun
 
     rest_of_it = run([*LAUNCHERS[launcher](), *shlex.split(words.group(1))], tmp_path)
     assert rest_of_it.code == 0, rest_of_it.output
-    assert without_time(metrics(tmp_path / "stopped")) == without_time(metrics(whole))
+    assert timeless(metrics(tmp_path / "stopped")) == timeless(metrics(whole))
     last = f"checkpoints/step{STEPS}"
     assert_same_checkpoints(tmp_path / "stopped" / last, whole / last)
 
@@ -184,7 +184,3 @@ def test_a_killed_launcher_leaves_a_checkpoint(tmp_path):
     assert tag == f"step{metrics(tmp_path / 'stopped')[-1]['step']}"
     shards = [file.name for file in (tmp_path / "stopped/checkpoints" / tag).glob("*.safetensors")]
     assert len(shards) == 2
-
-
-def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]

@@ -30,6 +30,7 @@ NUMBERS: dict[tuple[str, ...], tuple[str, ...]] = {
         "--save-every",
         "--keep-checkpoints",
         "--log-every",
+        "--profile",
     ),
     (EVALUATE, "export", "--sequence-length", "32"): ("--micro-batch-size", "--sequence-length", "--max-eval-tokens"),
     (PLAN, "--models", "small.json", "--ranks", "8"): ("--ranks", "--processes", "--stage"),
@@ -39,6 +40,9 @@ NUMBERS: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 # The words, and what is named.
 WRONG: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    ((*RUN, "--peak-tflops", "0"), ("--peak-tflops",)),
+    ((*RUN, "--peak-tflops", "nan"), ("--peak-tflops",)),
+    ((*RUN, "--peak-tflops", "1e999"), ("--peak-tflops",)),
     ((*RUN, "--seed", "x"), ("--seed",)),
     ((*RUN, "--seed", "1.5"), ("--seed",)),
     ((*RUN, "--seed", str(2**70)), ("seed",)),

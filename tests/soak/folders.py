@@ -50,7 +50,7 @@ def bad_runs(rng: Random) -> Iterator[Case]:
         new = (PRETRAIN, *SIZES, "--deepspeed", "good.json", "--output", "taken", "--steps", "1")
         for content in ("", "{}", "foreign"):
             yield Case(about=f"train: {name} is there", words=new, names=("taken",), files={f"taken/{name}": content})
-    for name in ("loss.png", "routing.txt", "tensorboard/x", "csv_monitor/x"):
+    for name in ("loss.png", "routing.txt", "tensorboard/x", "csv_monitor/x", "profile/x"):
         new = (PRETRAIN, *SIZES, "--deepspeed", "good.json", "--output", "taken", "--steps", "1")
         for flags in ((), ("--overwrite",)):
             files = {f"taken/{name}": "mine"}

@@ -44,7 +44,15 @@ def no_files(rng: Random) -> Iterator[Case]:
     for name in OF_AN_EXPORT:
         needed = name in ("config.json", "tokenizer.json", "model.safetensors")
         yield from _cases(f"export: {name}", SCORE_EXPORT, f"export/{name}", "bad" if needed else "either")
-    for name in ("loss.png", "routing.txt", "tensorboard/x", "csv_monitor/x", "summary.json", "metrics.jsonl"):
+    for name in (
+        "loss.png",
+        "routing.txt",
+        "tensorboard/x",
+        "csv_monitor/x",
+        "profile/x",
+        "summary.json",
+        "metrics.jsonl",
+    ):
         for flags in ((), ("--overwrite",), ("--resume",)):
             yield Case(
                 about=f"train without --output {flags}: {name}",

@@ -47,6 +47,24 @@ def test_history_separates_training_from_evaluation(write):
     assert history.events == {"refactorization": [20, 30], "momentum_reset": [20]}
 
 
+def test_samples_are_a_curve_of_their_own(write, tmp_path):
+    sample = {"eval_is_sample": True}
+    path = write(
+        evaluate(0, 8.0),
+        *(train(step, 8 - step / 10) for step in (1, 2, 3)),
+        evaluate(2, 7.9) | sample,
+        evaluate(3, 7.8) | sample,
+        evaluate(3, 7.7),
+    )
+    history = read_history(path)
+    assert history.eval_tokens.tolist() == [0, 30] and history.eval_losses.tolist() == [8.0, 7.7]
+    assert history.sample_tokens.tolist() == [20, 30] and history.sample_losses.tolist() == [7.9, 7.8]
+    plot_losses(path, tmp_path / "both.png")
+    write(evaluate(2, 7.9) | sample)
+    plot_losses(path, tmp_path / "samples.png")
+    assert imread(tmp_path / "both.png").shape == imread(tmp_path / "samples.png").shape
+
+
 def test_a_resumed_run_replaces_what_it_did_again(write):
     before = [train(s, 8 - s, *(["momentum_reset"] if s == 4 else [])) for s in (1, 2, 3, 4, 5)]
     after = [evaluate(2, 6.5), train(3, 5.1), train(4, 4.1), evaluate(4, 4.2)]

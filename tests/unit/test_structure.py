@@ -17,7 +17,7 @@ from tests.structure import HOSTS, Module, attributes, imported, sources, tables
 # package; "megalr" is the package itself, which offers what is in the lines above.
 ORDER = (
     "errors generation version",
-    "flags schema seeding disk plugins discovery formatting processes naming agreement",
+    "flags schema seeding disk plugins discovery formatting processes naming agreement timing",
     "locks",
     "ops layout",
     "rules",

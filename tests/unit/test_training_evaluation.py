@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig
 
-from megalr.data.examples import Examples
-from megalr.train.evaluation import evaluate
+from megalr.data.examples import Examples, PackedExamples
+from megalr.train.evaluation import FORWARD_SHARE, SHARE, evaluate, schedule_evaluations
 from megalr.train.models import build_model
 from megalr.train.ranks import Ranks
 
@@ -90,3 +90,33 @@ def test_an_evaluation_can_be_given_up(model):
 
     assert evaluate(model, Ragged(), micro_batch_size=2, ranks=ALONE, give_up=give_up) is None
     assert len(asked) == 2
+
+
+def text(sequences):
+    """So many sequences of four tokens, counted up."""
+    return PackedExamples(np.arange(4 * sequences), 4, pad_id=0, fingerprint="text", keep_tail=False)
+
+
+@pytest.mark.parametrize("steps", [1, 12, 30, 70, 400, 2000, 60_000])
+@pytest.mark.parametrize("sequences", [20, 476, 40_000])
+def test_by_default_a_curve_has_points_and_they_cost_little(steps, sequences):
+    batch = 12
+    found = schedule_evaluations(None, text(sequences), batch=batch, steps=steps)
+    evaluations = steps // found.every
+    assert evaluations * len(found.examples) * FORWARD_SHARE <= SHARE * steps * batch
+    assert evaluations >= min(10, steps // 7)
+    assert found.every <= 100
+    assert found.is_sample == (len(found.examples) < sequences)
+
+
+def test_a_sample_is_spread_over_the_text():
+    found = schedule_evaluations(None, text(100), batch=12, steps=140)
+    assert [int(row[0]) // 4 for row, _ in found.examples] == [0, 8, 16, 25, 33, 41, 50, 58, 66, 75, 83, 91]
+    assert found.examples.tokens == 48 and found.examples.predicted == 36
+    assert found.examples.fingerprint != text(100).fingerprint
+
+
+def test_whoever_asks_for_evaluations_gets_them_of_the_whole_text():
+    held_out = text(476)
+    found = schedule_evaluations(3, held_out, batch=12, steps=400)
+    assert (found.every, found.examples, found.is_sample) == (3, held_out, False)

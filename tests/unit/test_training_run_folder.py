@@ -104,7 +104,7 @@ def test_a_second_run_in_the_folder_is_refused(first, second):
             take_run_folder("zero2", "mine", **how[1], lock=other)
 
 
-@pytest.mark.parametrize("name", ["loss.png", "routing.txt", "tensorboard", "csv_monitor"])
+@pytest.mark.parametrize("name", ["loss.png", "routing.txt", "tensorboard", "csv_monitor", "profile"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_no_run_has_written_is_not_deleted(name, overwrite):
     Path("mine").mkdir()
@@ -120,7 +120,7 @@ def test_a_file_is_no_folder():
         choose("mine")
 
 
-@pytest.mark.parametrize("name", ["loss.png", "routing.txt", "tensorboard", "csv_monitor"])
+@pytest.mark.parametrize("name", ["loss.png", "routing.txt", "tensorboard", "csv_monitor", "profile"])
 def test_the_default_folder_leaves_what_no_run_has_written_alone(name):
     kept = Path("runs/zero2") / name
     kept.mkdir(parents=True)

@@ -40,6 +40,7 @@ from megalr.rules.adam_moments import rotate_moments
 from megalr.rules.base import State, tensor
 from megalr.rules.bases import Side
 from megalr.seeding import generator
+from megalr.timing import span
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,9 @@ class Projections(LayerEvents):
     def update(self, which: Sequence[int], gradients: Field, step: Step) -> None:
         """Refresh the bases that are due, then AdamW on all R that lie in some of the flat buffers; collective."""
         here = [basis for basis in self.schedule.bases if any(self._buffer(name) in which for name in basis.layers)]
-        self._refresh_from_gradients([basis for basis in here if basis.due], which, gradients, step.updates)
+        due = [basis for basis in here if basis.due]
+        with span("refresh", shown=bool(due)):
+            self._refresh_from_gradients(due, which, gradients, step.updates)
         runs: list[tuple[Fragment, int]] = []
         for basis in here:
             for name in basis.layers:
@@ -134,9 +137,10 @@ class Projections(LayerEvents):
         if self.schedule.projector(updates) != "random":
             return []
         due = [basis for basis in self.schedule.bases if basis.due]
-        wanted = [self._wanted(basis, self._whole(basis.any_layer.basis), [], updates) for basis in due]
-        for basis, one, found in zip(due, wanted, refresh(wanted, self._exchange), strict=True):
-            self._adopt(basis, one.old, *found)
+        with span("refresh", shown=bool(due)):
+            wanted = [self._wanted(basis, self._whole(basis.any_layer.basis), [], updates) for basis in due]
+            for basis, one, found in zip(due, wanted, refresh(wanted, self._exchange), strict=True):
+                self._adopt(basis, one.old, *found)
         return sorted({self._buffer(name) for basis in due for name in basis.layers})
 
     def forget_gradients(self) -> None:

@@ -17,6 +17,7 @@ from megalr.layout.shard import Shard
 from megalr.optim.events.base import LayerEvents, Moments
 from megalr.optim.frozen_weights import FrozenWeights
 from megalr.seeding import generator
+from megalr.timing import span
 
 
 class Merges(LayerEvents):
@@ -58,12 +59,13 @@ class Merges(LayerEvents):
             return []
         self._merges += 1
         changed: set[int] = set()
-        for name, layer in self._layers.items():
-            self._merge(name, layer)
-            if self._config.moments in ("magnitude", "random"):
-                for factor in layer.factors:
-                    self._prune(f"{name}.{factor}")
-            changed |= {f.buffer for factor in layer.factors for f in self._shard.layout.of(f"{name}.{factor}")}
+        with span("merge"):
+            for name, layer in self._layers.items():
+                self._merge(name, layer)
+                if self._config.moments in ("magnitude", "random"):
+                    for factor in layer.factors:
+                        self._prune(f"{name}.{factor}")
+                changed |= {f.buffer for factor in layer.factors for f in self._shard.layout.of(f"{name}.{factor}")}
         return sorted(changed)
 
     def numbers(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from megalr.ops import low_rank_adam
 from megalr.optim.events.base import LayerEvents, Moments, Step
 from megalr.optim.frozen_weights import FrozenWeights
 from megalr.seeding import generator
+from megalr.timing import span
 
 OTHER = {"A": "B", "B": "A"}
 
@@ -102,13 +103,14 @@ class Switches(LayerEvents):
         pairs = [switch for both in switches.values() for switch in both]
         wanted = [(n, row) for s in pairs for n in (s.factor, s.other) for row in s.rows]
         queued = [(s.factor, k - self._queue(s.factor)) for s in pairs for k in s.numbers if k >= self._queue(s.factor)]
-        rows = self._rows(wanted, queued)
         changed: set[int] = set()
-        for name, both in switches.items():
-            if both:
-                self._switch(name, both, rows, updates)
-                self._made[name] += len(both[0].rows)
-                changed |= {f.buffer for s in both for f in self._shard.layout.of(s.factor)}
+        with span("switch", shown=bool(pairs)):
+            rows = self._rows(wanted, queued)
+            for name, both in switches.items():
+                if both:
+                    self._switch(name, both, rows, updates)
+                    self._made[name] += len(both[0].rows)
+                    changed |= {f.buffer for s in both for f in self._shard.layout.of(s.factor)}
         return sorted(changed)
 
     def numbers(self) -> dict[str, Any]:
