@@ -123,6 +123,12 @@ class FolderLock:
         self.release()
 
 
+def holder_lives(handle: int) -> bool | None:
+    """Whether the process that a lock's open file names is alive; None if it ran on another node. Locks nothing."""
+    holder = _holder(handle)
+    return None if holder and holder["host"] != socket.gethostname() else _lives(holder)
+
+
 def _lock(handle: int, folder: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

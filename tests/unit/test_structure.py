@@ -31,7 +31,7 @@ ORDER = (
     "megalr",
     "data",
     "train",
-    "comparison features methods report",
+    "comparison features methods report webpage",
 )
 PROGRAM = "__main__.py"  # nobody imports it, and it may import everything
 NOT_INSTALLED = ("benchmarks", "launchers", "tests")
