@@ -8,7 +8,7 @@ from megalr.formatting import human_bytes
 from megalr.webpage.chart import COLORS
 from megalr.webpage.foreign import escaped
 
-NARROW = 7.0  # percent; a label does not fit into less
+NARROW = 9.0  # percent; a label does not fit into less
 
 
 def stacked(bars: Sequence[tuple[str, Mapping[str, float]]]) -> str:

@@ -11,7 +11,7 @@ from megalr.formatting import human_bytes
 from megalr.webpage import bars, chart
 from megalr.webpage.axes import Axis, perplexity, short, span
 from megalr.webpage.chart import COLORS, Chart
-from megalr.webpage.curves import Curve, smoothed, thinned
+from megalr.webpage.curves import Curve, dash, smoothed, thinned
 from megalr.webpage.document import Section, method_of, state_of
 from megalr.webpage.foreign import escaped, finite
 from megalr.webpage.machine import held_bytes
@@ -58,7 +58,7 @@ def _held_out(runs: Sequence[Run], names: Sequence[str], x: Axis) -> str:
     for index, (name, run) in enumerate(zip(names, runs, strict=True)):
         rows = run.history.evaluations
         losses = rows["eval_loss"]
-        curves.append(Curve(name, *thinned(rows["tokens"], losses, 300), index % COLORS, "dots", index))
+        curves.append(Curve(name, *thinned(rows["tokens"], losses, 300), index % COLORS, "dots", dash(index)))
         trained.append(losses[rows["step"] > 0])
     curves = [curve for curve in curves if not curve.is_empty]
     if not curves:
@@ -76,9 +76,9 @@ def _small_charts(runs: Sequence[Run], names: Sequence[str], x: Axis) -> list[st
     for index, (name, run) in enumerate(zip(names, runs, strict=True)):
         rows = run.history.training
         training.append(
-            Curve(name, *thinned(rows["tokens"], smoothed(rows["loss"]), 500), index % COLORS, "line", index)
+            Curve(name, *thinned(rows["tokens"], smoothed(rows["loss"]), 500), index % COLORS, "line", dash(index))
         )
-        speed.append(mean_curve(name, rows["tokens"], rows["tokens_per_second"], index % COLORS, index))
+        speed.append(mean_curve(name, rows["tokens"], rows["tokens_per_second"], index % COLORS, dash(index)))
     found = []
     for key, title, curves, zero in (
         ("training", "Training loss, smoothed", training, False),
@@ -104,15 +104,15 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
         rows.append(
             (
                 f'<b>{escaped(name)}</b><br><span class="note">{escaped(method_of(run))}</span>',
-                state_of(run),
                 mark + ("–" if result is None else perplexity(result)),
                 "–" if tokens is None else short(tokens),
                 "–" if not speed else f"{speed:,.0f}",
                 human_bytes(held) if held else "–",
                 human_bytes(peak) if peak else "–",
+                state_of(run),
             )
         )
-    columns = ("run", "state", "held-out perplexity", "tokens", "tokens/s", "bytes per rank", "peak of a process")
+    columns = ("run", "held-out perplexity", "tokens", "tokens/s", "bytes per rank", "peak of a process", "state")
     return card("runs", "", table(columns, rows, text=(0,)))
 
 

@@ -11,6 +11,7 @@ Floats = NDArray[np.float64]
 
 MOST_POINTS = 1600  # of a curve on the page
 FEWEST_TO_SMOOTH = 10
+DASHES = 8  # patterns, and as many colors, of style.py
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Curve:
     def is_empty(self) -> bool:
         """Whether there is no point."""
         return not np.isfinite(self.y).any()
+
+
+def dash(index: int) -> int:
+    """The dash pattern of the index-th line, so that lines of the same color have another."""
+    return (index + index // DASHES) % DASHES
 
 
 def smoothed(values: Floats) -> Floats:

@@ -127,8 +127,8 @@ table { border-collapse: collapse; font-size: 14px; width: 100%; }
 th, td { text-align: right; padding: 3px 10px; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); }
 tbody tr:last-child td { border-bottom: 0; }
-.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-.pairs th { text-align: left; width: 1%; padding-left: 0; vertical-align: top; }
+.text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 10em; }
+.pairs th { text-align: left; width: 1%; white-space: normal; padding-left: 0; vertical-align: top; }
 .card h3 { margin-bottom: 6px; }
 .tag {
   font-size: 12px; color: var(--good); border: 1px solid currentColor; border-radius: 99px; padding: 0 7px;
@@ -172,7 +172,7 @@ footer {
   .page { padding: 0 12px 32px; } nav { margin: 12px -12px 0; padding: 8px 12px; } header { padding-top: 18px; }
   h1 { font-size: 23px; } .facts { grid-template-columns: 1fr 1fr; gap: 8px; } .chart, .card { padding: 10px; }
   .frame { padding-left: 46px; } .frame.both { padding-right: 50px; } .tall .plot { height: 250px; }
-  th, td { padding: 3px 7px; }
+  th, td { padding: 3px 7px; } .piece { font-size: 11px; }
 }
 @media print {
   nav, .hint { display: none !important; } body { font-size: 12px; } pre { max-height: none; }

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from megalr.webpage import chart, lanes
 from megalr.webpage.axes import Axis, perplexity, span
 from megalr.webpage.chart import COLORS, Chart, Level, Mark
-from megalr.webpage.curves import FEWEST_TO_SMOOTH, Curve, averaged, smoothed, thinned
+from megalr.webpage.curves import FEWEST_TO_SMOOTH, Curve, averaged, dash, smoothed, thinned
 from megalr.webpage.foreign import escaped, finite
 from megalr.webpage.history import History
 from megalr.webpage.run import Run
@@ -131,7 +131,7 @@ def rates_section(run: Run, x: Axis) -> str:
         else:
             same.append(name)
     curves = [
-        Curve(", ".join(names), *thinned(tokens, values, 600), index % COLORS, "line", index)
+        Curve(", ".join(names), *thinned(tokens, values, 600), index % COLORS, "line", dash(index))
         for index, (names, values) in enumerate(alike[:MOST_RATES])
     ]
     if not curves:

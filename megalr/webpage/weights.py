@@ -80,12 +80,12 @@ def _table(found: list[Spectrum]) -> str:
             (
                 escaped(one.kind),
                 f"{one.block}",
-                " x ".join(f"{size:,}" for size in one.shape),
                 "–" if effective is None else f"{effective:,.1f}",
                 "–" if effective is None else _meter(effective / min(one.shape)),
                 f"{one.stable_rank:,.1f}",
                 f"{one.values[0]:.4g}" if len(one.values) else "–",
+                " x ".join(f"{size:,}" for size in one.shape),
             )
         )
-    columns = ("matrix", "block", "shape", "effective rank", "of full rank", "stable rank", "largest value")
+    columns = ("matrix", "block", "effective rank", "of full rank", "stable rank", "largest value", "shape")
     return card("ranks", "Ranks", table(columns, rows, text=(0,)), wide=True)

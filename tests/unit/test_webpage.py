@@ -17,10 +17,12 @@ from megalr.webpage import spectra
 from megalr.webpage.__main__ import main
 from megalr.webpage.axes import Axis, even_ticks, log_ticks, span
 from megalr.webpage.build import page_of, write_comparison, write_page
-from megalr.webpage.curves import averaged, smoothed, thinned
+from megalr.webpage.comparing import MOST_RUNS
+from megalr.webpage.curves import DASHES, averaged, dash, smoothed, thinned
 from megalr.webpage.history import read_history
 from megalr.webpage.run import read_run
 from megalr.webpage.spectra import effective_rank, product_values, read_spectra, singular_values
+from megalr.webpage.style import CSS
 from tests.unit import web_runs
 from tests.unit.web_runs import evaluation, history, tensors, update, write_checkpoint, write_rows, write_run
 
@@ -394,6 +396,27 @@ def test_smoothing_is_a_centered_mean():
     assert np.isfinite(found).all() and np.isnan(smoothed(np.full(20, np.nan))).all()
 
 
+def test_lines_differ_by_more_than_their_color():
+    looks = {(index % DASHES, dash(index)) for index in range(MOST_RUNS)}
+    assert len(looks) == MOST_RUNS and all(f".d{number} {{" in CSS for number in range(1, DASHES))
+
+
+def luminance(color):
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return np.dot(linear, [0.2126, 0.7152, 0.0722])
+
+
+def test_colors_have_enough_contrast():
+    schemes = [dict(re.findall(r"--([\w]+): (#\w{6})", block)) for block in re.findall(r":root \{([^}]*)\}", CSS)]
+    assert [len(colors) for colors in schemes] == [18, 18, 18]  # light, dark, print
+    for colors in schemes:
+        for name in ("ink", "soft", "good", "warn", "busy", *(f"c{i}" for i in range(8))):
+            for ground in ("paper", "card"):
+                light, dark = sorted((luminance(colors[name]), luminance(colors[ground])), reverse=True)
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, ground, colors)
+
+
 def test_axes_and_ticks():
     assert even_ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert log_ticks(80, 5000, 5) == [100, 300, 1000, 3000]
@@ -442,7 +465,7 @@ def test_large_matrices_take_bounded_time(folder, monkeypatch):
     np.testing.assert_allclose(values, scale[:6], rtol=1e-3)
     monkeypatch.setattr(spectra, "LARGEST_EXACT", 8)
     text = Parsed(page_of(read_run(folder))).text
-    assert "The effective rank needs all values and is not shown" in text and "mlp.router 0 24 x 16 – –" in text
+    assert "The effective rank needs all values and is not shown" in text and "mlp.router 0 – –" in text
     monkeypatch.setattr(spectra, "LARGEST", 200)
     found = read_spectra(folder)
     assert {one.kind for one in found.found} == {"self_attn.q_proj", "mlp.up_proj"}
