@@ -25,6 +25,7 @@ Floats = NDArray[np.float64]
 
 SIZE = 1000
 COLORS = 8  # of the palette in style.py
+DOTTED = ("dots", "points")
 X_TICKS = 8  # at most
 DIGITS = 8  # of a number that the script shows
 
@@ -97,19 +98,15 @@ def drawn(chart: Chart) -> str:
     )
 
 
-def path_of(xs: Floats, ys: Floats, *, steps: bool = False) -> str:
+def path_of(xs: Floats, ys: Floats) -> str:
     """The path through points in coordinates of the SVG, with a gap at each NaN."""
     words, pen = [], "M"
-    last: str | None = None
     for x, y in zip(xs.tolist(), ys.tolist(), strict=True):
         if math.isnan(x) or math.isnan(y):
-            pen, last = "M", None
+            pen = "M"
             continue
-        here = _coordinate(y)
-        if steps and last is not None and last != here:
-            words.append(f"L{_coordinate(x)},{last}")
-        words.append(f"{pen}{_coordinate(x)},{here}")
-        pen, last = "L", here
+        words.append(f"{pen}{_coordinate(x)},{_coordinate(y)}")
+        pen = "L"
     return "".join(words)
 
 
@@ -143,12 +140,8 @@ def _svg(chart: Chart) -> str:
         parts.append(f'<path class="level" d="M0,{y}H{SIZE}"/>')
     for curve in chart.curves:
         xs, ys = across(chart.x, curve.x), down(chart.y, curve.y)
-        line = path_of(xs, ys, steps=curve.kind == "steps")
-        faint = " faint" if curve.kind == "faint" else ""
-        parts.append(
-            f'<path class="line c{curve.color} d{curve.dashed}{faint}" data-curve="{escaped(curve.name)}" d="{line}"/>'
-        )
-        if curve.kind == "dots" or _is_sparse(curve):
+        parts.append(f'<path class="{_look(curve)}" data-curve="{escaped(curve.name)}" d="{path_of(xs, ys)}"/>')
+        if curve.kind in DOTTED or _is_sparse(curve):
             good = np.isfinite(xs) & np.isfinite(ys)
             # A line of no length with round ends is a dot whatever the stretch.
             points = "".join(f"M{_coordinate(x)},{_coordinate(y)}h0" for x, y in zip(xs[good], ys[good], strict=True))
@@ -205,19 +198,31 @@ def _titles(chart: Chart) -> str:
 
 def _legend(chart: Chart) -> str:
     """What the lines are; of a single one the title says it."""
-    items = [(f"c{c.color} d{c.dashed}" + (" faint" if c.kind == "faint" else ""), c.name) for c in chart.curves]
+    items = [(_key(curve), curve.name) for curve in chart.curves]
     if len(items) < 2 and not chart.marks:
         return ""
-    items += [(f"c{mark.color} upright", f"{mark.name} ({len(mark.x):,})") for mark in chart.marks]
+    for mark in chart.marks:
+        items.append((f'<path class="line c{mark.color}" d="M12,0V10"/>', f"{mark.name} ({len(mark.x):,})"))
     return (
         '<ul class="legend">'
         + "".join(
-            f'<li><svg class="key" viewBox="0 0 24 10" aria-hidden="true"><path class="line {classes}" '
-            f'd="{"M12,0V10" if "upright" in classes else "M0,5H24"}"/></svg>{escaped(name)}</li>'
-            for classes, name in items
+            f'<li><svg class="key" viewBox="0 0 24 10" aria-hidden="true">{key}</svg>{escaped(name)}</li>'
+            for key, name in items
         )
         + "</ul>"
     )
+
+
+def _key(curve: Curve) -> str:
+    line = f'<path class="{_look(curve)}" d="M0,5H24"/>'
+    dot = f'<path class="dots c{curve.color}" d="M12,5h0"/>' if curve.kind in DOTTED else ""
+    return line + dot
+
+
+def _look(curve: Curve) -> str:
+    """The classes of a line."""
+    kind = f" {curve.kind}" if curve.kind in ("faint", "points") else ""
+    return f"line c{curve.color} d{curve.dashed}{kind}"
 
 
 def _numbers(chart: Chart) -> str:

@@ -56,10 +56,12 @@ def _held_out(runs: Sequence[Run], names: Sequence[str], x: Axis) -> str:
     """The held-out losses; the untrained models' would hide how the runs differ, and may lie above the chart."""
     curves, trained = [], []
     for index, (name, run) in enumerate(zip(names, runs, strict=True)):
-        rows = run.history.evaluations
-        losses = rows["eval_loss"]
-        curves.append(Curve(name, *thinned(rows["tokens"], losses, 300), index % COLORS, "dots", dash(index)))
-        trained.append(losses[rows["step"] > 0])
+        history = run.history
+        losses = history.held_out("eval_loss")
+        curves.append(
+            Curve(name, *thinned(history.held_out("tokens"), losses, 300), index % COLORS, "dots", dash(index))
+        )
+        trained.append(losses[history.held_out("step") > 0])
     curves = [curve for curve in curves if not curve.is_empty]
     if not curves:
         return ""

@@ -22,8 +22,7 @@ class Curve:
         name: in the legend.
         x, y: (points,) float64; the line has a gap where y is NaN.
         color: the number of a color of the page's palette.
-        kind: "line"; "faint", a thin pale line; "dots", a line with a mark at each point; "steps", which keeps a value
-            until the next.
+        kind: "line"; "faint", a thin pale line; "dots", a line with a mark at each point; "points", the marks alone.
         dashed: the number of a dash pattern, 0 for none, so that lines differ by more than their color.
     """
 

@@ -123,7 +123,7 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
     result = run.perplexity
     label = "held-out perplexity" if run.state == "finished" else "held-out perplexity so far"
     unigram, test = finite(summary.get("perplexity_unigram")), finite(summary.get("perplexity_test"))
-    small = f"unigram model {perplexity(unigram)}" if unigram else ""
+    small = f"unigram model {perplexity(unigram)}" if unigram else "of a sample" if run.is_of_a_sample else ""
     facts = [(label, "–" if result is None else perplexity(result), small)]
     if test is not None:
         facts.append(("test perplexity", perplexity(test), "text kept for the end"))
@@ -138,6 +138,9 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
     speed = finite(summary.get("tokens_per_second")) or finite(_last(training["tokens_per_second"]))
     if speed:
         facts.append(("tokens per second", f"{speed:,.0f}", ""))
+    flops, share = finite(summary.get("tflops_per_rank")), finite(summary.get("mfu"))
+    if flops:
+        facts.append(("TFLOP/s per rank", f"{flops:.3g}", f"{share:.1%} of the peak" if share else ""))
     parameters, trained = finite(summary.get("parameters")), finite(summary.get("trained_parameters"))
     if parameters:
         some = trained is not None and trained < parameters

@@ -5,33 +5,47 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megalr.webpage.axes import perplexity
 from megalr.webpage.run import Run
 from megalr.webpage.tables import card, table
+
+Floats = NDArray[np.float64]
 
 MOST_ROWS = 60
 
 
 def evaluations_section(run: Run) -> str:
     """The HTML of the table; empty without an evaluation."""
-    evaluations = run.history.evaluations
-    if not len(evaluations):
+    history = run.history
+    columns = [
+        history.held_out(name) for name in ("step", "tokens", "epoch", "eval_loss", "eval_perplexity", "is_sample")
+    ]
+    losses, samples = columns[3], columns[5] > 0
+    if not len(losses):
         return ""
-    columns = [evaluations[name] for name in ("step", "tokens", "epoch", "eval_loss", "eval_perplexity")]
-    losses = columns[3]
-    good = np.isfinite(losses)
-    best = int(np.nanargmin(np.where(good, losses, np.inf))) if good.any() else -1
-    chosen = np.unique(np.linspace(0, len(losses) - 1, min(MOST_ROWS, len(losses))).astype(int))
-    chosen = np.unique([*chosen, *([best] if best >= 0 else [])])
+    best = _best(losses, samples)
+    chosen = np.linspace(0, len(losses) - 1, min(MOST_ROWS, len(losses))).astype(int)
+    chosen = np.unique([*chosen, *([] if best is None else [best])])
     rows = []
     for row in chosen.tolist():
-        step, tokens, epoch, loss, value = (float(column[row]) for column in columns)
+        step, tokens, epoch, loss, value, is_sample = (float(column[row]) for column in columns)
         mark = ' <span class="tag">best</span>' if row == best else ""
         shown = perplexity(value) if math.isfinite(value) else "–"
-        rows.append((f"{step:,.0f}", f"{tokens:,.0f}", _or_dash(epoch, ".3f"), _or_dash(loss, ".4f"), f"{mark}{shown}"))
+        kind = ["a sample" if is_sample else "whole text"] if samples.any() else []
+        numbers = (f"{step:,.0f}", f"{tokens:,.0f}", _or_dash(epoch, ".3f"), _or_dash(loss, ".4f"), f"{mark}{shown}")
+        rows.append((*numbers, *kind))
     note = f"{len(chosen):,} of {len(losses):,} evaluations." if len(chosen) < len(losses) else ""
-    return card("held-out-rows", "", table(("step", "tokens", "epoch", "loss", "perplexity"), rows), note)
+    titles = ["step", "tokens", "epoch", "loss", "perplexity", *(["read"] if samples.any() else [])]
+    return card("held-out-rows", "", table(titles, rows), note)
+
+
+def _best(losses: Floats, samples: NDArray[np.bool_]) -> int | None:
+    """The row with the least loss of the whole text, or of samples where there is no other; None without a number."""
+    good = np.isfinite(losses)
+    good = good & ~samples if (good & ~samples).any() else good
+    return int(np.where(good, losses, np.inf).argmin()) if good.any() else None
 
 
 def _or_dash(value: float, form: str) -> str:

@@ -88,7 +88,8 @@ class History:
 
     Attributes:
         training: a row for each logged update.
-        evaluations: a row for each evaluation of the held-out text.
+        evaluations: a row for each evaluation of the whole held-out text.
+        samples: a row for each evaluation of a sample of it.
         events: by kind, the rows of ``training`` in which it took place.
         reasons: by row of ``training``, why that update was skipped.
         wrong: why the file could not be read; empty if it could, or if there is none.
@@ -96,6 +97,7 @@ class History:
 
     training: Columns = field(default_factory=Columns)
     evaluations: Columns = field(default_factory=Columns)
+    samples: Columns = field(default_factory=Columns)
     events: dict[str, list[int]] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
     wrong: str = ""
@@ -103,7 +105,15 @@ class History:
     @property
     def is_empty(self) -> bool:
         """Whether nothing was measured."""
-        return not len(self.training) and not len(self.evaluations)
+        return not any(map(len, (self.training, self.evaluations, self.samples)))
+
+    def held_out(self, name: str) -> Floats:
+        """A field of both kinds of evaluations, by step, at one step the whole text last; "is_sample" is 1 or 0."""
+        both = (self.samples, self.evaluations)
+        order = np.argsort(np.concatenate([each["step"] for each in both]), kind="stable")
+        if name == "is_sample":
+            return np.repeat([1.0, 0.0], [len(each) for each in both])[order]
+        return np.concatenate([each[name] for each in both])[order]
 
 
 def read_history(run: Path) -> History:
@@ -148,7 +158,7 @@ def _add(history: History, row: dict[str, Any]) -> None:
         if isinstance(row.get("skipped"), str):
             history.reasons[index] = row["skipped"][:LONGEST]
     if "eval_loss" in row:
-        evaluations = history.evaluations
+        evaluations = history.samples if row.get("eval_is_sample") is True else history.evaluations
         evaluations.cut(bisect_left(evaluations.steps, step))  # measured again
         found = ((name, number(row.get(name))) for name in EVALUATION)
         evaluations.append(step, iter([("tokens", tokens), *found]))
@@ -158,7 +168,8 @@ def _go_back(history: History, step: int) -> None:
     """Drop everything from a step on."""
     length = bisect_left(history.training.steps, step)
     history.training.cut(length)
-    history.evaluations.cut(bisect_left(history.evaluations.steps, step))
+    for evaluations in (history.evaluations, history.samples):
+        evaluations.cut(bisect_left(evaluations.steps, step))
     for name in list(history.events):
         rows = history.events[name]
         del rows[bisect_left(rows, length) :]

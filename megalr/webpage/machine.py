@@ -10,7 +10,7 @@ from megalr.formatting import human_bytes
 from megalr.webpage import bars, chart
 from megalr.webpage.axes import Axis, span
 from megalr.webpage.chart import Chart
-from megalr.webpage.curves import Curve, thinned
+from megalr.webpage.curves import Curve, dash, thinned
 from megalr.webpage.foreign import finite, number
 from megalr.webpage.run import Run
 from megalr.webpage.spectra import Spectra
@@ -58,13 +58,15 @@ def speed_sections(run: Run, x: Axis) -> list[str]:
         y = span([used.y], zero=True, form="percent")
         found.append(chart.drawn(Chart("mfu", "Model FLOP utilization", x, y, [used])))
     parts = [
-        mean_curve(name.replace("_", " "), tokens, training[f"seconds.{name}"], PARTS.get(name, TEAL), index)
+        mean_curve(name.replace("_", " "), tokens, training[f"seconds.{name}"], PARTS.get(name, TEAL), dash(index))
         for index, name in enumerate(training.names("seconds.")[:8])
     ]
     parts = [curve for curve in parts if not curve.is_empty]
     if parts:
         y = span([curve.y for curve in parts], zero=True, form="seconds")
-        found.append(chart.drawn(Chart("seconds", "Time of an update", x, y, parts)))
+        is_part = {"optimizer", "exchange"} <= {curve.name for curve in parts}
+        note = "The time of the exchange is a part of the optimizer's." if is_part else ""
+        found.append(chart.drawn(Chart("seconds", "Time of an update", x, y, parts, note=note)))
     return found
 
 

@@ -50,10 +50,16 @@ class Run:
     @property
     def perplexity(self) -> float | None:
         """The last held-out perplexity: at the end, or so far; None if there is none that is finite."""
-        evaluations = self.history.evaluations["eval_perplexity"]
+        evaluations = self.history.held_out("eval_perplexity")
         last = finite(float(evaluations[-1])) if len(evaluations) else None
         found = finite(self.summary.get("perplexity"))
         return last if found is None else found
+
+    @property
+    def is_of_a_sample(self) -> bool:
+        """Whether that perplexity is of a sample of the held-out text."""
+        kinds = self.history.held_out("is_sample")
+        return finite(self.summary.get("perplexity")) is None and len(kinds) > 0 and bool(kinds[-1])
 
     def section(self, name: str) -> Mapping[str, Any]:
         """An object of ``run.json``; empty if there is none."""

@@ -106,6 +106,7 @@ svg path { fill: none; vector-effect: non-scaling-stroke; }
 path.gridline { stroke: var(--grid); stroke-width: 1; }
 path.line { stroke: var(--c); stroke-width: 1.9; stroke-linejoin: round; }
 path.line.faint { stroke-width: 1; opacity: .55; }
+path.line.points { stroke: none; }
 path.dots { stroke: var(--c); stroke-width: 6.5; stroke-linecap: round; }
 path.mark { stroke: var(--c); stroke-width: 1.2; opacity: .6; stroke-dasharray: 4 4; }
 path.mark.o1 { stroke-dashoffset: 4; }

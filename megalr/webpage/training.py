@@ -28,7 +28,7 @@ MOST_RATES = 12  # lines
 
 def tokens_axis(histories: Sequence[History]) -> Axis:
     """The x axis of all charts over training tokens."""
-    found = [part["tokens"] for history in histories for part in (history.training, history.evaluations)]
+    found = [each for history in histories for each in (history.training["tokens"], history.held_out("tokens"))]
     tokens = np.concatenate(found) if found else np.zeros(0)
     high = float(tokens.max()) if len(tokens) else 1.0
     low = min(float(tokens.min()), 0.0) if len(tokens) else 0.0
@@ -40,8 +40,7 @@ def tokens_axis(histories: Sequence[History]) -> Axis:
 def loss_section(run: Run, x: Axis) -> str:
     """The loss while training and of the held-out text, and below it the events."""
     history = run.history
-    training, evaluations = history.training, history.evaluations
-    tokens, losses = training["tokens"], training["loss"]
+    tokens, losses = history.training["tokens"], history.training["loss"]
     few = len(losses) < FEWEST_TO_SMOOTH
     curves = [
         Curve(
@@ -54,10 +53,9 @@ def loss_section(run: Run, x: Axis) -> str:
     smooth = smoothed(losses)
     if not few:
         curves.append(Curve("training loss, smoothed", *thinned(tokens, smooth, 800), BLUE))
-    held_out = thinned(evaluations["tokens"], evaluations["eval_loss"], 400)
-    curves.append(Curve("held-out loss", *held_out, RED, "dots"))
+    curves += _held_out(history, "eval_loss", "held-out loss")
     curves = [curve for curve in curves if not curve.is_empty]
-    y = _loss_axis(losses, smooth, evaluations["eval_loss"])
+    y = _loss_axis(losses, smooth, history.held_out("eval_loss"))
     marks = event_marks(history)
     above = int((losses[np.isfinite(losses)] > y.high).sum())
     notes = [f"{above:,} losses lie above the chart." if above else ""]
@@ -100,18 +98,16 @@ def event_marks(history: History) -> list[Mark]:
 
 def perplexity_section(run: Run, x: Axis) -> str:
     """The held-out perplexity on a logarithmic axis, beside the untrained and the unigram model; empty without any."""
-    evaluations = run.history.evaluations
-    curve = Curve(
-        "held-out perplexity", *thinned(evaluations["tokens"], evaluations["eval_perplexity"], 400), RED, "dots"
-    )
-    if curve.is_empty:
+    curves = _held_out(run.history, "eval_perplexity", "held-out perplexity")
+    if not curves:
         return ""
     unigram = finite(run.summary.get("perplexity_unigram"))
     levels = [Level(f"unigram model: {perplexity(unigram)}", unigram)] if unigram is not None and unigram > 0 else []
-    y = span([curve.y, np.array([level.y for level in levels])], log=True, form="perplexity")
-    last = float(curve.y[np.isfinite(curve.y)][-1])
-    note = f"The last value is {perplexity(last)}. The axis is logarithmic."
-    return chart.drawn(Chart("perplexity", "Held-out perplexity", x, y, [curve], levels=levels, note=note))
+    y = span([*(curve.y for curve in curves), np.array([level.y for level in levels])], log=True, form="perplexity")
+    last = run.history.held_out("eval_perplexity")
+    last = last[np.isfinite(last)]
+    note = (f"The last value is {perplexity(float(last[-1]))}. " if len(last) else "") + "The axis is logarithmic."
+    return chart.drawn(Chart("perplexity", "Held-out perplexity", x, y, curves, levels=levels, note=note))
 
 
 def rates_section(run: Run, x: Axis) -> str:
@@ -194,6 +190,17 @@ def skipped_section(run: Run) -> str:
 def mean_curve(name: str, tokens: Floats, values: Floats, color: int, dashed: int = 0) -> Curve:
     """A noisy measurement, averaged over stretches of the run."""
     return Curve(name, *averaged(tokens, values), color, "line", dashed)
+
+
+def _held_out(history: History, name: str, words: str) -> list[Curve]:
+    """A field of the evaluations: of samples as a line, beside which those of the whole text are points."""
+    curves = []
+    if len(history.samples):
+        points = thinned(history.samples["tokens"], history.samples[name], 400)
+        curves.append(Curve(f"{words}, of a sample", *points, GOLD, "dots"))
+    points = thinned(history.evaluations["tokens"], history.evaluations[name], 400)
+    curves.append(Curve(words, *points, RED, "points" if len(history.samples) else "dots"))
+    return [curve for curve in curves if not curve.is_empty]
 
 
 def _loss_axis(losses: Floats, smooth: Floats, held_out: Floats) -> Axis:

@@ -24,7 +24,7 @@ from megalr.webpage.run import read_run
 from megalr.webpage.spectra import effective_rank, product_values, read_spectra, singular_values
 from megalr.webpage.style import CSS
 from tests.unit import web_runs
-from tests.unit.web_runs import evaluation, history, tensors, update, write_checkpoint, write_rows, write_run
+from tests.unit.web_runs import evaluation, history, sample, tensors, update, write_checkpoint, write_rows, write_run
 
 # There is no group: a process is alone, as torch says each time.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -316,6 +316,22 @@ def test_rows_that_a_resumed_run_wrote_again(tmp_path):
     assert found.training["loss"].tolist() == expected.losses.tolist() == [7.0, 6.0, 5.1, 4.1]
     assert found.evaluations["eval_loss"].tolist() == expected.eval_losses.tolist() == [6.5, 4.2]
     assert found.events == {"skipped": [2]} and found.reasons == {2: "x"}
+
+
+def test_samples_of_the_held_out_text_are_told_from_the_whole(tmp_path):
+    rows = [evaluation(0, 8.0), update(1), sample(1, 7.0), update(2), sample(2, 6.0), update(3)]
+    write_rows(tmp_path, [*rows, sample(3, 1.0), sample(2, 5.5), update(3), sample(3, 5.0)])  # from step 2 on again
+    run = read_run(tmp_path)
+    assert run.history.samples["eval_loss"].tolist() == [7.0, 5.5, 5.0]
+    page = Parsed(page_of(run))
+    assert "so far 148.41 of a sample" in page.text and "3 300 0.030 5.0000 148.41 a sample" in page.text
+    assert points(page, "loss", "held-out loss, of a sample")[1] == pytest.approx([7, 5.5, 5], abs=0.01)
+    write_rows(tmp_path, [*rows, sample(3, 1.0), evaluation(3, 4.0)])
+    run = read_run(tmp_path)
+    assert run.perplexity == pytest.approx(math.exp(4)) and not run.is_of_a_sample
+    page = Parsed(page_of(run))
+    assert "3 300 0.030 4.0000 best 54.60 whole text" in page.text  # a sample is no rival
+    assert points(page, "loss", "held-out loss")[1] == pytest.approx([8, 4], abs=0.01)
 
 
 def test_any_rows(tmp_path):

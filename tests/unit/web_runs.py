@@ -81,6 +81,11 @@ def evaluation(step: int, loss: float) -> dict[str, Any]:
     return {"step": step, "tokens": 100 * step, "epoch": step / 100, "eval_loss": loss, "eval_perplexity": exp}
 
 
+def sample(step: int, loss: float) -> dict[str, Any]:
+    """A row of an evaluation that read a sample of the text."""
+    return {**evaluation(step, loss), "eval_tokens": 1000, "eval_is_sample": True}
+
+
 def history(updates: int = 200, *, new: bool = True) -> list[dict[str, Any]]:
     """Rows of a run with events, a skipped update, and evaluations."""
     rows = [evaluation(0, 8.3)]
