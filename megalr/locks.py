@@ -173,7 +173,7 @@ def _holder(handle: int) -> dict[str, Any]:
     try:
         found = json.loads(os.pread(handle, 4096, 0))
         return {"host": str(found["host"]), "pid": int(found["pid"]), "started": float(found["started"])}
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return {}
 
 
@@ -182,7 +182,7 @@ def _lives(holder: dict[str, Any]) -> bool:
         return False
     try:
         return bool(abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1.0)
-    except psutil.Error:
+    except (psutil.Error, ValueError, OverflowError):  # no process has that number
         return False
 
 

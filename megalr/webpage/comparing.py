@@ -16,7 +16,7 @@ from megalr.webpage.document import Section, method_of, state_of
 from megalr.webpage.foreign import escaped, finite
 from megalr.webpage.machine import held_bytes
 from megalr.webpage.run import Run
-from megalr.webpage.settings import flat
+from megalr.webpage.settings import comparable
 from megalr.webpage.tables import card, table
 from megalr.webpage.training import mean_curve, tokens_axis
 
@@ -120,7 +120,7 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:
     """Settings that are not the same in all runs; never a secret."""
-    settings = [flat(dict(run.settings)) for run in runs]
+    settings = [comparable(run.settings) for run in runs]
     keys = [key for key in dict.fromkeys(key for each in settings for key in each) if key not in SAME_OF_ALL]
     keys = [key for key in keys if len({each.get(key) for each in settings}) > 1]
     if not keys:

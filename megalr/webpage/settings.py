@@ -48,13 +48,18 @@ def settings_section(run: Run) -> str:
     return "".join(parts)
 
 
-def flat(settings: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted keys and values of nested settings, without secrets, to compare runs by."""
+def comparable(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted keys and values of a run's settings, without secrets."""
+    secrets = secrets_in(settings)
+    return {key: _without(value, secrets) for key, value in _flat(settings).items()}
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(settings, dict) and settings:
         found: dict[str, str] = {}
         for key, value in settings.items():
             if not is_secret(key, value):
-                found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+                found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
         return found
     return {prefix: settings if isinstance(settings, str) else json.dumps(settings)}
 

@@ -33,6 +33,8 @@ LEADING = 128  # values of a matrix that is too large for all
 OVERSAMPLING, POWERS = 32, 3  # of the randomized decomposition
 MOST_KINDS = 8  # such as q_proj, k_proj, ...
 SECONDS = 60.0  # after which no further matrix is begun
+# What torch and the readers raise at a checkpoint whose shapes do not fit together; a UserError is a ValueError.
+FAILURES = (OSError, RuntimeError, KeyError, IndexError, ValueError, TypeError, MemoryError)
 
 _BLOCK = re.compile(r"^(?P<before>(?:[^.]+\.)*?)(?P<index>\d+)\.(?P<after>.+)$")
 _WANTED = re.compile(r"attn|attention|mlp|ffn|feed_forward|experts", re.IGNORECASE)
@@ -105,7 +107,7 @@ def read_spectra(run: Path) -> Spectra:
         spectra.checkpoint, spectra.updates = manifest.folder.name, manifest.updates
         spectra.sizes = _sizes(manifest)
         _fill(spectra, Weights(manifest))
-    except (UserError, OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
+    except FAILURES as error:
         spectra.notes.append(f"The spectra could not be computed: {printable(str(error))}")
     return spectra
 
@@ -193,7 +195,7 @@ def _fill(spectra: Spectra, weights: Weights) -> None:
             continue
         try:
             one = _spectrum(weights, layer, layers[layer], block, kind)
-        except (UserError, OSError, RuntimeError) as error:
+        except FAILURES as error:
             failed.append(f"{printable(layer)}: {printable(str(error))}")
             continue
         if one is None:
@@ -254,23 +256,34 @@ def _spectrum(weights: Weights, layer: str, replaced: bool, block: int, kind: st
     """Of one layer; None if it is too large."""
     config = weights.parametrization
     if isinstance(config, FullConfig) or not replaced:
-        names = [f"{layer}.weight"]
-    elif config.not_dense:
+        if math.prod(weights.shape(f"{layer}.weight")) > LARGEST:
+            return None
+        return _of_dense(weights[f"{layer}.weight"], block, kind)
+    if config.not_dense:
         raise UserError(f'a "{config.type}" layer has no single matrix: {config.not_dense}')
-    else:
-        names = [f"{layer}.{part}" for part in config.parts]
-    if sum(math.prod(weights.shape(name)) for name in names) > LARGEST:
-        return None
-    if type(config) is LowRankConfig and replaced:
-        b, a = weights[f"{layer}.B"], weights[f"{layer}.A"]
+    names = {part: f"{layer}.{part}" for part in config.parts}
+    shapes = [weights.shape(name) for name in names.values()]
+    if type(config) is LowRankConfig:
+        rank = min(min(shape) for shape in shapes)
+        if sum(map(math.prod, shapes)) > LARGEST or rank > LARGEST_EXACT:
+            return None
+        b, a = weights[names["B"]], weights[names["A"]]
         values = product_values(b, a, config.scale)
         return Spectrum(block, kind, (b.shape[0], a.shape[1]), values, float((values**2).sum()), True)
-    if isinstance(config, FullConfig) or not replaced:
-        matrix = weights[names[0]]
-    else:
-        matrix = config.weight({part: weights[f"{layer}.{part}"] for part in config.parts})
+    if _elements(shapes) > LARGEST:
+        return None
+    return _of_dense(config.weight({part: weights[name] for part, name in names.items()}), block, kind)
+
+
+def _of_dense(matrix: Tensor, block: int, kind: str) -> Spectrum:
     if not torch.isfinite(matrix).all():
         raise UserError("its values are not all finite")
     values, is_whole = singular_values(matrix)
     squares = float((matrix.double() ** 2).sum())
     return Spectrum(block, kind, (matrix.shape[0], matrix.shape[1]), values, squares, is_whole)
+
+
+def _elements(shapes: Sequence[tuple[int, ...]]) -> int:
+    """How many elements a matrix has at most that is made of parts of these shapes."""
+    longest = sorted(max(shape) for shape in shapes if len(shape) == 2)[-2:]
+    return max(math.prod(longest), *map(math.prod, shapes))

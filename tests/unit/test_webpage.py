@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import socket
 from html.parser import HTMLParser
 
 import numpy as np
@@ -155,6 +156,7 @@ def write_two(folder, tmp_path):
     settings = json.loads((other / "run.json").read_text())
     settings["deepspeed"]["optimizer"]["params"]["lr"] = 0.5
     settings["deepspeed"]["wandb"]["api_key"] = "another do-not-show"
+    settings["data"] = {"dataset": "https://another:hunter22@example.org/text.txt"}
     (other / "run.json").write_text(json.dumps(settings))
     out = tmp_path / "two.html"
     write_comparison([folder, other], out)
@@ -164,6 +166,7 @@ def write_two(folder, tmp_path):
 def test_several_runs_are_compared(folder, tmp_path):
     page = Parsed(write_two(folder, tmp_path).read_text())
     assert "deepspeed.optimizer.params.lr 0.003 0.5" in page.text
+    assert "https://another:[hidden]@example.org/text.txt" in page.text
     assert "best 88.43" in page.text and "■ stopped" in page.text
     for name in ("a run", "other"):
         x, _ = points(page, "held-out", name)
@@ -258,8 +261,14 @@ def test_states(tmp_path):
     assert read_run(folder).state == "running"  # its last row is fresh
     os.utime(folder / "metrics.jsonl", (1e9, 1e9))
     assert read_run(folder).state == "stopped"
-    (folder / ".writer.json").write_text("[")
-    assert read_run(folder).state == "stopped"
+    host = json.dumps(socket.gethostname())
+    for text in (
+        "[",
+        f'{{"host": {host}, "pid": -7, "started": 1}}',
+        f'{{"host": {host}, "pid": 1e999, "started": 1}}',
+    ):
+        (folder / ".writer.json").write_text(text)
+        assert read_run(folder).state == "stopped"
 
 
 def test_what_is_missing_or_damaged_is_said(folder, tmp_path):
@@ -470,7 +479,7 @@ def test_effective_rank_of_known_matrices():
     np.testing.assert_allclose(product_values(b, a, -2.5), expected, rtol=1e-5)
 
 
-def test_large_matrices_take_bounded_time(folder, monkeypatch):
+def test_large_matrices_take_bounded_time(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(spectra, "LARGEST_EXACT", 20)
     monkeypatch.setattr(spectra, "LEADING", 6)
     monkeypatch.setattr(spectra, "OVERSAMPLING", 8)
@@ -486,6 +495,10 @@ def test_large_matrices_take_bounded_time(folder, monkeypatch):
     found = read_spectra(folder)
     assert {one.kind for one in found.found} == {"self_attn.q_proj", "mlp.up_proj"}
     assert "model.layers.0.mlp.router" in found.notes[0]
+    wide = {"model.layers.0.mlp.B": torch.ones(1 << 14, 1), "model.layers.0.mlp.A": torch.ones(1, 1 << 14)}
+    write_checkpoint(tmp_path, wide, {"type": "loro", "rank": 1})  # its product has a thousand times the elements
+    monkeypatch.setattr(spectra, "LARGEST", 1 << 20)
+    assert read_spectra(tmp_path).notes == ["Left out, because of more than 1,048,576 elements: model.layers.0.mlp."]
     monkeypatch.setattr(spectra, "SECONDS", -1.0)
     assert read_spectra(folder).notes == ["9 further matrices were left out after -1 seconds."]
 
