@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
         "zero_optimization": {"stage": 2},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.003}},
         "megalr": {"parametrization": {"type": "low_rank", "rank": RANK, "alpha": ALPHA}},
-        "wandb": {"enabled": True, "api_key": SECRET},
+        "wandb": {"enabled": True, "api_key": SECRET, "password": "q7!"},
     },
     "model": {"architectures": ["LlamaForCausalLM"], "hidden_size": WIDTH},
     "data": {"dataset": "https://someone:hunter22@example.org/text.txt"},
