@@ -25,7 +25,7 @@ def evaluations_section(run: Run) -> str:
     losses, samples = columns[3], columns[5] > 0
     if not len(losses):
         return ""
-    best = _best(losses, samples)
+    best = _best(losses, samples, columns[0])
     chosen = np.linspace(0, len(losses) - 1, min(MOST_ROWS, len(losses))).astype(int)
     chosen = np.unique([*chosen, *([] if best is None else [best])])
     rows = []
@@ -41,9 +41,9 @@ def evaluations_section(run: Run) -> str:
     return card("held-out-rows", "", table(titles, rows), note)
 
 
-def _best(losses: Floats, samples: NDArray[np.bool_]) -> int | None:
-    """The row with the least loss of the whole text, or of samples where there is no other; None without a number."""
-    good = np.isfinite(losses)
+def _best(losses: Floats, samples: NDArray[np.bool_], steps: Floats) -> int | None:
+    """The trained model's least loss: its row, of the whole text, or of samples where there is no other."""
+    good = np.isfinite(losses) & (steps > 0)
     good = good & ~samples if (good & ~samples).any() else good
     return int(np.where(good, losses, np.inf).argmin()) if good.any() else None
 

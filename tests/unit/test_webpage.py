@@ -333,7 +333,7 @@ def test_samples_of_the_held_out_text_are_told_from_the_whole(tmp_path):
     run = read_run(tmp_path)
     assert run.history.samples["eval_loss"].tolist() == [7.0, 5.5, 5.0]
     page = Parsed(page_of(run))
-    assert "so far 148.41 of a sample" in page.text and "3 300 0.030 5.0000 148.41 a sample" in page.text
+    assert "so far 148.41 of a sample" in page.text and "3 300 0.030 5.0000 best 148.41 a sample" in page.text
     assert points(page, "loss", "held-out loss, of a sample")[1] == pytest.approx([7, 5.5, 5], abs=0.01)
     write_rows(tmp_path, [*rows, sample(3, 1.0), evaluation(3, 4.0)])
     run = read_run(tmp_path)
