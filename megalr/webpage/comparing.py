@@ -101,12 +101,13 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
         summary, training = run.summary, run.history.training
         tokens = finite(summary.get("tokens")) or (float(training["tokens"][-1]) if len(training) else None)
         speed, peak = finite(summary.get("tokens_per_second")), finite(summary.get("peak_memory_bytes"))
+        of_a_sample = '<br><span class="note">of a sample</span>' if run.is_of_a_sample else ""
         held = sum(held_bytes(summary).values())
         mark = '<span class="tag">best</span> ' if result is not None and result == best else ""
         rows.append(
             (
                 f'<b>{escaped(name)}</b><br><span class="note">{escaped(method_of(run))}</span>',
-                mark + ("–" if result is None else perplexity(result)),
+                mark + ("–" if result is None else perplexity(result)) + of_a_sample,
                 "–" if tokens is None else short(tokens),
                 "–" if not speed else f"{speed:,.0f}",
                 human_bytes(held) if held else "–",
