@@ -123,6 +123,12 @@ class FolderLock:
         self.release()
 
 
+def holder_lives(handle: int) -> bool | None:
+    """Whether the process that a lock's open file names is alive; None if it ran on another node. Locks nothing."""
+    holder = _holder(handle)
+    return None if holder and holder["host"] != socket.gethostname() else _lives(holder)
+
+
 def _lock(handle: int, folder: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,7 +173,7 @@ def _holder(handle: int) -> dict[str, Any]:
     try:
         found = json.loads(os.pread(handle, 4096, 0))
         return {"host": str(found["host"]), "pid": int(found["pid"]), "started": float(found["started"])}
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return {}
 
 
@@ -176,7 +182,7 @@ def _lives(holder: dict[str, Any]) -> bool:
         return False
     try:
         return bool(abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1.0)
-    except psutil.Error:
+    except (psutil.Error, ValueError, OverflowError):  # no process has that number
         return False
 
 

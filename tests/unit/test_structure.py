@@ -31,7 +31,7 @@ ORDER = (
     "megalr",
     "data",
     "train",
-    "comparison features maturity methods report",
+    "comparison features maturity methods report webpage",
 )
 PROGRAM = "__main__.py"  # nobody imports it, and it may import everything
 NOT_INSTALLED = ("benchmarks", "launchers", "tests")
