@@ -207,9 +207,10 @@ class Contents:
     def _check_boundary(self) -> None:
         """Refuse a load while gradients are there, which ZeRO would add those of the next micro-batch to."""
         made, size = self._host.progress()
-        if made:
+        if made or self._host.awaits_step:
+            last = ", and a backward pass waits for its step" if self._host.awaits_step else ""
             raise UserError(
-                f"an update has begun: {made} of its {size} micro-batches are made. Load between two updates"
+                f"an update has begun: {made} of its {size} micro-batches are made{last}. Load between two updates"
             )
 
     def _check_model(self, saved: Mapping[str, Tensor]) -> None:

@@ -226,8 +226,13 @@ class RunningHost(Host):
     def progress(self) -> tuple[int, int]:
         """Micro-batches of the update under way that are made, and of how many.
 
-        ``(0, n)`` between two updates. Where the user says when an update ends, the last backward pass alone is known.
+        ``(0, n)`` between two updates, and where the user says when an update ends.
         """
+
+    @property
+    @abstractmethod
+    def awaits_step(self) -> bool:
+        """Whether a backward pass has been made since the engine's last step."""
 
     @abstractmethod
     def counters(self) -> dict[str, int]:

@@ -196,8 +196,11 @@ class DeepSpeedEngine(DeepSpeed, RunningHost):
         engine = self._engine
         size = int(engine.gradient_accumulation_steps())
         told = getattr(engine, "_is_gradient_accumulation_boundary", None) is not None
-        stepped = 0 if told or not self._counts_micro_batches() else engine.micro_steps % size
-        return stepped + bool(getattr(engine, PASSED, False)), size
+        return (0 if told or not self._counts_micro_batches() else engine.micro_steps % size), size
+
+    @property
+    def awaits_step(self) -> bool:
+        return bool(getattr(self._engine, PASSED, False))
 
     def counters(self) -> dict[str, int]:
         return {key: getattr(self._engine, key) for key in COUNTS}

@@ -35,6 +35,10 @@ class DeepSpeedPipeline(DeepSpeedEngine):
     def progress(self) -> tuple[int, int]:
         return 0, super().progress()[1]
 
+    @property
+    def awaits_step(self) -> bool:
+        return False  # a pipeline makes its passes and its step in one call
+
 
 def check_pipeline(model: nn.Module, tensor: int, *, guarded: bool) -> None:
     """Raise a UserError for a ``PipelineModule`` that is to be guarded, or whose layers ranks are to share, or do.

@@ -232,10 +232,14 @@ def _reduce_all(wrapper: Any) -> None:
 
 
 def _refuse_in_mid_update(engine: Any, method: str) -> None:
-    done, size = (0, 1) if getattr(engine, "pipeline_parallelism", False) else DeepSpeedEngine(engine).progress()
-    if done:
+    if getattr(engine, "pipeline_parallelism", False):
+        return
+    host = DeepSpeedEngine(engine)
+    done, size = host.progress()
+    if done or host.awaits_step:
+        last = ", and after a backward pass that waits for its step" if host.awaits_step else ""
         raise UserError(
-            f"engine.{method} was called after {done} of {size} micro-batches of an update: call it between two "
+            f"engine.{method} was called after {done} of {size} micro-batches of an update{last}: call it between two "
             "updates, after the engine.step() that ends one"
         )
 

@@ -115,8 +115,12 @@ def twice(stage: int, accumulation: int, **changes: Any) -> str:
         engine.destroy()
 
 
-def resize(stage: int) -> tuple[float | None, str]:
+def resize(stage: int, folder: str) -> tuple[float | None, str]:
     """Three updates of two micro-batches, three of three, then in the next one another size.
+
+    Args:
+        stage: ZeRO's.
+        folder: for a checkpoint.
 
     Returns:
         See :func:`route`.
@@ -135,12 +139,13 @@ def resize(stage: int) -> tuple[float | None, str]:
     engine.set_train_batch_size(2 * 3 * ROWS)
     _train(plain, optimizer, engine, [losses(update, 3) for update in range(3, 6)])
     error = _error(plain, engine)
+    megalr.save_checkpoint(engine, folder)
     messages = []
     calls: dict[str, Callable[[], Any]] = {
         "set_train_batch_size": lambda: engine.set_train_batch_size(12),
         "set_train_micro_batch_size": lambda: engine.set_train_micro_batch_size(12),
         "load_checkpoint": lambda: engine.load_checkpoint("nowhere"),
-        "adopt_weights": lambda: megalr.adopt_weights(engine),
+        "megalr.load_checkpoint": lambda: megalr.load_checkpoint(engine, folder),
     }
     for after in (lambda: engine.backward(losses(6, 1)[0][dist.get_rank()](engine)), engine.step):
         after()

@@ -244,13 +244,17 @@ def test_two_backward_passes_of_a_micro_batch(ranks, stage):
 
 
 @pytest.mark.parametrize("stage", slow_but((0, 1, 2, 3), [1, 2, 3]))
-def test_batches_of_another_size(ranks, stage):
-    for error, messages in ranks(2).run(f"{WORKER}:resize", stage):
+def test_batches_of_another_size(ranks, stage, tmp_path):
+    for error, messages in ranks(2).run(f"{WORKER}:resize", stage, str(tmp_path)):
         assert error is None or error < 1e-6
         for method in ("set_train_batch_size", "set_train_micro_batch_size", "load_checkpoint"):
-            words = f"engine.{method} was called after 1 of 3 micro-batches of an update: call it between"
-            assert messages.count(words) == 2  # after the backward pass, and after its step
-        assert messages.count("an update has begun: 1 of its 3 micro-batches are made") == 2
+            called = f"engine.{method} was called after"
+            waits = (
+                f"{called} 0 of 3 micro-batches of an update, and after a backward pass that waits for its step: call"
+            )
+            assert waits in messages and f"{called} 1 of 3 micro-batches of an update: call it between" in messages
+        assert "has begun: 0 of its 3 micro-batches are made, and a backward pass waits for its step. Load" in messages
+        assert "an update has begun: 1 of its 3 micro-batches are made. Load" in messages
 
 
 HOW = {"the module": {"load_module_only": True}, "no states": {"load_optimizer_states": False}}
