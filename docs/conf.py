@@ -24,6 +24,7 @@ extensions = [
     "site_math",
     "site_extension",
 ]
+smartquotes = False  # JSON and flags are shown as they are typed
 exclude_patterns = ["_ext", "_static"]
 templates_path: list[str] = []
 

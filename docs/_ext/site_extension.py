@@ -4,7 +4,8 @@
 - ``{settings} GaLoreAdamW``: the keys of a method or a section; ``{settings} rules`` and ``{settings}
   parametrizations``: those of all methods in one table.
 - ``{measurements} paper_tiny``: rows of docs/benchmark.md, whose first cells are the directive's lines.
-- ``{program-help} megalr pretrain, launchers/pretrain.py``: the help of the first of these programs that there is.
+- ``{program-help} megalr pretrain, launchers/pretrain.py``: the help of the first of these programs that there is,
+  if there is one.
 - ``{page-cards}``: a grid of cards, a line for each: page | title | text. Pages that do not exist are left out.
 """
 
@@ -87,7 +88,9 @@ class ProgramHelp(_Markdown):
 
     def text(self) -> str:
         names = [name.strip() for name in self.arguments[0].split(",")]
-        program = next(name for name in names if name in site_programs.programs())
+        program = next((name for name in names if name in site_programs.programs()), None)
+        if program is None:
+            return ""
         parsers = [site_programs.parser_of(program)]
         if program == "megalr pretrain" and (launch := site_programs.launch_parser()) is not None:
             parsers.append(launch)

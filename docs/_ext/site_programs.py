@@ -118,7 +118,7 @@ def help_of(parser: argparse.ArgumentParser) -> str:
         lines = [_option(parser, action) for action in shown if action not in commands and action.dest != "help"]
         if lines:
             titled = group.title not in ("options", "positional arguments")
-            parts += [f"**{group.title}**"] if titled else []
+            parts += [f"**{group.title}**", _paragraphs(group.description)] if titled else []
             parts += lines
     parts.append(_paragraphs(parser.epilog))
     for name, child in nested.items():
@@ -132,7 +132,9 @@ def _option(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     names = ", ".join(action.option_strings) or value
     flag = f"{names} {value}".strip() if action.option_strings else names
     text = (action.help or "") % {**vars(action), "prog": parser.prog} if action.help else ""
-    choices = "" if action.choices is None else f" One of: {', '.join(f'`{choice}`' for choice in action.choices)}."
+    options = [] if action.choices is None or "{" in flag else list(map(str, action.choices))
+    named = all(option in text for option in options)
+    choices = "" if named else f" One of: {', '.join(f'`{option}`' for option in options)}."
     default = action.default
     shown = default not in (None, False, argparse.SUPPRESS) and "default" not in text and not isinstance(default, list)
     said = f" Default: `{default}`." if shown and action.nargs != 0 and isinstance(default, int | float | str) else ""

@@ -121,10 +121,12 @@ def test_the_reference_has_every_section():
 def test_the_reference_has_every_program():
     page, known = read("reference/commands.md"), set(site_programs.programs())
     shown = [line.split(" ", 1)[1].split(", ") for line in page.splitlines() if line.startswith("```{program-help} ")]
-    assert [names for names in shown if not known & set(names)] == []
+    assert [names for names in shown if not known & set(names)] == (
+        [] if site_programs.commands() else [["megalr report"]]
+    )
     named = {name for names in shown for name in names}
     # `python -m megalr.pretrain` is what launchers start, with the flags of `megalr pretrain`.
-    assert known - named - {"megalr report", "megalr.pretrain"} == set()
+    assert known - named - {"megalr.pretrain"} == set()
 
 
 def test_help_is_markdown_with_every_flag():
