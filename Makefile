@@ -18,7 +18,7 @@ ifneq "$(shell cat $(STAMP) 2>/dev/null)" "$(CURDIR)"
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup pretrain test test-all soak mutants test-gpu cuda-compile cuda-check lint format clean
+.PHONY: help setup pretrain test test-all soak mutants test-gpu cuda-compile cuda-check docs docs-links lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -58,6 +58,13 @@ cuda-compile: $(STAMP) ## compile the CUDA kernels for every architecture, print
 cuda-check: $(CUDA_VENV)/.installed ## cuda-compile, then link with a CUDA build of torch and import; 5.5 GB in .venv-cuda
 	$(CUDA_VENV)/bin/python csrc/check_cuda.py --link
 
+docs: $(VENV)/.docs ## build the documentation into build/docs; a warning, a dead link or a wrong name is an error
+	$(SPHINX) -b html docs build/docs
+	@echo "open build/docs/index.html; build/docs/links.txt lists the external links"
+
+docs-links: $(VENV)/.docs ## ask every external link of the documentation for an answer; needs the network
+	$(SPHINX) -b linkcheck docs build/docs-links
+
 lint: $(STAMP) ## ruff, and mypy on megalr/
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -95,6 +102,13 @@ $(STAMP): requirements.txt requirements-compare.txt setup.py
 		$(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .; }
 	@DS_ACCELERATOR=cpu $(PY) -c "$(WARM_UP)"
 	@echo "$(CURDIR)" > $@
+
+# All pages are read anew, since much of them is made from the code.
+SPHINX = $(PY) -m sphinx --fresh-env --nitpicky --fail-on-warning --keep-going --quiet
+
+$(VENV)/.docs: $(STAMP) requirements-docs.txt
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-compile -r requirements-docs.txt
+	@touch $@
 
 $(CUDA_VENV)/.installed: requirements-cuda.txt
 	@echo "Setting up $(CUDA_VENV): a CUDA build of PyTorch is downloaded and installed, 5.5 GB, once."

@@ -56,16 +56,22 @@ UNSHARED = "compressed activations cannot be shared by tensor-parallel ranks: re
 
 
 def parametrize(model: nn.Module, config: Json | str | Path, *, other_optimizer: bool = False) -> nn.Module:
-    """Give the model's linear layers the parametrization that the JSON's "megalr" section asks for, in place.
+    """Replace linear layers of a model as the "megalr" section of the JSON says, in place.
 
-    Where it asks for compressed activations, linear layers that it names save those from then on. Where it asks for
-    what only megalr's optimizer does, such as refactorizations, the first backward pass raises a UserError if there is
-    no such optimizer.
+    With an "activations" section, the layers that it names compress the activations that they save. If the JSON asks
+    for anything that only megalr's optimizer does, such as refactorizations, and another optimizer is used, the first
+    backward pass raises a UserError.
 
     Args:
         model: a dense model, not yet partitioned by DeepSpeed.
         config: the DeepSpeed JSON, as a path or a dictionary.
-        other_optimizer: let any optimizer train the model, without what only megalr's does.
+        other_optimizer: allow any optimizer; what only megalr's does is then left out.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: the JSON is not valid, or does not fit the model.
     """
     _check_model(model)
     content = fill_auto(read_json(config), None)
@@ -78,16 +84,16 @@ def parametrize(model: nn.Module, config: Json | str | Path, *, other_optimizer:
 
 
 def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: Any | None = None) -> MegalrOptimizer:
-    """The optimizer that the JSON asks for, to be passed to ``deepspeed.initialize(optimizer=...)``.
+    """Build the optimizer that the JSON asks for, to be passed to ``deepspeed.initialize(optimizer=...)``.
 
-    The JSON then needs ``"zero_allow_untested_optimizer": true``, and with CPU offload
+    The JSON needs ``"zero_allow_untested_optimizer": true``, and with CPU offload
     ``"zero_force_ds_cpu_optimizer": false``.
 
     Args:
-        model: the model after :func:`parametrize`; ``deepspeed.zero.Init`` may have partitioned a dense one.
+        model: the model after :func:`parametrize`. A dense model may be partitioned by ``deepspeed.zero.Init``.
         config: the DeepSpeed JSON, as a path or a dictionary.
-        training_args: transformers' ``TrainingArguments``; "auto" for lr, betas, eps and weight_decay is read from
-            them. The configuration that they hold for DeepSpeed is completed in place.
+        training_args: transformers' ``TrainingArguments``, from which "auto" for lr, betas, eps and weight_decay is
+            read. Their DeepSpeed configuration is completed in place.
 
     Raises:
         UserError: for a configuration that cannot work.
@@ -149,17 +155,17 @@ def _build_optimizer(model: nn.Module, content: Json) -> MegalrOptimizer:
 
 
 def trainer_optimizer(training_args: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """What to pass to ``transformers.Trainer(optimizer_cls_and_kwargs=...)``, for a job with ``--deepspeed``.
+    """Return the argument of ``transformers.Trainer(optimizer_cls_and_kwargs=...)``, for a job with ``--deepspeed``.
 
-    ``Trainer(optimizers=(...))`` does not do: with DeepSpeed, transformers drops the optimizer that it is given and
-    builds its own, without a word. What this function returns is called by the Trainer when it wants its optimizer.
+    Do not use ``Trainer(optimizers=(...))``: with DeepSpeed, transformers silently drops that optimizer and builds its
+    own. The Trainer calls the result of this function when it needs its optimizer.
 
     Args:
         training_args: transformers' ``TrainingArguments``, with ``deepspeed`` set to a JSON whose "megalr" section
             holds the optimizer.
 
     Raises:
-        UserError: there is no such JSON, or its optimizer stands where transformers leaves it to DeepSpeed.
+        UserError: there is no such JSON, or its "optimizer" section is not inside of "megalr".
     """
     config = getattr(training_args, "deepspeed", None)
     if config is None:
@@ -176,24 +182,24 @@ def trainer_optimizer(training_args: Any) -> tuple[Callable[[], Any], dict[str, 
 
 
 def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """``deepspeed.initialize`` for a dense model and a JSON with a "megalr" section.
+    """Call ``deepspeed.initialize`` for a dense model and a JSON with a "megalr" section.
 
-    The model is parametrized in place, the optimizer built, and both handed to DeepSpeed. A schedule of DeepSpeed's
-    is put at its first iteration; left alone it would spend the first update on a learning rate of zero.
+    This replaces layers in place, builds the optimizer and passes both to DeepSpeed. A DeepSpeed schedule starts at its
+    first iteration; otherwise its first update would have a learning rate of zero.
 
     Args:
         model: a dense model, the same on every rank.
         config: the DeepSpeed JSON, as a path or a dictionary; not modified.
-        **kwargs: passed on to ``deepspeed.initialize``, e.g. ``training_data``, or ``lr_scheduler``, a function of the
+        **kwargs: passed to ``deepspeed.initialize``, e.g. ``training_data``, or ``lr_scheduler``, a function of the
             optimizer.
 
     Returns:
-        ``(engine, optimizer, dataloader, scheduler)``, as ``deepspeed.initialize``; the
-        :class:`~megalr.optim.MegalrOptimizer` itself is ``engine.basic_optimizer``, and what guards the run
-        ``engine.megalr_guard`` (not of a pipeline).
+        ``(engine, optimizer, dataloader, scheduler)``, as ``deepspeed.initialize``. The
+        :class:`~megalr.optim.MegalrOptimizer` itself is ``engine.basic_optimizer``. The
+        :class:`~megalr.guards.guard.Guard` is ``engine.megalr_guard``; a pipeline engine has none.
 
     Raises:
-        UserError: for a configuration that cannot work, or that other ranks have otherwise, before anything is built.
+        UserError: the configuration cannot work, or ranks have different ones; raised before anything is built.
     """
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     check_arguments(kwargs)
@@ -279,14 +285,20 @@ def _complete(training_args: Any, content: Json) -> None:
 
 
 def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
-    """The model's weights as whole tensors on rank 0's CPU, by qualified name; None on other ranks. Collective.
+    """Gather the weights of the model as whole tensors, at any ZeRO stage. Collective.
 
-    A parameter that layers share is there under each of its names, as one tensor. Trained parameters come from the fp32
-    masters, at any ZeRO stage; frozen ones and persistent buffers as they are.
+    Trained parameters come from the fp32 masters. Frozen parameters and persistent buffers are returned as they are. A
+    parameter that layers share is returned under each of its names, as one tensor.
+
+    Args:
+        engine: of ``megalr.initialize``, or DeepSpeed's with ``megalr.build_optimizer``.
+
+    Returns:
+        On rank 0 the tensors on the CPU, by qualified name; None on other ranks.
 
     Raises:
-        UserError: the masters are not what the model has, see :func:`megalr.adopt_weights`, or the optimizer was built
-            for another module than the engine's; on all ranks alike.
+        UserError: on all ranks: weights of the model were written without :func:`megalr.adopt_weights`, or the
+            optimizer was built for another module.
     """
     host = host_of(engine)
     optimizer: MegalrOptimizer = host.optimizer

@@ -1,11 +1,14 @@
 """All rules and parametrizations as Markdown, from their docstrings: ``python -m megalr.methods > docs/methods.md``.
 
+Each has a page of its own in docs/methods, which :func:`page_of` names.
+
 A method's line is the first one of its module's docstring, ``Name: what it is, its papers.``; what a key means is said
 under ``Attributes:`` in the docstring of the class that declares it.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import re
@@ -38,6 +41,10 @@ PARAMETRIZATIONS_COLUMNS = (
 HEAD = """# Methods
 
 `python -m megalr.methods > docs/methods.md` writes this page from the docstrings in `megalr/rules` and `megalr/layers`.
+Each method links to its own page, with its equations, state, settings and measurements.
+
+On these pages W is an m x n weight and G its gradient. r is the rank, η the learning rate, λ the weight decay, ε Adam's
+epsilon, and t the number of the update. Adam(R) is the direction of [Adam](methods/adamw.md) for the gradient R.
 """
 RULES_HEAD = """## Rules
 
@@ -56,6 +63,14 @@ PARAMETRIZATIONS_HEAD = """## Parametrizations
 - refactorization, momentum reset: whether these sections of the JSON apply.
 - dense export: whether dense weights compute the same.
 - tensor parallel: whether `megalr.initialize` splits the layers between ranks.
+"""
+OTHERS = """## Other techniques
+
+These sections of "megalr" go together with many of the methods above:
+
+- [`"refactorization"`](methods/refactorization.md) balances the factors of low-rank layers and their kin.
+- [`"momentum_reset"`](methods/momentum_reset.md) sets moments to zero at an interval.
+- [`"activations"`](methods/velora.md) is VeLoRA, which saves compressed inputs of linear layers.
 """
 
 
@@ -82,6 +97,8 @@ def page() -> str:
             markdown_table(PARAMETRIZATIONS_COLUMNS, _parametrization_lines(layers), numbers=False),
             "",
             _keys({name: (kind, _fields(kind)) for name, kind in layers.items()}),
+            "",
+            OTHERS.rstrip(),
         ]
     )
 
@@ -124,23 +141,45 @@ def meanings(method: type) -> dict[str, str]:
     return found
 
 
+def page_of(name: str, method: type | None) -> str:
+    """The path of a method's page, relative to docs: methods/galore.md.
+
+    Args:
+        name: the JSON's "type".
+        method: its class; None for AdamW.
+    """
+    own = method.name if method is not None and issubclass(method, Rule) else name.lower()
+    return f"methods/{own}.md"
+
+
 def _rule_lines(rules: Mapping[str, type[Rule]]) -> list[list[str]]:
-    lines = [["`AdamW`", "AdamW: Adam with decoupled weight decay", "all", "yes", "0.001", _arxiv("1711.05101")]]
+    lines = [
+        [
+            "[`AdamW`](methods/adamw.md)",
+            "AdamW: Adam with decoupled weight decay",
+            "all",
+            "yes",
+            "0.001",
+            _arxiv("1711.05101"),
+        ]
+    ]
     for name, rule in rules.items():
         text, papers = summary(rule)
         factors = "no" if rule.not_for_factors else "all" if rule.takes_vectors else "matrices"
         reset = "yes" if rule.reset_keys else "`moments`" if "moments" in hyperparameters(rule) else "no"
-        lines.append([f"`{name}`", text, factors, reset, _text(rule.default_lr), papers])
+        lines.append([f"[`{name}`]({page_of(name, rule)})", text, factors, reset, _text(rule.default_lr), papers])
     return lines
 
 
 def _parametrization_lines(layers: Mapping[str, type[Parametrization]]) -> list[list[str]]:
-    lines = [["`full`", "Dense weights: the model as it is", "yes", "no", "yes", "yes", "yes"]]
+    lines = [["[`full`](methods/full.md)", "Dense weights: the model as it is", "yes", "no", "yes", "yes", "yes"]]
     cut = types_that_are_cut()
     for name, kind in layers.items():
         text, papers = summary(kind)
         refused = [kind.not_by_rule, kind.not_refactorized, kind.not_reset, kind.not_dense, name not in cut]
-        lines.append([f"`{name}`", text, *("no" if reason else "yes" for reason in refused), papers])
+        lines.append(
+            [f"[`{name}`]({page_of(name, kind)})", text, *("no" if reason else "yes" for reason in refused), papers]
+        )
     return lines
 
 
@@ -158,7 +197,7 @@ def _keys(methods: Mapping[str, tuple[type, Sequence[str]]]) -> str:
         usual = Counter(of.values()).most_common(1)[0][0]
         others = [f"`{name}`: {default}" for name, default in of.items() if default != usual]
         whose = "all" if len(of) == len(methods) else ", ".join(f"`{name}`" for name in of)
-        lines.append([f"`{key}`", _plain(text), "; ".join([usual, *others]), whose])
+        lines.append([f"`{key}`", plain(text), "; ".join([usual, *others]), whose])
     return markdown_table(("key", "meaning", "default (others)", "of"), lines, numbers=False)
 
 
@@ -187,10 +226,11 @@ def _text(value: Any) -> str:
     return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
 
 
-def _plain(text: str) -> str:
-    """Docstring markup as Markdown."""
+def plain(text: str) -> str:
+    """Docstring markup as Markdown, with values as JSON has them."""
     text = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", text)
-    return text.replace("``", "`").replace("|", "\\|")
+    text = text.replace("``", "`").replace("|", "\\|")
+    return re.sub(r"\b(None|True|False)\b", lambda word: f"`{_text(ast.literal_eval(word[0]))}`", text)
 
 
 def _link(paper: re.Match[str]) -> str:

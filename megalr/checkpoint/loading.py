@@ -35,14 +35,14 @@ PARTLY = "A part has been loaded: do not go on training before another load has 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What :func:`load_checkpoint` did.
+    """The result of :func:`megalr.load_checkpoint`.
 
     Attributes:
-        folder: what was loaded.
-        updates: made before it was written.
-        client_state: what it was written with.
-        skipped: newer checkpoints that were passed over, and why.
-        dropped: saved state that the engine's optimizer has no use for, in words; empty if all was loaded.
+        folder: folder of the checkpoint that was loaded.
+        updates: number of updates before it was written.
+        client_state: the ``client_state`` that it was saved with.
+        skipped: newer checkpoints that were not loaded, each with the reason.
+        dropped: saved state that this engine's optimizer cannot use, in words; empty if everything was loaded.
     """
 
     folder: Path
@@ -53,20 +53,23 @@ class Loaded:
 
 
 def load_checkpoint(engine: Any, directory: str | Path, tag: str | None = None) -> Loaded:
-    """Load what :func:`megalr.save_checkpoint` wrote, whatever stage, processes and tensor parallelism wrote it.
+    """Load a checkpoint of :func:`megalr.save_checkpoint`, from any ZeRO stage and number of processes. Collective.
 
-    All files are checked before anything is changed. Where the optimizer's rule is another one than the checkpoint's,
-    and its layers keep nothing beside their weights, the weights and counts are loaded and moments start at zero; what
-    was dropped is said, as a warning and in what is returned. Collective.
+    All files are checked before anything is changed. If the optimizer has another rule than the checkpoint, and the
+    layers keep nothing beside their weights, then weights and counts are loaded and moments start at zero; a warning
+    and the result say what was dropped.
 
     Args:
-        engine: made with the model, and the settings that decide what its state looks like, of the one that saved.
-        directory: what ``save_checkpoint`` was given, or one checkpoint's folder in it.
-        tag: which checkpoint; None for the newest whose files are as they were written, whatever ``latest`` names.
+        engine: an engine with the same model and the same shapes of the state as the one that saved.
+        directory: the folder that ``save_checkpoint`` was given, or the folder of one checkpoint in it.
+        tag: name of the checkpoint; None for the newest one with intact files, whatever ``latest`` names.
+
+    Returns:
+        What was loaded.
 
     Raises:
-        UserError: there is none, it is damaged (naming the file, the parameters, and the newest one that is not), or of
-            another model.
+        UserError: there is no checkpoint; it is damaged (the message names files, parameters, and the newest intact
+            one); or it is of another model.
     """
     saver = Saver.current()
     saver.wait()

@@ -49,23 +49,23 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint that any ZeRO stage, number of processes and tensor-parallel size can load. Collective.
 
-    It is written to a hidden folder and renamed when all of it is on the disk; whatever is interrupted, what was
-    there before stays. To be called between updates: gradients of one that has begun are not kept.
+    The checkpoint is written to a hidden folder and renamed when all of it is on the disk, so an interruption never
+    damages an older one. Call it between updates: gradients of an update that has begun are not saved.
 
     Args:
         engine: of ``megalr.initialize``, or DeepSpeed's with ``megalr.build_optimizer``.
-        directory: of all checkpoints, which all processes see.
-        tag: the checkpoint's folder in there; ``step<updates>`` if None. One of that name is replaced.
-        client_state: whatever else is to be kept, as JSON has it; the first process's.
-        keep: how many checkpoints to leave in the folder, this one among them; None for all.
-        asynchronous: come back when all has been copied to host memory, and write beside the training. The next call,
-            or :func:`wait_for_checkpoint`, waits for it and raises what went wrong.
+        directory: folder of all checkpoints, which all processes can see.
+        tag: name of the checkpoint's folder in it; ``step<updates>`` if None. An existing one is replaced.
+        client_state: anything else to save, as JSON values; taken from the first process.
+        keep: number of checkpoints to keep in the folder, including this one; None for all.
+        asynchronous: return once everything is copied to host memory, and write in a thread. The next call, or
+            :func:`wait_for_checkpoint`, waits for the thread and raises its errors.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        UserError: it could not be written, on all ranks; or the state cannot be kept.
+        UserError: on all ranks: the checkpoint could not be written.
     """
     place = folder_of(directory)
     contents, host = Contents(engine), host_of(engine)
@@ -114,10 +114,10 @@ def write_entries(
 
 
 def wait_for_checkpoint() -> None:
-    """Wait for what ``save_checkpoint(..., asynchronous=True)`` has begun, if anything. Collective.
+    """Wait until an asynchronous :func:`megalr.save_checkpoint` has finished, if there is one. Collective.
 
     Raises:
-        UserError: it could not be written.
+        UserError: the checkpoint could not be written.
     """
     Saver.current().wait()
 

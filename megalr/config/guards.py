@@ -9,15 +9,15 @@ from megalr.schema import require
 
 @dataclass(frozen=True, kw_only=True)
 class GuardsConfig:
-    """When a run skips updates, and when it stops. Losses and gradients that are not finite are always skipped.
+    """When a run skips updates, and when it stops. It always skips a loss or a gradient that is not finite.
 
     Attributes:
         max_skipped: maximum consecutive skipped updates; one more stops the run. fp16 skips up to 16 while it looks for
             its loss scale.
-        spike_deviations: skip an update whose loss is more than so many standard deviations above the mean of the last
-            losses; None skips no finite loss.
-        window: how many losses of updates that were made the mean is taken of.
-        check_replicas_every: updates between two comparisons of what all ranks should hold alike; 0 never compares.
+        spike_deviations: skip an update whose loss is more than this number of standard deviations above the mean of
+            the last losses. None: skip no finite loss.
+        window: number of losses in that mean; losses of skipped updates do not count.
+        check_replicas_every: updates between two bitwise comparisons of what all ranks should hold alike. 0: never.
     """
 
     max_skipped: int = 20

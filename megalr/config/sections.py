@@ -11,13 +11,13 @@ from megalr.schema import check_ramp, check_targets, require
 
 @dataclass(frozen=True, kw_only=True)
 class RefactorizationConfig:
-    """Every ``interval`` updates B, A become the balanced pair with the same product.
+    """Every ``interval`` updates, replace B and A by the balanced pair with the same product.
 
     Attributes:
         interval: updates between two refactorizations.
-        moments: what the factors' moments become: "reset" zeroes them and their step count, "transport" carries
-            them into the new factors, "keep" leaves them as they are. AdamW's second moments have no exact map; its
-            first ones and Muon's momentum have.
+        moments: what happens to the moments of the factors. "reset" sets them and their step count to zero,
+            "transport" maps them into the new factors, "keep" leaves them. AdamW's first moments and Muon's momentum
+            map exactly; second moments do not.
     """
 
     interval: int
@@ -29,13 +29,13 @@ class RefactorizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MomentumResetConfig:
-    """Every ``interval`` updates the moments and their step count become zero, then the learning rate ramps up.
+    """Every ``interval`` updates, set moments and their step count to zero, then ramp up the learning rate.
 
     Attributes:
         interval: updates between two resets.
-        scope: "factors" resets the low-rank factors alone, "all" every parameter.
-        warmup_steps: length of the linear ramp, from 0.001 of the scheduled learning rate to all of it; it applies
-            to the parameters that were reset; shorter than ``interval``. 0 means no ramp.
+        scope: "factors" resets the low-rank factors, "all" every parameter.
+        warmup_steps: length of the linear ramp, from 0.001 of the scheduled learning rate to all of it, for the
+            parameters that were reset; shorter than ``interval``. 0: no ramp.
     """
 
     interval: int
@@ -50,7 +50,13 @@ class MomentumResetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupConfig:
-    """Settings of one group of parameters; None stands for the optimizer's own value."""
+    """Settings of one group of parameters; None stands for the optimizer's own value.
+
+    Attributes:
+        lr: learning rate.
+        betas, eps: AdamW's.
+        weight_decay: decoupled weight decay.
+    """
 
     lr: float | None = None
     betas: tuple[float, float] | None = None
@@ -66,20 +72,20 @@ class OptimizerConfig:
     """A rule on the model's matrices, AdamW (arXiv 1711.05101) on everything else; or AdamW on everything.
 
     Attributes:
-        lr: learning rate of the matrices; without a rule, of all but the groups below.
-        betas, eps: AdamW's; a rule with moments takes them, too.
-        weight_decay: decoupled, of every matrix.
+        lr: learning rate of the matrices; without a rule, of everything but the groups below.
+        betas, eps: AdamW's, and those of a rule with moments.
+        weight_decay: decoupled weight decay of every matrix.
         rule: what updates matrices, with its hyper-parameters; None for AdamW.
-        target_modules: which parameters the rule gets. None: the weights of all linear layers but the output head.
-            Otherwise, among all parameters of two or three dimensions that are no embedding and no output head, those
-            that it names, by substrings of the qualified name or by one regular expression for the whole name. A
+        target_modules: parameters that the rule updates. None: the weights of all linear layers but the output head.
+            A list has substrings of qualified names; a string is a regular expression for the whole name. Either
+            selects among the parameters of two or three dimensions, embeddings and output head excluded. A
             three-dimensional parameter, such as batched experts, is a stack of matrices.
-        head: the rule gets the output head, too, which may be tied to the embedding.
-        embeddings: the rule gets the embeddings, too.
-        adamw: overrides for whatever the rule does not get; without a rule there is no such key.
-        embedding: overrides, on top of those, for embeddings and the output head; where the rule has them, on top of
-            the optimizer's own values.
-        norm: overrides, on top of those, for norms and biases; their weight decay is 0 unless it is set here.
+        head: whether the rule also updates the output head, which may be tied to the embedding.
+        embeddings: whether the rule also updates the embeddings.
+        adamw: overrides for the parameters that the rule does not update; needs a rule.
+        embedding: further overrides for embeddings and output head. If the rule updates them, these override the
+            optimizer's own values.
+        norm: further overrides for norms and biases; their weight decay is 0 unless it is set here.
     """
 
     lr: float = 1e-3
@@ -105,11 +111,11 @@ class GeneralConfig:
     """The keys of "megalr" that are no sections.
 
     Attributes:
-        exchange_bucket_bytes: maximum temporary memory for communication of whole matrices.
+        exchange_bucket_bytes: maximum temporary memory for communication of whole matrices, in bytes.
         seed: random seed.
-        plugins: modules to import for methods of a user's own.
-        tp_update: under tensor parallelism "exact" runs rules on whole matrices, as one process would; "local" on each
-            rank's part of them, which is another method and sends nothing over tensor-parallel groups.
+        plugins: modules or .py files to import, which register methods of your own.
+        tp_update: under tensor parallelism, "exact" runs rules on whole matrices, as one process would; "local" runs
+            them on the part of each rank, which is another method and sends nothing between these ranks.
     """
 
     exchange_bucket_bytes: int = 256 * 1024 * 1024

@@ -28,24 +28,24 @@ SHOWN = 3  # names in a message
 
 @torch.no_grad()
 def adopt_weights(engine: Any, weights: Mapping[str, Tensor] | None = None, *, masters: bool = False) -> None:
-    """Train on from weights that were written after the engine was made: by a load, an initialization, an average.
+    """Continue training from weights that were written after the engine was made, for example loaded or averaged.
 
-    An engine keeps fp32 masters and overwrites the model's weights with them, so that weights which were merely written
-    into the model are refused at the next update. Moments, bases and counts stay. Collective; between two updates.
+    An engine keeps fp32 masters and overwrites the weights of the model with them. Weights that were only written into
+    the model are therefore refused at the next update. Moments, bases and counts stay. Collective; call it between two
+    updates.
+
+    For layers with factors write B and A; for projected layers write W0 ("weight"), R and the basis. Each is adopted
+    as it was written. To give a projected layer a dense weight, write it as W0, and zeros as R. The remainder that
+    ``"merge_rounding": "remainder"`` keeps of an adopted W0 is dropped.
 
     Args:
         engine: of ``megalr.initialize``, or DeepSpeed's with ``megalr.build_optimizer``.
-        weights: whole tensors by qualified name, as :func:`megalr.consolidated_state_dict` gives them: on rank 0, what
-            other ranks give is not looked at. In fp32 none of their digits are lost. They may be some of the model's.
-            None: what was written into the model itself, the same on all ranks. Elements that nobody has written keep
-            their fp32 master. At ZeRO stage 3 writing means inside ``deepspeed.zero.GatheredParameters(...,
-            modifier_rank=0)``.
-        masters: the other way about: the model takes what was written into the masters, as
+        weights: whole tensors by qualified name, as from :func:`megalr.consolidated_state_dict`. Only rank 0's are
+            used. They may be fp32, and may be some of the model's. None: adopt what was written into the model itself,
+            the same on all ranks; elements that were not written keep their fp32 master. At ZeRO stage 3, write inside
+            of ``deepspeed.zero.GatheredParameters(..., modifier_rank=0)``.
+        masters: the opposite direction: the model takes what was written into the masters, as
             ``deepspeed.utils.safe_set_full_fp32_param`` does.
-
-    Of layers with factors the model has B and A, of projected ones W0 ("weight"), R and the basis: each is adopted as
-    it was written. To give a projected layer a dense weight, write it as W0, and zeros as R. What ``merge_rounding:
-    "remainder"`` has kept of a W0 that is adopted is dropped.
 
     Raises:
         UserError: an update has begun; ranks hold different weights; the tensors do not fit the model; the engine is a

@@ -1,4 +1,4 @@
-"""Skips updates that had better not be made, counts them, and stops a run that makes no more."""
+"""Skip bad updates, count them, and stop after too many."""
 
 from __future__ import annotations
 
@@ -22,17 +22,20 @@ _SHOWN_LOSSES = 5  # in the message of a run that is stopped
 
 
 def attach_guard(engine: Any) -> Guard:
-    """Guard an engine as the "guards" of its optimizer's configuration say.
+    """Guard an engine as the "guards" section of its optimizer's configuration says.
 
-    From then on it takes part in the engine's ``backward`` and ``step``; losses have to go through the former.
-    ``megalr.initialize`` does this itself; a job that calls ``deepspeed.initialize`` may, right after it.
+    The guard wraps the engine's ``backward`` and ``step``; losses have to go through ``engine.backward``.
+    ``megalr.initialize`` calls this. A job that calls ``deepspeed.initialize`` can call it right afterwards.
 
     Args:
-        engine: what ``deepspeed.initialize`` gives, with a :class:`~megalr.optim.MegalrOptimizer`; it gets an attribute
-            ``megalr_guard``.
+        engine: the engine of ``deepspeed.initialize``, with a :class:`~megalr.optim.MegalrOptimizer`. It gets an
+            attribute ``megalr_guard``.
+
+    Returns:
+        The guard.
 
     Raises:
-        UserError: it is a pipeline's, or its optimizer was built for another module.
+        UserError: the engine is a pipeline's, or its optimizer was built for another module.
     """
     host = host_of(engine)
     if host.has_stages:
@@ -44,19 +47,18 @@ def attach_guard(engine: Any) -> Guard:
 
 
 class Guard:
-    """Takes part in an engine's backward passes and steps; all ranks decide alike, in one small sum for each update.
+    """Skips bad updates of an engine. All ranks decide alike, by one small sum for each update.
 
-    An update whose loss is not finite on any rank, or stands out as a spike, is skipped as one with a gradient that is
-    not finite is: weights, moments, bases and counts stay as they are bit for bit. A schedule that is stepped with the
-    engine moves on where it does for those.
+    An update is skipped if its loss is not finite on any rank, or is a spike. Weights, moments, bases and counts then
+    stay as they are, bit for bit, as for a gradient that is not finite.
 
     Attributes:
-        config: its settings.
-        skipped: updates skipped so far, by whomever: this guard, the optimizer or DeepSpeed.
-        skipped_in_a_row: those since the last update that was made.
+        config: the settings.
+        skipped: number of skipped updates, by this guard, the optimizer or DeepSpeed.
+        skipped_in_a_row: number of updates skipped since the last one that was made.
         last_reason: why the last skipped update was skipped; None before the first.
-        loss: mean over ranks and micro-batches of the last update's losses, finite or not; None where no loss went
-            through ``engine.backward``.
+        loss: mean loss of the last update over ranks and micro-batches, finite or not; None if no loss went through
+            ``engine.backward``.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -79,10 +81,10 @@ class Guard:
         self._engine_backward, self._engine_step = engine.backward, engine.step
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The engine's ``backward``, which remembers the loss.
+        """Run the engine's ``backward``, and remember the loss.
 
         Raises:
-            UserError: another set of parameters is trained than when the engine was made; on all ranks alike.
+            UserError: on all ranks: the set of trained parameters has changed since the engine was made.
         """
         if not self._losses:  # before gradients meet: ranks that train different ones would wait for each other
             self._optimizer.check_model(weights=False)
@@ -90,13 +92,12 @@ class Guard:
         return self._engine_backward(loss, *args, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """The engine's ``step``; at the end of an update, with a decision before it. Collective there.
+        """Run the engine's ``step``. At the end of an update, decide first whether to skip it; collective then.
 
         Raises:
-            UserError: what was done to the model would be undone; on all ranks alike, before anything is. Once that is
-                set right, the step can be made again.
-            GuardError: too many updates in a row were skipped, or ranks have drifted apart; on all ranks alike, after
-                the step.
+            UserError: on all ranks, before the step: the step would undo a change of the model. Correct that, and
+                call this again.
+            GuardError: on all ranks, after the step: too many consecutive updates were skipped, or ranks differ.
         """
         if not self._host.ends_update():
             return self._engine_step(*args, **kwargs)
@@ -119,21 +120,21 @@ class Guard:
         return result
 
     def skip(self, reason: str) -> None:
-        """Have the update under way be skipped for a reason that its losses do not show; on all ranks or none.
+        """Skip the current update for a reason of your own. Call it on all ranks or on none.
 
         Args:
-            reason: what is wrong, such as "loss is nan" or "batch is empty".
+            reason: the reason for the log, such as "loss is nan" or "batch is empty".
         """
         self._asked = reason
 
     def check_replicas(self) -> None:
-        """Compare what all ranks should hold alike, bit for bit. Collective.
+        """Compare, bit for bit, what all ranks should hold alike. Collective.
 
-        Compared are the model's parameters as it computes with them, frozen ones included, its persistent buffers and
-        the counts of updates; at ZeRO stage 3 those parameters alone that DeepSpeed keeps gathered.
+        This covers the parameters of the model, frozen ones included, its persistent buffers and the counts of updates.
+        At ZeRO stage 3 it covers only the parameters that DeepSpeed keeps gathered.
 
         Raises:
-            GuardError: on all ranks, naming those that differ from the majority, or from rank 0 where there is none.
+            GuardError: on all ranks, naming the ranks that differ from the majority, or from rank 0 without a majority.
         """
         optimizer = self._optimizer
         counts = {**optimizer.counts(), "skipped": self.skipped}
@@ -149,7 +150,7 @@ class Guard:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides on later updates, the same on all ranks, as JSON gives it back exactly."""
+        """Return the state of the guard as JSON values, the same on all ranks."""
         return {
             "losses": self._window.state(),
             "skipped": self.skipped,
@@ -158,7 +159,7 @@ class Guard:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what :meth:`state_dict` returned; the settings are those of today."""
+        """Restore the result of :meth:`state_dict`. The settings stay."""
         self._window.load(state["losses"])
         self.skipped = state["skipped"]
         self.skipped_in_a_row = state["skipped_in_a_row"]

@@ -14,13 +14,13 @@ from megalr.errors import UserError
 from megalr.layers.tensor_parallel.split import Split
 from megalr.schema import check_targets, require
 
-# How a frozen weight of 16 bits takes what is added to it; see "merge_rounding" of the parametrizations that do.
+#: How a sum is rounded into a frozen 16-bit weight: the key "merge_rounding".
 MergeRounding = Literal["nearest", "stochastic", "remainder"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullConfig:
-    """The model as it is: every weight a dense matrix."""
+    """The model as it is, with dense weights."""
 
     trains_factors: ClassVar[bool] = False
     not_refactorized: ClassVar[str] = "has none"
@@ -37,28 +37,31 @@ class FullConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Parametrization(ABC):
-    """Another representation of every linear layer that ``target_modules`` names; the JSON's "parametrization".
+    """A replacement of every linear layer that ``target_modules`` names; the JSON's "parametrization".
+
+    A subclass is a frozen dataclass: its fields are the keys of the JSON. It has to define :attr:`parts`,
+    :meth:`replace` and :meth:`weight`.
 
     Attributes:
-        type: its name in the JSON.
+        type: name of the parametrization in the JSON.
         rank: r, the inner dimension; at most min(m, n) of every targeted m x n layer.
-        target_modules: substrings of the layers' qualified names; one of them must occur. A single string is a
-            regular expression that has to match the whole name, as in transformers.
+        target_modules: substrings of qualified names; a layer is replaced if its name contains one of them. A single
+            string is a regular expression that has to match the whole name, as in transformers.
     """
 
-    # The tensors of a layer, by last name, that make up its weight.
+    #: Last names of the tensors of a layer that make up its weight.
     parts: ClassVar[frozenset[str]]
-    # Keys that a user of a kindred method may write, and what to write instead.
+    #: Keys that other methods have and this one does not, with the advice that the error gives.
     instead: ClassVar[Mapping[str, str]] = {}
-    # Whether its layers are FactorizedLinear, so that there is something for a rule, and for a reset of the factors.
+    #: Whether the layers are :class:`FactorizedLinear`, so that rules and resets of the factors apply.
     trains_factors: ClassVar[bool] = True
-    # Why there is nothing to refactorize; empty where the layers have a pair B, A of which the product alone counts.
+    #: Why refactorization does not apply; empty if only the product of the factors B and A matters.
     not_refactorized: ClassVar[str] = ""
-    # What to write instead of a momentum reset; empty where there can be one.
+    #: What to write instead of a momentum reset; empty if one is possible.
     not_reset: ClassVar[str] = ""
-    # Why no rule but AdamW can train what stands in the weight's place; empty where one can.
+    #: Why only AdamW can train the layers; empty if rules can.
     not_by_rule: ClassVar[str] = ""
-    # Why no dense weight computes the same; empty where one does.
+    #: Why no dense weight computes the same; empty if one does.
     not_dense: ClassVar[str] = ""
 
     type: str = ""
@@ -71,7 +74,7 @@ class Parametrization(ABC):
         check_targets(self.target_modules, f"{where}.target_modules")
 
     def check(self, name: str, layer: nn.Linear) -> None:
-        """Raise a UserError for a layer that cannot be represented so."""
+        """Raise a UserError for a layer that cannot be replaced."""
         smaller = min(layer.out_features, layer.in_features)
         if self.rank > smaller:
             raise UserError(
@@ -81,66 +84,67 @@ class Parametrization(ABC):
 
     @abstractmethod
     def replace(self, layer: nn.Linear, *, seed: int, name: str) -> nn.Module:
-        """The layer's replacement.
+        """Return the replacement of a layer.
 
         Args:
-            layer: real, or on the meta device, where nothing is initialized; what the replacement keeps of it is
-                taken over, not copied.
-            seed: the run's seed.
-            name: the layer's qualified name; with the seed the key of any random number.
+            layer: a layer with weights, or one on the meta device, where nothing is initialized. Take over tensors
+                that the replacement keeps; do not copy them.
+            seed: seed of the run.
+            name: qualified name of the layer. Key random numbers by seed and name.
         """
 
     def connect(self, layers: Mapping[str, nn.Module]) -> None:  # noqa: B027  (most have nothing to share)
-        """Let replaced layers, given by qualified name, know each other."""
+        """Connect replaced layers, given by qualified name, that share something."""
 
     def cut(self, layer: nn.Module, split: Split) -> None:
-        """Leave this tensor-parallel rank its part of a replaced layer, in place; without it there is no such part.
+        """Keep the part of a replaced layer that belongs to this tensor-parallel rank, in place.
 
-        Called on all ranks with the same whole layer, before anything is partitioned. Parameters stay the same objects
-        (:meth:`Split.keep <megalr.layers.tensor_parallel.split.Split.keep>`), and what every rank still has whole gets
-        the same gradient on all of them. From then on the layer maps x to its part of y, or its part of x to y.
+        It is called on all ranks with the same whole layer, before anything is partitioned. Parameters stay the same
+        objects (:meth:`Split.keep <megalr.layers.tensor_parallel.split.Split.keep>`). A tensor that every rank keeps
+        whole must get the same gradient on all ranks. Afterwards the layer maps x to its part of y, or its part of x
+        to y.
 
         Args:
-            layer: of those that :meth:`replace` makes.
-            split: rows or columns of the weight, and between which ranks.
+            layer: one that :meth:`replace` made.
+            split: rows or columns of the weight, and the ranks that share them.
 
         Raises:
-            NotImplementedError: such a layer cannot be cut.
+            NotImplementedError: layers of this type cannot be split between ranks.
         """
         raise NotImplementedError
 
     def share_inputs(self, layers: Sequence[nn.Module], group: dist.ProcessGroup) -> None:  # noqa: B027
-        """Let layers that probably read the same x, such as q, k and v, send its gradient in one message.
+        """Let layers with the same input, such as q, k and v, send its gradient in one message.
 
         Args:
-            layers: all of one parent that :meth:`cut` has split by rows.
+            layers: all layers of one parent that :meth:`cut` has split by rows.
             group: the tensor-parallel ranks.
         """
 
     @abstractmethod
     def weight(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The dense weight (m, n), multiplied and kept in fp32, from a layer's :attr:`parts` by last name."""
+        """Return the dense weight (m, n), computed in fp32, from the :attr:`parts` of a layer by last name."""
 
     def form(self) -> dict[str, str | int | bool]:
-        """What decides what the optimizer's state looks like, beside the parameters' shapes."""
+        """Return the settings that decide the shapes of the optimizer's state, beside those of the parameters."""
         return {}
 
 
 class FactorizedLinear(nn.Module):
-    """A linear layer that trains something smaller than its weight.
+    """Base class of linear layers that train something smaller than their weight.
 
     Attributes:
-        factors: names of the parameters that it trains in the weight's place.
+        factors: names of the parameters that are trained in place of the weight.
     """
 
     factors: ClassVar[tuple[str, ...]]
 
     def buffers_changed(self) -> None:
-        """Take note that another run's buffers have been written into this layer's."""
+        """React to buffers that were loaded into this layer."""
 
 
 def kept_buffers(model: nn.Module) -> list[Tensor]:
-    """What the model's factorized layers keep beside parameters, such as the places of trained values."""
+    """Return the buffers of the factorized layers of a model, such as the places of trained values."""
     layers = [module for module in model.modules() if isinstance(module, FactorizedLinear)]
     return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
 

@@ -26,15 +26,15 @@ class LoroConfig(Parametrization):
     Floats of an m x n layer: (m + n) r trained, 2 (m + n) r of AdamW's moments.
 
     Attributes:
-        exact_every: K, updates from one exact step to the next; 500 in the published runs, 200 at 1B.
-        lazy_lr_scale: factor on the learning rate of lazy updates; None stands for r / min(m, n), as published for
-            square matrices and LLaMA's.
-        restart: of which parameters the moments become zero, and the learning rate warms up again: "all" as published,
-            or the "factors".
-        restart_warmup_steps: length of that warm-up, from 0.001 of the schedule's learning rate to all of it; below
-            ``exact_every``.
-        init: "xavier" as published: B as N(0, 2 / (m + r)), A as N(0, 2 / (n + r)); or "variance_matched", which gives
-            the product the dense layer's variance.
+        exact_every: K, updates between two exact steps; 500 in the published runs, 200 at 1B.
+        lazy_lr_scale: factor on the learning rate of lazy updates. None: r / min(m, n), as published for square
+            matrices and for LLaMA's.
+        restart: parameters whose moments become zero and whose learning rate warms up again after an exact step: "all"
+            as published, or the "factors".
+        restart_warmup_steps: length of that warm-up in updates, from 0.001 of the scheduled learning rate to all of
+            it; below ``exact_every``.
+        init: "xavier" as published: B as N(0, 2 / (m + r)), A as N(0, 2 / (n + r)). "variance_matched": the product
+            has the variance of the dense layer.
     """
 
     parts: ClassVar[frozenset[str]] = frozenset({"B", "A"})

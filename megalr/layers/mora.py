@@ -29,10 +29,10 @@ class MoraConfig(Parametrization):
     Floats of an m x n layer: m n of W0, without gradient or state; r̂² ≤ (m + n) r trained, 2 r̂² of AdamW's moments.
 
     Attributes:
-        mora_type: 1 shares: the i-th compressed element is the sum of those whose place is i modulo r̂, and the output
-            repeats M's. 6 rotates: each run of r̂ elements of x goes through M by itself, rotated by its number as
-            positions are in RoPE, and the results stand one after the other; r̂ is made even. The last run of x is
-            filled up from the first, as published.
+        mora_type: 1 shares: compressed element i is the sum of the elements of x at places i modulo r̂, and the output
+            of M is repeated. 6 rotates: each run of r̂ elements of x goes through M, rotated by its number as positions
+            are in RoPE, and the results are concatenated; r̂ is even. The last run is filled up with the first
+            elements of x, as published.
         published: round r̂ to nearest, as the published code does.
     """
 

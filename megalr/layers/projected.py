@@ -36,23 +36,24 @@ class ProjectedConfig(Parametrization):
     """W = W0 + R Qᵀ in place of every linear layer that ``target_modules`` names; W0 and Q are frozen.
 
     Attributes:
-        side: "input" has Q (n, r) on the side of the layer's input, W = W0 + R Qᵀ with R (m, r), and saves x Q for
-            the backward pass; "output" has P (m, r), W = W0 + P R with R (r, n), and saves x; "std" takes for each
-            matrix the shorter side, as GaLore does.
+        side: side of the basis. "input": Q is (n, r), W = W0 + R Qᵀ with R (m, r), and the backward pass needs x Q.
+            "output": P is (m, r), W = W0 + P R with R (r, n), and the backward pass needs x. "std": the shorter side of
+            each matrix, as GaLore.
         update_proj_gap: updates between two refreshes of a layer's basis.
         projector: how the basis is computed; see :func:`megalr.rules.bases.leading_basis`. "random" needs no gradient.
-        random_from: updates after which bases are random whatever the projector is (GoLore, arXiv 2410.11289).
-        moments: what R's moments become at a refresh: "keep" leaves them, "reset" zeroes them and their count,
-            "transport" rotates them into the new basis, "transport_first" the first one alone.
-        stagger: layers refresh one after the other, spread over the gap, and start with random bases. False: all at
-            updates 0, gap, 2 gap, ..., as GaLore does.
-        share_basis: layers that read the same input keep one Q, from their stacked gradients, and save one x Q. None:
-            they do where the basis is the input's.
-        compute: "low_rank" computes x W0ᵀ + (x Q) Rᵀ, "rematerialized" forms W0 + R Qᵀ for each pass and frees it,
-            "auto" takes of these what needs fewer operations for the tokens at hand. "materialized" forms W0 + R Qᵀ
-            once for both passes: the fastest from some r tokens on, for m x n more that is saved in between.
-        merge_rounding: how W0 + R Qᵀ becomes W0 in a model of 16 bits: to "nearest", "stochastic"ally, or to nearest
-            with the "remainder" kept in 16 bits more, sharded over the ranks.
+        random_from: number of updates after which refreshes draw random bases, as GoLore (arXiv 2410.11289). None:
+            never.
+        moments: what happens to R's moments at a refresh: "keep" leaves them, "reset" sets them and their count to
+            zero, "transport" rotates them into the new basis, "transport_first" only the first one.
+        stagger: refresh layers one after the other, spread over the gap; they start with random bases. False: refresh
+            all at updates 0, gap, 2 gap, ..., as GaLore does.
+        share_basis: let layers with the same input share one Q, computed from their stacked gradients, and save one
+            x Q. None: share if the basis is on the input's side.
+        compute: "low_rank" computes x W0ᵀ + (x Q) Rᵀ. "rematerialized" forms W0 + R Qᵀ for each pass and frees it.
+            "auto" chooses the one with fewer operations for the number of tokens. "materialized" forms W0 + R Qᵀ once
+            for both passes: the fastest for more than about r tokens, but m x n elements more are kept in between.
+        merge_rounding: how W0 + R Qᵀ is rounded into a 16-bit W0: to "nearest", "stochastic", or to nearest with the
+            "remainder" kept in 16 more bits, sharded over the ranks.
     """
 
     parts: ClassVar[frozenset[str]] = frozenset({"weight", "R", "basis"})

@@ -24,7 +24,7 @@ def register_parametrization(name: str) -> Callable[[P], P]:
     """Return a decorator that adds a parametrization under a name; see :mod:`megalr.plugins`.
 
     Args:
-        name: what ``"parametrization": {"type": ...}`` calls it.
+        name: its name in ``"parametrization": {"type": ...}``.
 
     Raises:
         UserError: the name is taken, or the decorated class is not a complete parametrization.

@@ -23,14 +23,13 @@ class ReloraConfig(LoraConfig):
 
     Attributes:
         merge_every: updates between two merges.
-        restart_warmup_steps: updates in which the factors' learning rate rises from 0.001 of the schedule's to all
-            of it after a merge; below ``merge_every``. The published code has all parameters follow that.
-        moments: what becomes of the factors' moments: "magnitude" leaves the largest of each factor's first and of its
-            second moments, "random" a random set of elements, and the count of updates; "reset" zeroes all, and the
-            count; "keep" leaves all. A first moment whose second one is zeroed is zeroed as well: it would be divided
-            by next to nothing, as it is in the published code.
-        prune_ratio: the share of each factor's moments that becomes zero.
-        merge_rounding: how W0 + s B A becomes W0 in a model of 16 bits; as that of projected layers.
+        restart_warmup_steps: updates after a merge in which the learning rate of the factors rises from 0.001 of the
+            scheduled rate to all of it; below ``merge_every``. In the published code it is that of all parameters.
+        moments: what happens to the moments of the factors. "magnitude" keeps the largest elements of each factor's
+            first and second moments, "random" a random set, and both keep the count; "reset" sets all and the count to
+            zero; "keep" leaves all. A first moment becomes zero together with its second moment.
+        prune_ratio: share of each factor's moments that becomes zero.
+        merge_rounding: how W0 + s B A is rounded into a 16-bit W0; as for projected layers.
     """
 
     not_refactorized: ClassVar[str] = "has a B that starts again at zero"

@@ -35,11 +35,11 @@ class SwitchLoraConfig(ScaledParametrization):
     which each rank of ZeRO 1 to 3 keeps its share.
 
     Attributes:
-        switch_interval: updates in which each row is switched once, at the start.
-        descent_steps: updates after which switches are 0.3 times as frequent, and so on; a tenth of the run, as
-            published. None: as frequent all the time.
-        frozen_steps: updates that a counterpart rests.
-        merge_rounding: how W0 takes the difference in a model of 16 bits; as that of projected layers.
+        switch_interval: number of updates in which each row is switched once, at the start of the run.
+        descent_steps: every this many updates, switches become 0.3 times as frequent; a tenth of the run as published.
+            None: constant.
+        frozen_steps: number of updates that the counterpart of a switched row rests.
+        merge_rounding: how the difference is rounded into a 16-bit W0; as for projected layers.
     """
 
     parts: ClassVar[frozenset[str]] = frozenset({"weight", "B", "A"})

@@ -28,9 +28,10 @@ class VeloraConfig:
 
     Attributes:
         type: its name in the JSON.
-        target_modules: which linear layers, as a parametrization's; the published ones by default.
-        groups: sub-tokens of a token; divides each layer's input. A weight's gradient has at most this rank.
-        scale: a factor on the weights' gradients.
+        target_modules: linear layers to compress, named as for a parametrization; the published ones by default.
+        groups: number of parts of a token; it has to divide the width of each layer's input. The gradient of a weight
+            has at most this rank.
+        scale: factor on the gradients of the weights.
     """
 
     type: Literal["velora"] = "velora"

@@ -30,8 +30,8 @@ class Apollo(ProjectedRule):
     than rows, whose R would be larger than G and take more memory than Adam.
 
     Attributes:
-        scale: α, whose root is a factor on the update.
-        scale_type: "channel" for one factor a row or column, "tensor" for one a matrix.
+        scale: α; the update is multiplied by its root.
+        scale_type: "channel" for one factor per row or column, "tensor" for one per matrix.
     """
 
     type_name: ClassVar[str] = "APOLLO"

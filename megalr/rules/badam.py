@@ -36,10 +36,11 @@ class BAdam(Rule):
 
     Attributes:
         betas, eps: Adam's.
-        switch_interval: K, updates in which one block is active.
-        block_order: "random" draws an order for each round of all blocks; "ascending" and "descending" are the model's.
-        blocks: substrings of names, each of which stands for a block, the first that fits counting; what none of them
-            fits is one more block.
+        switch_interval: K, number of updates for which one block is active.
+        block_order: "random" draws a new order for each round of all blocks; "ascending" and "descending" follow the
+            model.
+        blocks: substrings of names. Each is one block; a matrix belongs to the first one that its name contains. The
+            other matrices form one more block. None: one block for each layer.
     """
 
     type_name: ClassVar[str] = "BAdam"

@@ -31,10 +31,10 @@ class FRUGAL(ProjectedRule):
     of what is active, without the signs.
 
     Attributes:
-        density: share of the columns, or of the projected side's dimensions, that has Adam's state.
-        projector: "columns", or how a basis is computed.
+        density: share of the columns, or of the dimensions of the projected side, that Adam updates.
+        projector: "columns" for random columns; else how a basis is computed.
         state_free_scale: σ, the learning rate of the signs over Adam's.
-        moments: what they become at a new P; "transport" and "transport_first" are for bases.
+        moments: what happens to the moments at a new P; "transport" and "transport_first" need a basis.
     """
 
     type_name: ClassVar[str] = "FRUGAL"

@@ -21,8 +21,8 @@ class GoLore(GaLore):
     as the authors have it (their AdamW class computes the rotated moment and drops it).
 
     Attributes:
-        random_from: updates after which a refresh draws a random basis; 0 means from the start. The paper takes the
-            last part of the run.
+        random_from: number of updates after which refreshes draw random bases; 0 for all. The paper uses the last part
+            of the run.
     """
 
     type_name: ClassVar[str] = "GoLoreAdamW"

@@ -32,7 +32,7 @@ class LDAdam(ProjectedRule):
 
     Attributes:
         rho: ρ, the weight of the momentum in the matrix whose subspace is tracked.
-        error_feedback: keep E, what was cut off, and add it to the next gradient.
+        error_feedback: keep the error E of the projection and add it to the next gradient.
     """
 
     type_name: ClassVar[str] = "LDAdamW"

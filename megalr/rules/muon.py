@@ -25,12 +25,12 @@ class Muon(Rule):
 
     Attributes:
         momentum: μ, of the momentum M.
-        nesterov: take NS((1-μ) G + μ M); false takes NS(M).
+        nesterov: use NS((1-μ) G + μ M). False: use NS(M).
         ns_coefficients: a, b, c of X <- a X + (b X Xᵀ + c (X Xᵀ)²) X.
         ns_steps: Newton-Schulz iterations.
-        ns_dtype: what the iteration computes in; bfloat16 is what the original does, and fast on a GPU.
-        adjust_lr_fn: "original" takes c = √max(1, m/n); "match_rms_adamw" c = 0.2 √max(m, n), which gives updates of
-            AdamW's size, so that AdamW's learning rate serves (arXiv 2502.16982).
+        ns_dtype: data type of the iteration. The original uses bfloat16, which is fast on a GPU.
+        adjust_lr_fn: "original" uses c = √max(1, m/n). "match_rms_adamw" uses c = 0.2 √max(m, n): updates then have
+            the size of AdamW's, and AdamW's learning rate can be used (arXiv 2502.16982).
     """
 
     type_name: ClassVar[str] = "Muon"

@@ -33,8 +33,9 @@ class OnlineSubspaceDescent(GaLore):
     of which AdamW would make steps of full length. Source: arXiv 2408.12857 and its code ("continuous").
 
     Attributes:
-        update_proj_gap: 1 / learning rate of the basis, where the weights' is ``optimizer.params.lr``.
-        basis_lr: "scheduled" multiplies the basis's learning rate by the schedule of the weights'; "constant" does not.
+        update_proj_gap: the basis has the learning rate 1 / ``update_proj_gap`` when the weights have ``lr``.
+        basis_lr: "scheduled" lets the learning rate of the basis follow the schedule of the weights; "constant" does
+            not.
     """
 
     type_name: ClassVar[str] = "OnlineSubspaceDescent"

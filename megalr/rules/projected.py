@@ -27,15 +27,15 @@ class ProjectedRule(Rule):
     Attributes:
         rank: r, the rank of the projection.
         update_proj_gap: updates between two refreshes of a matrix's basis.
-        proj_type: the side that is projected. "std" projects the shorter one (the right one of a square matrix),
-            "reverse_std" the longer; it is chosen from the matrix's shape alone.
+        proj_type: the side that is projected. "std" projects the shorter side (the right one of a square matrix),
+            "reverse_std" the longer side, "full" both.
         projector: how the basis is computed; see :func:`megalr.rules.bases.leading_basis`.
-        moments: what the moments become when the basis changes. "keep" leaves them, as the original does; "reset"
-            zeroes them and their count; "transport" rotates them into the new basis, "transport_first" the first
-            moment alone.
-        stagger: matrices refresh one after the other, spread over the gap, so that no update pays for all of
-            them. False: all at updates 0, gap, 2 gap, ..., as the original does. The first update needs every basis
-            either way.
+        moments: what happens to the moments when the basis changes. "keep" leaves them, as the original does; "reset"
+            sets them and their count to zero; "transport" rotates them into the new basis, "transport_first" only
+            the first one.
+        stagger: refresh matrices one after the other, spread over the gap, so that no update refreshes all of them.
+            False: refresh all at updates 0, gap, 2 gap, ..., as the original does. The first update computes every
+            basis in both cases.
         betas, eps: Adam's.
     """
 

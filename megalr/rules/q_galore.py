@@ -37,10 +37,10 @@ class QGaLore(ProjectedRule):
 
     Attributes:
         scale: α, the factor on the update.
-        cos_threshold: mean cosine from which on the gap grows.
-        queue_size: how many cosines that is the mean of.
+        cos_threshold: mean cosine at which the gap grows.
+        queue_size: number of cosines in that mean.
         gamma_proj: the factor by which the gap grows.
-        min_8bit_size: elements from which on a moment is quantized.
+        min_8bit_size: minimum number of elements of a moment that is quantized.
     """
 
     type_name: ClassVar[str] = "QGaLoreAdamW"

@@ -25,7 +25,7 @@ def register_rule(name: str) -> Callable[[R], R]:
     """Return a decorator that adds a rule under a name; see :mod:`megalr.plugins`.
 
     Args:
-        name: what ``"optimizer": {"type": ...}`` calls it.
+        name: its name in ``"optimizer": {"type": ...}``.
 
     Raises:
         UserError: the name is taken, or the decorated class is not a complete rule.

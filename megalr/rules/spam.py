@@ -36,11 +36,11 @@ class SPAM(Rule):
 
     Attributes:
         betas, eps: Adam's.
-        threshold: θ: entries with g² > θ v are clipped; 0 clips nothing.
+        threshold: θ; elements with g² > θ v are clipped. 0: clip nothing.
         reset_interval: updates between two momentum resets (ΔT); 0 for none.
-        warmup_steps: updates of the ramp after a reset.
-        density: d, the share of the entries that has moments.
-        published: do as the published code does.
+        warmup_steps: length of the ramp after a reset, in updates.
+        density: d, the share of the elements that have moments and are updated.
+        published: follow the published code where it differs.
     """
 
     type_name: ClassVar[str] = "SPAM"

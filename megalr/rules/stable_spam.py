@@ -41,10 +41,11 @@ class StableSPAM(Rule):
         gamma1: γ1, of the average norm of gradients.
         gamma2: γ2, of the average of their squared norms.
         theta: θ, of the average largest entry.
-        reset_interval: updates between two momentum resets; 0 for none. (The code calls it ``update_proj_gap``.)
-        total_steps: length of the cosine, which should be the run's; None leaves β1 as it is.
+        reset_interval: updates between two momentum resets; 0 for none. The published code calls it
+            ``update_proj_gap``.
+        total_steps: length of the cosine in updates; write the length of the run. None leaves β1 constant.
         eta_min: η, the share of β1 at the end of the cosine.
-        published: do as the published code does.
+        published: follow the published code where it differs.
     """
 
     type_name: ClassVar[str] = "StableSPAM"

@@ -17,17 +17,7 @@ DOCUMENTS = (
     "README.md",
     "CHANGELOG.md",
     "csrc/README.md",
-    "docs/benchmark.md",
-    "docs/deepspeed.md",
-    "docs/design.md",
-    "docs/development/regressions.md",
-    "docs/equivalence.md",
-    "docs/methods.md",
-    "docs/security.md",
-    "docs/reliability.md",
-    "docs/maturity.md",
-    "docs/getting_started.md",
-    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs" / "guides").glob("*.md")),
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))),
 )
 FOLDERS = "benchmarks|csrc|docs|ds_configs|examples|launchers|megalr|tests"
 

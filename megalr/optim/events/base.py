@@ -15,18 +15,18 @@ from megalr.layout.rectangles import Entry
 from megalr.layout.shard import Shard
 from megalr.optim.frozen_weights import FrozenWeights
 
-# Gives the flat buffers of "exp_avg" or "exp_avg_sq", in the masters' layout.
+#: Returns the flat buffers of "exp_avg" or "exp_avg_sq", in the layout of the masters.
 Moments = Callable[[str], Field]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What AdamW does at one update, to all of a group.
+    """The settings of AdamW for one update of a group of parameters.
 
     Attributes:
-        updates: made before.
-        count: of this one since the moments were zero, for the bias correction.
-        lr, betas, eps, weight_decay: AdamW's; the ramp is in the learning rate.
+        updates: number of updates before this one.
+        count: number of this update since the moments were zero, for the bias correction.
+        lr, betas, eps, weight_decay: AdamW's; the learning rate includes ramps.
     """
 
     updates: int
@@ -38,15 +38,15 @@ class Step:
 
 
 class Event(ABC):
-    """One kind of event; the optimizer treats all kinds alike.
+    """Base class of events, which the optimizer treats alike.
 
-    It calls :meth:`attach` once, and :meth:`end_update` when all buffers of an update have been stepped. A skipped
-    update calls neither. :meth:`resets_due` and :meth:`restarts_due` return clocks: "factors", "dense" or both.
+    It calls :meth:`attach` once, and :meth:`end_update` after the last buffer of each update. A skipped update calls
+    neither. :meth:`resets_due` and :meth:`restarts_due` return clocks: "factors", "dense" or both.
 
     Attributes:
-        name: what metrics call it; empty where they do not mention it.
-        needs_layout: its tensors lie as the engine cuts parameters; else they can be read at any time.
-        restart_warmup_steps: length of the learning rate's ramp after what :meth:`restarts_due` names.
+        name: name in the metrics; empty to leave it out.
+        needs_layout: whether its tensors are cut as the engine cuts parameters; others can be read at any time.
+        restart_warmup_steps: length of the ramp of the learning rate after :meth:`restarts_due`, in updates.
     """
 
     name: ClassVar[str] = ""
@@ -55,82 +55,83 @@ class Event(ABC):
     restart_warmup_steps: int = 0
 
     def attach(self, shard: Shard, exchange: Exchange, moments: Moments) -> None:
-        """Take note of what lies where, once it is known.
+        """Store the layout of the parameters, once it is known.
 
         Args:
-            shard: the masters.
-            exchange: over their ranks.
-            moments: this rank's.
+            shard: the fp32 masters of this rank.
+            exchange: communication between the ranks that share them.
+            moments: the moments of this rank.
         """
         self._shard, self._exchange, self._moments = shard, exchange, moments
 
     def due(self, updates: int) -> bool:
-        """Whether it happens at the end of an update, counted from 1; needed of those that have a :attr:`name`."""
+        """Return whether the event happens after an update, counted from 1. Define it if there is a :attr:`name`."""
         return False
 
     def resets_due(self, updates: int) -> set[str]:
-        """The clocks whose moments become zero at the end of an update, counted from 1."""
+        """Return the clocks whose moments become zero after an update, counted from 1."""
         return set()
 
     def restarts_due(self, updates: int) -> set[str]:
-        """The clocks whose learning rate warms up again after an update, counted from 1."""
+        """Return the clocks whose learning rate warms up again after an update, counted from 1."""
         return set()
 
     @abstractmethod
     def end_update(self, updates: int) -> list[int]:
-        """Do what is due after an update; collective.
+        """Run what is due after an update. Collective.
 
         Args:
-            updates: made so far, this one included.
+            updates: number of updates so far, this one included.
 
         Returns:
-            The flat buffers that have changed.
+            The indices of the flat buffers that have changed.
         """
 
     def forget_gradients(self) -> None:  # noqa: B027  (here and below: most keep none)
-        """Drop what backward passes have left in the layers for an update that was skipped."""
+        """Drop what backward passes have stored in the layers for an update that was skipped."""
 
     def routes(self) -> dict[str, tuple[int | None, int | None]]:
-        """Of each parameter that it looks after: its rank r, and the process that owns it, each if there is one."""
+        """Return, for each parameter that it handles, the rank r and the process that owns it, or None for either."""
         return {}
 
     def summary(self) -> str:
-        """A line on what there is; empty where the rest says it."""
+        """Return a line for the table at the start of a run; empty for none."""
         return ""
 
     # What it keeps. entries() and numbers() are all of its state; numbers() of layers' events alone are saved. A load
     # calls load_numbers(), make_room(), reads into entries(), and calls settle().
 
     def numbers(self) -> dict[str, Any]:
-        """Counts, as JSON has them; the same on every rank."""
+        """Return counts as JSON values, the same on every rank."""
         return {}
 
     def load_numbers(self, numbers: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take over what :meth:`numbers` gave, or a dictionary that has it among others."""
+        """Restore the result of :meth:`numbers`, or a dictionary that contains it."""
 
     def entries(self) -> dict[str, Entry]:
-        """What this rank keeps beside the model's weights and the moments, in rectangles of logical tensors."""
+        """Return what this rank keeps beside weights and moments, as rectangles of logical tensors."""
         return {}
 
     def make_room(self, saved: Collection[str]) -> None:  # noqa: B027
-        """Have exactly those of its tensors whose keys are among some of :meth:`entries`, to be read into."""
+        """Allocate exactly the tensors with these keys of :meth:`entries`, to be read into."""
 
     def settle(self) -> None:  # noqa: B027
-        """Go on with what was read since :meth:`make_room`."""
+        """Use what was read since :meth:`make_room`."""
 
 
 class LayerEvents(Event):
-    """The events of a model's replaced layers; one object for all of them.
+    """Base class of the events of replaced layers; one object serves all layers of a model.
 
-    Beside what the base class says, the optimizer calls :meth:`update` for flat buffers of its :attr:`group`.
+    The optimizer also calls :meth:`update`, for the flat buffers of its :attr:`group`. A subclass has to define
+    :meth:`end_update`, :meth:`numbers` and :meth:`load_numbers`.
 
     Attributes:
-        parametrization: whose events these are, for classes of this package; a user's are registered.
-        key: of its numbers in the optimizer's.
-        group: the group of parameters that it updates itself; empty where AdamW does that.
+        parametrization: the parametrization, for classes of this package; register yours.
+        key: key of its numbers among the optimizer's.
+        group: group of parameters that it updates itself; empty to have AdamW do it.
         remainders: what this rank keeps of frozen weights beside the model's, by layer; see
             :class:`~megalr.optim.frozen_weights.FrozenWeights`.
-        frozen_weights: what adds to them, where the layers have some that change.
+        frozen_weights: what adds to the frozen weights, if they change.
     """
 
     parametrization: ClassVar[type[Parametrization]]
@@ -142,29 +143,29 @@ class LayerEvents(Event):
 
     @property
     def made(self) -> int:
-        """Events since the start of the run."""
+        """Number of events since the start of the run."""
         return 0
 
     def update(self, which: Sequence[int], gradients: Field, step: Step) -> None:
-        """Update what lies in some of the flat buffers, all of :attr:`group`; collective.
+        """Update some of the flat buffers of :attr:`group`. Collective.
 
         Args:
-            which: the buffers, the same on every rank.
-            gradients: flat, in the buffers' layout; may be modified.
-            step: of AdamW.
+            which: indices of the buffers, the same on every rank.
+            gradients: flat, in the layout of the buffers; may be modified.
+            step: settings of AdamW.
         """
         raise NotImplementedError(f"{type(self).__name__} updates nothing itself")
 
     @abstractmethod
     def numbers(self) -> dict[str, Any]:
-        """Counts, as JSON has them; the same on every rank."""
+        """Return counts as JSON values, the same on every rank."""
 
     @abstractmethod
     def load_numbers(self, numbers: Mapping[str, Any]) -> None:
-        """Take over what :meth:`numbers` gave, or a dictionary that has it among others."""
+        """Restore the result of :meth:`numbers`, or a dictionary that contains it."""
 
     def merged(self) -> Mapping[str, Tensor]:
-        """The frozen weights that :attr:`remainders` belong to, by layer."""
+        """Return the frozen weights that :attr:`remainders` belong to, by layer."""
         return {}
 
     def entries(self) -> dict[str, Entry]:
