@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,14 +146,15 @@ def run_tasks(
     Raises:
         UserError: lm_eval fails, for example because a task's data cannot be downloaded.
     """
-    from lm_eval import simple_evaluate  # noqa: PLC0415
+    from lm_eval import evaluator  # noqa: PLC0415
     from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
     model.eval()
     model.config.use_cache = True  # generation would compute each prefix anew
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is given as an object
+    evaluator.get_git_commit_hash = lambda: None  # of the current folder, and git complains where that is no repository
     try:
-        found: dict[str, Any] | None = simple_evaluate(
+        found: dict[str, Any] | None = evaluator.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest),
             tasks=list(request.tasks),
             task_manager=manager,
@@ -166,19 +168,20 @@ def run_tasks(
     return found
 
 
-def write_results(results: dict[str, Any], request: TaskRequest, folder: Path) -> str:
+def write_results(results: dict[str, Any], request: TaskRequest, folder: Path, model: Sequence[str]) -> str:
     """Write results as JSON, and return lm_eval's table with the file's name below it.
 
     Args:
         results: of :func:`run_tasks`.
         request: where to write; by default tasks.json in ``folder``, or a name with a number if that is taken.
         folder: of the model.
+        model: which weights these are, in lines; noted under "scored".
     """
     from lm_eval.utils import make_table  # noqa: PLC0415
 
     numbered = (folder / f"tasks{'' if number == 1 else f'-{number}'}.json" for number in itertools.count(1))
     file = request.output or next(each for each in numbered if not each.exists())
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, results)
+    write_json(file, {"scored": list(model), **results})
     tables = [make_table(results), *([make_table(results, "groups")] if results.get("groups") else [])]
     return "\n".join([*tables, f"wrote {file}"])

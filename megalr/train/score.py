@@ -182,7 +182,7 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
             batch_size=arguments.micro_batch_size or found.micro_batch_size,
             longest=text.sequence_length,
         )
-        print(write_results(results, arguments.tasks, _results_folder(folder)))
+        print(write_results(results, arguments.tasks, _results_folder(folder), found.notes))
         return
     data = load_data(text, tokenizer, rank=0, barrier=ranks.barrier)
     if not changes and _is_another_text(found.trained_on, data):

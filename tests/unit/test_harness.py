@@ -76,10 +76,13 @@ def by_hand(model):
 
 
 @needs_lm_eval
-def test_a_local_task_is_scored_as_by_hand(exported, task, model, capsys):
+def test_a_local_task_is_scored_as_by_hand(exported, task, model, monkeypatch, capfd):
+    monkeypatch.chdir(task)  # no repository of git
     run(exported, "--tasks", "next_word", "--task-path", task)
-    printed = capsys.readouterr().out
+    printed, complaints = capfd.readouterr()
+    assert "fatal" not in complaints
     results = json.loads((exported / "tasks.json").read_text())
+    assert results["scored"] == [str(exported)]
     expected = by_hand(model)
     assert 0 < expected < 1  # a model that says nothing would pass otherwise
     assert results["results"]["next_word"]["acc,none"] == pytest.approx(expected)
