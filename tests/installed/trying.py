@@ -89,7 +89,7 @@ def install(distribution: Path, folder: Path, *, whole: bool) -> Installation:
     else:
         (packages,) = folder.glob("lib/python*/site-packages")
         (packages / "borrowed.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-        pip += ["--no-deps", "--no-build-isolation", "--ignore-installed"]
+        pip += ["--no-deps", "--ignore-installed"]  # an sdist is built with setuptools of its own, which pip downloads
     run([*pip, distribution.absolute()], cwd=folder, env={"PYTHONPATH": None}, limit=INSTALL_SECONDS)
     return installation
 
