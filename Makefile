@@ -18,7 +18,7 @@ ifneq "$(shell cat $(STAMP) 2>/dev/null)" "$(CURDIR)"
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup pretrain test test-all soak mutants test-gpu cuda-compile cuda-check docs docs-links lint format clean
+.PHONY: help setup pretrain test test-all dist soak mutants test-gpu cuda-compile cuda-check docs docs-links lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -40,6 +40,9 @@ test: lint ## lint, and the daily tests, which have 15 minutes on two cores
 
 test-all: lint ## lint, and every test
 	$(PYTEST)
+
+dist: $(STAMP) ## build an sdist and a wheel in dist/, and try both outside of the checkout; ARGS="--borrow --no-comparison ..."
+	$(PY) -m tests.installed $(ARGS)
 
 soak: export OMP_NUM_THREADS ?= 1
 

@@ -1,10 +1,12 @@
 """What pip needs to know of megalr. The versions it is tested with are in requirements.txt.
 
-``MEGALR_BUILD_OPS=1 pip install .`` (or ``-e .``) also compiles the ops of csrc/; else they are at first use.
+A wheel is pure Python: the ops of csrc/ are compiled at first use. ``MEGALR_BUILD_OPS=1 pip install .`` (or ``-e .``)
+compiles them at once; a wheel that is built so is for one platform.
 """
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ ROOT = Path(__file__).resolve().parent
 BUILD_OPS = os.environ.get("MEGALR_BUILD_OPS", "0") not in ("", "0")
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "megalr/version.py").read_text(encoding="utf-8"), re.M)
 README = ROOT / "README.md"
+RESOURCES = runpy.run_path(str(ROOT / "megalr/resources.py"))["IN_CHECKOUT"]
 
 # The packages around build.py are stood in for: importing them would need everything that megalr needs.
 PREBUILD = """
@@ -35,16 +38,17 @@ except build.BuildError as error:
 """
 
 
-class BuildWithOps(build_py):
-    """Ships the sources of csrc/ as megalr/csrc, and compiles them where that is asked for."""
+class BuildWithResources(build_py):
+    """Ship csrc/, configurations, model shapes and recipes inside the package; compile the ops if asked to."""
 
     def run(self):
         super().run()
         package = ROOT / "megalr" if self.editable_mode else Path(self.build_lib, "megalr").resolve()
         if not self.editable_mode:
             shutil.rmtree(package / "ops/prebuilt", ignore_errors=True)
-            shutil.rmtree(package / "csrc", ignore_errors=True)
-            shutil.copytree(ROOT / "csrc", package / "csrc", ignore=shutil.ignore_patterns("emulation", "*.py", "__*"))
+            for name, source in {"csrc": "csrc", **RESOURCES}.items():
+                shutil.rmtree(package / name, ignore_errors=True)
+                shutil.copytree(ROOT / source, package / name, ignore=shutil.ignore_patterns("emulation", "*.py", "_*"))
         if BUILD_OPS:
             # -I: pip builds in an environment of its own without torch; the user's is what is compiled against.
             done = subprocess.run([sys.executable, "-I", "-c", PREBUILD, str(package)], check=False)
@@ -61,7 +65,7 @@ class WithOps(Distribution):
 
 setup(
     name="megalr",
-    cmdclass={"build_py": BuildWithOps},
+    cmdclass={"build_py": BuildWithResources},
     distclass=WithOps,
     version=VERSION[1],
     description="Low-rank and projected optimizers that pretrain language models under DeepSpeed ZeRO",
@@ -69,13 +73,21 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    keywords=["pretraining", "low-rank", "optimizer", "DeepSpeed", "ZeRO", "GaLore", "Muon"],
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
     packages=find_packages(include=["megalr", "megalr.*"]),
     package_data={"megalr": ["py.typed"], "megalr.data": ["austen/*"]},
+    entry_points={"console_scripts": ["megalr = megalr.commands:main"]},
     zip_safe=False,
     python_requires=">=3.11",
     # The tests have passed with exactly these lower bounds, all at once. DeepSpeed has an upper bound, too, because
@@ -100,6 +112,7 @@ setup(
     extras_require={
         "mpi": ["mpi4py>=4.0"],
         "trainer": ["accelerate>=1.15"],
+        "evaluate": ["lm-eval>=0.4.13", "accelerate>=1.15"],
         "dev": ["pytest>=9.2", "hypothesis>=6.100", "ruff>=0.17", "mypy>=2.4", "types-tqdm", "types-PyYAML"],
     },
 )

@@ -4,12 +4,8 @@ python launchers/plan.py --models 60m 350m 1b --ranks 128 256 512 --stage 2 --pr
 """
 
 import sys
-from pathlib import Path
 
-from megalr.memory.table import main
-from megalr.train.models import empty_model, read_model_config
-
-MODELS = Path(__file__).parent / "models"
+from megalr.commands import plan
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], lambda name: empty_model(read_model_config(name, MODELS))))
+    sys.exit(plan(sys.argv[1:]))

@@ -6,9 +6,8 @@ python launchers/pretrain.py --deepspeed ds_configs/zero2_lowrank.json
 """
 
 import sys
-from pathlib import Path
 
-from megalr.train.pretrain import main
+from megalr.pretrain import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], models_folder=Path(__file__).parent / "models"))
+    sys.exit(main(sys.argv[1:]))

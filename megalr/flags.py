@@ -5,15 +5,34 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megalr.errors import UserError
 
+_typed: ContextVar[str] = ContextVar("_typed", default="")
+
+
+@contextmanager
+def typed_as(program: str) -> Iterator[None]:
+    """A block in which help and errors name the program as the user typed it, such as ``megalr plan``."""
+    token = _typed.set(program)
+    try:
+        yield
+    finally:
+        _typed.reset(token)
+
 
 class PlainParser(argparse.ArgumentParser):
     """argparse whose complaints are a :class:`~megalr.errors.UserError`, so that one rank speaks for all."""
+
+    def __init__(self, prog: str | None = None, **kwargs: Any) -> None:
+        typed = _typed.get()
+        is_subcommand = prog is not None and prog.startswith(typed)  # argparse begins it with its parent's
+        super().__init__(prog=prog if is_subcommand else typed or prog, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""

@@ -7,7 +7,7 @@ import pytest
 pytest_plugins = ["tests.limits", "tests.budget"]
 
 # Files that take long first: where workers take file after file, both end at about the same time.
-ORDER = ("end_to_end", "deepspeed", "kernels", "world", "unit")
+ORDER = ("end_to_end", "deepspeed", "kernels", "world", "installed", "unit")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,6 @@
 """Compare methods: each method of a recipe trains the same model on the same text, at the best of its learning rates.
 
-Each run is one process of launchers/pretrain.py. Its result becomes a line of results.jsonl in the output folder and is
+Each run is one `megalr pretrain`. Its result becomes a line of results.jsonl in the output folder and is
 not computed again. If the comparison is killed, the same command continues it; with "save_every" in the recipe, runs
 that were under way continue from their checkpoints. A failed run does not stop the others; failed runs are listed at
 the end, and the same command tries them again.
@@ -23,16 +23,18 @@ from megalr.data.sources import evaluation_source, training_source
 from megalr.errors import UserError
 from megalr.flags import PlainParser, nonempty, path, positive
 from megalr.locks import FolderLock
+from megalr.resources import find
 from megalr.train.quiet import quieten
 from megalr.train.runner import USER_ERROR_CODE
 
 
-def main(argv: Sequence[str], *, models_folder: Path) -> int:
+def main(argv: Sequence[str], *, models_folder: Path, launcher: Sequence[str] = ()) -> int:
     """Run the comparison that the command line describes.
 
     Args:
         argv: the command line without the program's name.
-        models_folder: the folder of the named shapes, beside the launcher of the runs.
+        models_folder: the folder of the named shapes.
+        launcher: what starts a run, as words for Python; empty for the pretrain.py beside ``models_folder``.
 
     Returns:
         The exit code: 0, or 2 after a UserError, of which the message alone is printed.
@@ -40,7 +42,7 @@ def main(argv: Sequence[str], *, models_folder: Path) -> int:
     parser = PlainParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     try:
-        run(parser.parse_args(argv), models_folder)
+        run(parser.parse_args(argv), models_folder, launcher)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_CODE
@@ -50,7 +52,11 @@ def main(argv: Sequence[str], *, models_folder: Path) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument(
-        "--recipe", type=path, required=True, metavar="FILE.yaml", help="what to train, see launchers/recipes"
+        "--recipe",
+        type=path,
+        required=True,
+        metavar="FILE.yaml",
+        help="what to train: a file, or the name of a shipped recipe, such as paper_smoke",
     )
     parser.add_argument(
         "--output", type=path, required=True, metavar="FOLDER", help="results, table and figures; may hold some already"
@@ -71,12 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", action="store_true", help="train nothing: report what is there so far")
 
 
-def run(arguments: argparse.Namespace, models: Path) -> None:
+def run(arguments: argparse.Namespace, models: Path, launcher: Sequence[str] = ()) -> None:
     """Train what is missing, then write and print the table.
 
     Args:
         arguments: of :func:`add_arguments`.
-        models: the folder of the named shapes; the launcher lies beside it.
+        models: the folder of the named shapes.
+        launcher: what starts a run; see :func:`main`.
 
     Raises:
         UserError: the recipe cannot be run.
@@ -90,7 +97,7 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
         training_source(named)
         evaluation_source(named)
     text = (arguments.dataset, arguments.eval_dataset or ()) if arguments.dataset else None
-    recipe = Recipe(arguments.recipe, models, text, world_size=arguments.processes)
+    recipe = Recipe(find(arguments.recipe, "recipes"), models, text, world_size=arguments.processes)
     output: Path = arguments.output.expanduser().absolute()
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: name a folder")
@@ -99,9 +106,8 @@ def run(arguments: argparse.Namespace, models: Path) -> None:
     if not arguments.report:
         with FolderLock() as lock:
             lock.take(output)
-            trainer = Trainer(
-                results, output / "runs", models.parent / "pretrain.py", arguments.jobs, arguments.processes
-            )
+            words = launcher or [str(models.parent / "pretrain.py")]
+            trainer = Trainer(results, output / "runs", words, arguments.jobs, arguments.processes)
             trainer.keep = arguments.keep_runs
             try:
                 failed = trainer.train_all(recipe)

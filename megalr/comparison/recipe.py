@@ -18,6 +18,7 @@ import yaml
 from megalr.config.settings import read_json
 from megalr.errors import UserError
 from megalr.plugins import absolute_plugin
+from megalr.resources import names
 from megalr.schema import build, check_keys, require
 
 SECTIONS = ("base", "methods", "text")
@@ -33,7 +34,7 @@ class Settings:
     """The recipe's plain keys.
 
     Attributes:
-        model: a name in launchers/models, or a path.
+        model: the name of a shipped shape (tiny, 9m, ... 7b), or a path.
         steps, batch_size, sequence_length: of every run; a batch is counted in sequences.
         micro_batch_size: sequences at a time; None for the launcher's choice.
         seeds: over which the table averages.
@@ -61,7 +62,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """The recipe's "text" section: what ``launchers/pretrain.py`` has flags for; without it, the embedded novels.
+    """The recipe's "text" section: what ``megalr pretrain`` has flags for; without it, the embedded novels.
 
     Attributes:
         train, validation: lists of files, folders, globs (relative to the recipe) or names of the hub.
@@ -246,7 +247,7 @@ _Loader.add_implicit_resolver(
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"there is no recipe at {path}; see launchers/recipes/ for ready ones")
+        raise UserError(f"there is no recipe at {path}; ready ones are {', '.join(names('recipes'))}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,14 +14,10 @@ from megalr.comparison.results import Results, best_run, result, score
 from megalr.comparison.runs import Recipe, Run
 from megalr.data import load_data, load_tokenizer
 from megalr.errors import UserError
-from megalr.processes import Ended, run_processes
+from megalr.processes import KEEP_FREED_MEMORY, Ended, run_processes
 from megalr.train.arguments import parse_arguments
 from megalr.train.preparation import data_config
 from megalr.train.run_folder import RunFolder
-
-# glibc returns large freed blocks to the kernel, which hands them out again page by page, zeroed. For the tiny model,
-# whose logits are tens of megabytes, that is a seventh of a run's time.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
 class Trainer:
@@ -30,12 +27,12 @@ class Trainer:
         keep: leave the runs' folders where they are.
     """
 
-    def __init__(self, results: Results, folder: Path, launcher: Path, jobs: int, processes: int = 1) -> None:
+    def __init__(self, results: Results, folder: Path, launcher: Sequence[str], jobs: int, processes: int = 1) -> None:
         """
         Args:
             results: what is known, and where to note more.
             folder: of the runs' folders.
-            launcher: ``launchers/pretrain.py``.
+            launcher: what starts a run, as words for Python, such as ``launchers/pretrain.py``.
             jobs: runs at a time.
             processes: of each run.
 
@@ -111,7 +108,7 @@ class Trainer:
             folder.summary.unlink(missing_ok=True)  # killed after its last step: the launcher continues no finished run
             self._resumed.add(one.key)
             print(f"{one.title}: goes on from its checkpoint", flush=True)
-        return [str(self._launcher), "--deepspeed", str(config), *one.flags, "--output", str(folder.path), start]
+        return [*self._launcher, "--deepspeed", str(config), *one.flags, "--output", str(folder.path), start]
 
     def _note(self, one: Run, ended: Ended, recipe: Recipe) -> None:
         folder = RunFolder(self._folder / one.folder)

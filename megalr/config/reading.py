@@ -24,6 +24,7 @@ from megalr.layers.base import ParametrizationConfig
 from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.layers.velora import VeloraConfig
 from megalr.plugins import load_plugins
+from megalr.resources import folder
 from megalr.rules.base import Rule
 from megalr.rules.registry import RULES, canonical, hyperparameters
 from megalr.schema import Json, build, check_keys, check_types, nearest
@@ -62,7 +63,7 @@ def read_json(config: Json | str | Path) -> dict[str, Any]:
     else:
         path = Path(config)
         if not os.path.isfile(path):  # Path.is_file raises for names that are too long
-            raise UserError(f"no DeepSpeed configuration at {path}; see ds_configs/ for ready ones")
+            raise UserError(f"no DeepSpeed configuration at {path}; ready ones are in {folder('ds_configs')}")
         content = text.read(path)
     text.check_values(content)
     refuse_unknown(content)

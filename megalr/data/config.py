@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megalr.errors import UserError
+from megalr.ops.trust import distrust
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class DataConfig:
         sequence_length: tokens of one example.
         pack: join the documents and cut full sequences; False truncates or pads each document to one example.
         seed: of the order of the training examples.
-        cache_dir: None means ``$MEGALR_CACHE``, or ``~/.cache/megalr`` without it.
+        cache_dir: None means ``$MEGALR_CACHE``, or ``~/.cache/megalr`` without it; where the home cannot hold that, a
+            folder of yours in the temporary directory.
         max_train_tokens: read no more training tokens than this. None means all of a local text and the first
             100 million of a hub dataset, which may be endless for all we know.
         max_eval_tokens: hold out no more tokens than this. None means all of a local text, 10 million of a
@@ -71,5 +74,16 @@ class DataConfig:
     @property
     def cache_folder(self) -> Path:
         """Where the tokens of all texts are kept."""
-        chosen = self.cache_dir or os.environ.get("MEGALR_CACHE") or "~/.cache/megalr"
-        return Path(chosen).expanduser() / "tokens"
+        chosen = self.cache_dir or os.environ.get("MEGALR_CACHE")
+        return (Path(chosen).expanduser() if chosen else _default_cache()) / "tokens"
+
+
+def _default_cache() -> Path:
+    """Nothing is written to find out, so that all processes of a node have the same answer."""
+    folder = Path("~/.cache/megalr").expanduser()
+    there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    effective = os.access in os.supports_effective_ids  # else root's rights count, also where it has given them up
+    if there == folder or (there.is_dir() and os.access(there, os.W_OK | os.X_OK, effective_ids=effective)):
+        return folder
+    other = Path(tempfile.gettempdir(), f"megalr-{os.getuid()}")
+    return folder if other.exists() and distrust(other) else other

@@ -1,8 +1,8 @@
-"""The table that launchers/plan.py prints: what a run will hold in memory, for each model shape and method.
+"""Memory of a run, by formula, before you start it: a table with a row for each model shape and method.
 
-python launchers/plan.py --models 60m 350m 1b --ranks 128 256 512 --stage 2 --processes 8
-python launchers/plan.py --optimizers GaLoreAdamW Muon --processes 8
-python launchers/plan.py --parametrizations relora sltrain --merge-rounding remainder --processes 8
+megalr plan --models 60m 350m 1b --ranks 128 256 512 --stage 2 --processes 8
+megalr plan --optimizers GaLoreAdamW Muon --processes 8
+megalr plan --parametrizations relora sltrain --merge-rounding remainder --processes 8
 """
 
 from __future__ import annotations
@@ -94,7 +94,11 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     others = [name for name in PARAMETRIZATIONS if name not in ALWAYS]
     merged = [name for name, kind in PARAMETRIZATIONS.items() if hasattr(kind, "merge_rounding")]
     parser.add_argument(
-        "--models", type=nonempty, nargs="+", default=["60m", "350m", "1b"], help="names in launchers/models, or paths"
+        "--models",
+        type=nonempty,
+        nargs="+",
+        default=["60m", "350m", "1b"],
+        help="names of shipped shapes (tiny, 9m, 60m, 130m, 350m, 1b, 7b), or paths of their JSON",
     )
     parser.add_argument("--ranks", nargs="+", type=positive, default=[128, 256, 512], help="r of each model")
     parser.add_argument("--stage", type=int, choices=range(4), default=2, help="ZeRO stage (default: 2)")

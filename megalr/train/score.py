@@ -1,4 +1,4 @@
-"""The scoring program: held-out perplexity of a run, of one of its checkpoints, or of an exported model."""
+"""The scoring program: held-out perplexity, or scores of lm_eval, of a run, a checkpoint or an exported model."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ from megalr.plugins import load_plugins
 from megalr.train.arguments import add_plugins, add_text
 from megalr.train.checkpoints import HELD_OUT, TOKENIZER, differences, notes_of, text_of
 from megalr.train.evaluation import evaluate
+from megalr.train.harness import (
+    TaskRequest,
+    add_tasks,
+    check_installed,
+    check_tasks,
+    run_tasks,
+    task_request,
+    write_results,
+)
 from megalr.train.models import build_model, config_of, entries_of, fit_to_text
 from megalr.train.ranks import Ranks
 from megalr.train.run_settings import RunSettings, read_settings
@@ -60,6 +69,7 @@ class ScoreArguments:
         galore_compatible_eval: show that perplexity, too.
         verbose: show what the libraries log.
         plugins: modules or files to import; those that the folder names are not.
+        tasks: lm_eval's, to score instead of the held-out text; None for that.
     """
 
     model: str
@@ -68,6 +78,7 @@ class ScoreArguments:
     galore_compatible_eval: bool
     verbose: bool
     plugins: tuple[str, ...] = ()
+    tasks: TaskRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,7 @@ class Scored:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run ``launchers/evaluate.py``; returns the exit code."""
+    """Run ``megalr evaluate``; returns the exit code."""
     return run_program(argv, parse_score_arguments, score)
 
 
@@ -101,7 +112,8 @@ def parse_score_arguments(argv: Sequence[str]) -> ScoreArguments:
     """
     parser = PlainParser(
         prog="evaluate.py",
-        description="Held-out perplexity of a run, of one of its checkpoints, or of an exported model.",
+        description="Print the held-out perplexity of a run, of one of its checkpoints, or of an exported model. With "
+        "--tasks: its scores on tasks of lm-evaluation-harness.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -121,6 +133,7 @@ def parse_score_arguments(argv: Sequence[str]) -> ScoreArguments:
     )
     parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed and transformers log")
     add_plugins(parser)
+    add_tasks(parser.add_argument_group("tasks", "Of lm-evaluation-harness (`pip install lm-eval accelerate`)."))
     group = parser.add_argument_group("text", "For a run, its own text is the default.")
     add_text(group)
     group.set_defaults(**dict.fromkeys(_TEXT_FLAGS))
@@ -133,6 +146,7 @@ def parse_score_arguments(argv: Sequence[str]) -> ScoreArguments:
         galore_compatible_eval=values["galore_compatible_eval"],
         verbose=values["verbose"],
         plugins=tuple(values["plugins"]),
+        tasks=task_request(values, text),
     )
 
 
@@ -143,8 +157,12 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
         UserError: nothing there to score, or a text that does not fit.
     """
     if ranks.world_size > 1:
-        raise UserError("evaluate.py runs in one process: start it with `python launchers/evaluate.py`")
+        raise UserError("evaluation runs in one process: start it without a launcher, as in `megalr evaluate DIR`")
     load_plugins(arguments.plugins)
+    manager = None
+    if arguments.tasks is not None:
+        check_installed()
+        manager = check_tasks(arguments.tasks)
     folder = Path(arguments.model).expanduser()
     changes = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in arguments.text.items()}
     found = load_scored(folder, tokenizer=changes.get("tokenizer"))
@@ -155,6 +173,17 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
     notes = _check_tokenizer(found, tokenizer, folder, text.tokenizer, chosen="tokenizer" in changes)
     fit_to_text(found.model.config, tokenizer, text.sequence_length)
     print("\n".join([*found.notes, *notes]))
+    if arguments.tasks is not None:
+        results = run_tasks(
+            arguments.tasks,
+            manager,
+            found.model.to(ranks.device),
+            tokenizer,
+            batch_size=arguments.micro_batch_size or found.micro_batch_size,
+            longest=text.sequence_length,
+        )
+        print(write_results(results, arguments.tasks, _results_folder(folder), found.notes))
+        return
     data = load_data(text, tokenizer, rank=0, barrier=ranks.barrier)
     if not changes and _is_another_text(found.trained_on, data):
         raise UserError(
@@ -173,6 +202,11 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
         print(f"{kind} perplexity {result.perplexity:,.2f} (loss {result.loss:.4f}, {result.tokens:,} tokens)")
         if arguments.galore_compatible_eval:
             print(f"  as published code computes it {result.galore_compatible:,.2f}")
+
+
+def _results_folder(folder: Path) -> Path:
+    """Where scores are written: not among a checkpoint's files, which have to be as they were saved."""
+    return folder.absolute().parent.parent if folder.absolute().parent.name == "checkpoints" else folder
 
 
 def load_scored(folder: Path, *, tokenizer: str | None = None) -> Scored:

@@ -19,6 +19,7 @@ from megalr.data.sources import LocalText
 from megalr.data.tokens import TokenCache, TokenStore
 from megalr.errors import UserError
 from tests.processes import python, run
+from tests.unprivileged import unprivileged
 
 
 @pytest.fixture(scope="module")
@@ -268,10 +269,34 @@ def test_a_cache_folder_that_cannot_be_written(file: Path, tokenizer: PreTrained
         read(file, tokenizer)
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/jane")
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("MEGALR_CACHE", raising=False)
-    assert DataConfig().cache_folder == Path("/home/jane/.cache/megalr/tokens")
+    assert DataConfig().cache_folder == tmp_path / ".cache/megalr/tokens"
     monkeypatch.setenv("MEGALR_CACHE", "/scratch")
     assert DataConfig().cache_folder == Path("/scratch/tokens")
     assert DataConfig(cache_dir="here").cache_folder == Path("here/tokens")
+
+
+def test_a_home_that_cannot_hold_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    home, temporary = tmp_path / "home", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.delenv("MEGALR_CACHE", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    mine = temporary / f"megalr-{os.getuid()}"
+    monkeypatch.setenv("HOME", "/dev/null/home")
+    assert DataConfig().cache_folder == mine / "tokens"
+    monkeypatch.setenv("HOME", str(home))
+    home.mkdir(mode=0o555)
+    with unprivileged():
+        assert DataConfig().cache_folder == mine / "tokens"
+        mine.mkdir()
+        mine.chmod(0o777)  # others could write there what is taken for tokens
+        assert DataConfig().cache_folder == home / ".cache/megalr/tokens"
+        mine.chmod(0o700)
+        assert DataConfig().cache_folder == mine / "tokens"
+    home.chmod(0o755)
+    (home / ".cache/megalr").mkdir(parents=True)
+    home.chmod(0o555)
+    with unprivileged():
+        assert DataConfig().cache_folder == home / ".cache/megalr/tokens"  # what was read before is there
