@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megalr import resources
 from megalr.errors import UserError
-from megalr.flags import PlainParser, path, positive, typed_as
+from megalr.flags import PlainParser, positive, typed_as
 from megalr.processes import KEEP_FREED_MEMORY, free_port
 from megalr.schema import slip
 from megalr.version import __version__
@@ -166,31 +166,11 @@ def checkpoint(words: Sequence[str]) -> int:
 
 
 def report(words: Sequence[str]) -> int:
-    """Write a run's web page; without a run, print the environment.
-
-    Raises:
-        UserError: the folder is not there.
-    """
-    parser = PlainParser(
-        description="Write one HTML file about a run: its curves, events, memory and settings. Without a folder: print "
-        "what runs the ops here, and the versions, which a bug report needs.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", type=path, nargs="?", metavar="DIR", help="a run's folder")
-    parser.add_argument("--output", type=path, metavar="FILE", help="where to write (default: DIR/report.html)")
-    flags = parser.parse_args(words)
-    if flags.run is None:
-        if flags.output is not None:
-            parser.error("--output is for the page of a run: name the run's folder, too")
+    """Write a web page of runs; without any, print the environment."""
+    if not words:
         import_module("megalr.report").main()
         return 0
-    folder: Path = flags.run.expanduser()
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: name the folder of a run, such as runs/zero2_lowrank")
-    out = flags.output.expanduser() if flags.output is not None else folder / "report.html"
-    import_module("megalr.webpage.build").write_page(folder, out)
-    print(f"wrote {out}")
-    return 0
+    return int(import_module("megalr.webpage.__main__").main(words))
 
 
 COMMANDS = {

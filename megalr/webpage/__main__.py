@@ -27,7 +27,8 @@ def main(argv: Sequence[str]) -> int:
     parser = PlainParser(
         prog="python -m megalr.webpage",
         description="Write a self-contained web page of a run: loss, learning rates, spectra, memory, settings. It "
-        "needs no network, and the run may still train. Several runs are compared on one page.",
+        "needs no network, and the run may still train. Several runs are compared on one page. `megalr report` without a "
+        "run prints the environment, for a bug report.",
     )
     parser.add_argument("run", type=path, nargs="+", metavar="RUN", help="a run's folder")
     parser.add_argument(
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         if os.environ.get("MEGALR_TRACEBACK"):
             traceback.print_exception(error)
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print("error: " + "\n".join(map(printable, str(error).splitlines())), file=sys.stderr)
         return USER_ERROR_CODE
     print(printable(str(out)))
     return 0

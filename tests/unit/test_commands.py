@@ -1,10 +1,8 @@
 """The ``megalr`` command: its subcommands, the launcher that it starts, and the files that come with the package."""
 
-import json
 import os
 import shutil
 import sys
-from types import ModuleType
 
 import pytest
 
@@ -12,6 +10,7 @@ from megalr import commands, resources
 from megalr.flags import PlainParser, typed_as
 from megalr.pretrain import with_shipped_config
 from tests.processes import ROOT
+from tests.unit.web_runs import write_run
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +82,8 @@ def test_every_command_explains_itself_by_the_name_that_was_typed(capsys, name):
         (["compare", "--recipe", "nowhere", "--output", "x"], "no recipe at nowhere; ready ones are merge_rounding, "),
         (["pretrain", "--foo", "--deepspeed", "zero2_lowrank.json"], "unrecognized arguments: --foo"),
         (["pretrain", "--deepspeed", "nowhere.json"], "no DeepSpeed configuration at nowhere.json; ready ones are in"),
-        (["report", "--output", "x.html"], "--output is for the page of a run"),
-        (["report", "nowhere"], "nowhere is no folder"),
+        (["report", "--output", "x.html"], "arguments are required: RUN\n(`megalr report --help` lists the flags)"),
+        (["report", "nowhere"], "there is no "),
     ],
 )
 def test_a_mistake_is_answered_with_a_sentence(capsys, monkeypatch, tmp_path, words, sentence):
@@ -177,17 +176,13 @@ def test_pretrain_under_a_launcher_is_one_of_its_processes(monkeypatch, replaced
     assert sys.argv == ["megalr", "pretrain", "--deepspeed", "ds.json"]
 
 
-@pytest.mark.parametrize("output", [None, "page.html"])
-def test_report_writes_the_page_of_a_run(capsys, monkeypatch, tmp_path, output):
-    module = ModuleType("megalr.webpage.build")
-    module.write_page = lambda run, out: out.write_text(json.dumps(str(run)))
-    monkeypatch.setitem(sys.modules, "megalr.webpage.build", module)
+@pytest.mark.parametrize("runs", [["run"], ["run", "other"]])
+def test_report_writes_the_page_of_runs(capsys, monkeypatch, tmp_path, runs):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run").mkdir()
-    flags = [] if output is None else ["--output", output]
-    out = output or "run/report.html"
-    assert printed_by(capsys, "report", "run", *flags) == f"wrote {out}\n"
-    assert json.loads((tmp_path / out).read_text()) == "run"
+    for run in runs:
+        write_run(tmp_path / run)
+    assert printed_by(capsys, "report", *runs, "--output", "page.html") == "page.html\n"
+    assert all(f">{run}<" in (tmp_path / "page.html").read_text() for run in runs)
 
 
 def test_report_without_a_run_prints_the_environment(capsys, monkeypatch):
