@@ -27,8 +27,8 @@ def main(argv: Sequence[str]) -> int:
     parser = PlainParser(
         prog="python -m megalr.webpage",
         description="Write a self-contained web page of a run: loss, learning rates, spectra, memory, settings. It "
-        "needs no network, and the run may still train. Several runs are compared on one page. `megalr report` without a "
-        "run prints the environment, for a bug report.",
+        "needs no network, and the run may still train. Several runs are compared on one page. `megalr report` without "
+        "a run prints the environment, for a bug report.",
     )
     parser.add_argument("run", type=path, nargs="+", metavar="RUN", help="a run's folder")
     parser.add_argument(
