@@ -30,7 +30,7 @@ from torch.futures import Future
 
 from megalr.checkpoint.arguments import check_client_state
 from megalr.checkpoint.format import BY_NAME, DTYPES, piece_name
-from megalr.checkpoint.manifest import Manifest, write_manifest
+from megalr.checkpoint.manifest import Manifest, check_same, write_manifest
 from megalr.checkpoint.publishing import is_own, prune, publish, tidy, unfinished, written_now
 from megalr.checkpoint.reading import open_tensors
 from megalr.disk import make_folder, sync
@@ -191,7 +191,11 @@ class FolderReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read rectangles into what they are for, file by file."""
+        """Read rectangles into what they are for, file by file.
+
+        Raises:
+            ReplacedError: another save took the place of this one meanwhile; what was read may be a mixture.
+        """
         by_file: dict[str, list[Any]] = {}
         for item in plan.items:
             index = item.storage_index
@@ -205,6 +209,7 @@ class FolderReader(StorageReader):
                     target = planner.resolve_tensor(item)
                     target.copy_(file.get_slice(self._stored_name(item.storage_index))[where])
                     planner.commit_tensor(item, target)
+        check_same(self._manifest)  # on every rank, also one that has read nothing but the numbers
         done: Future[None] = Future()
         done.set_result(None)
         return done
