@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,11 +10,9 @@ from transformers import LlamaForCausalLM
 
 from megalr.checkpoint.export.command import export
 from megalr.checkpoint.export.huggingface import fill, write_model
-from megalr.checkpoint.saving import write_entries
 from megalr.errors import UserError
 from megalr.layers import densify, parametrize
 from megalr.layers.lora import LoraConfig
-from megalr.layout.rectangles import Entry
 from tests import known_state
 from tests.small_llama import small_llama
 
@@ -71,15 +67,7 @@ def test_a_head_of_its_own_stays_whatever_the_configuration_ties(tmp_path, form,
     model, section = untied_llama(), {"type": "lora", "rank": 2, "target_modules": ["attn"]}
     expected = logits_of(model)
     parametrize(model, LoraConfig(rank=2, target_modules=("attn",)))
-    document = known_state.document(1) | {
-        "config": {"megalr": {"parametrization": section}},
-        "model": json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": ["LlamaForCausalLM"]},
-    }
-    entries = {
-        f"{'weights' if p.requires_grad else 'frozen'}/{name}": Entry.of(p.detach())
-        for name, p in model.named_parameters()
-    }
-    write_entries(tmp_path / "checkpoints", "one", document, entries, {}, keep=None, asynchronous=False)
+    known_state.write_model(tmp_path / "checkpoints", model, section)
 
     export(tmp_path / "checkpoints", tmp_path / "out", form)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from megalr.checkpoint.export.folder import check_output, output_folder
+from megalr.checkpoint.export.folder import check_output, output_folder, save_tokenizer
 from megalr.checkpoint.export.weights import Weights
 from megalr.checkpoint.folders import whole_checkpoint
 from megalr.checkpoint.manifest import Manifest, check_same
@@ -65,7 +65,7 @@ def export(
 
             write_weights(weights, folder, as_dtype, dense=dense)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
         check_same(manifest)  # before anything gets its name
     print(f"{out}: {form}, {name}, of {manifest.folder} ({manifest.updates:,} updates)")
 
