@@ -41,7 +41,7 @@ from megalr.hosts.tensor_parallel import (
     whole_frozen,
 )
 from megalr.layers import parametrize as _parametrize
-from megalr.layers.replacement import check_whole, factor_pairs, replaced_layers
+from megalr.layers.replacement import check_made_by, check_whole, factor_pairs, replaced_layers
 from megalr.layers.tensor_parallel.cutting import cut_layers
 from megalr.layers.velora import compress_activations, compressed_layers
 from megalr.naming import named_buffers, named_parameters, plain_name
@@ -133,6 +133,7 @@ def _build_optimizer(model: nn.Module, content: Json) -> MegalrOptimizer:
             f'the configuration asks for parametrization "{parsed.parametrization.type}", but the model has no such '
             "layer: call megalr.parametrize(model, config) before megalr.build_optimizer"
         )
+    check_made_by(model, parsed.parametrization)
     groups = parameter_groups(model, parsed.optimizer)
     check_stages(model, content, len(groups))
     compressed = compressed_layers(model)

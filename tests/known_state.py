@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,18 @@ def write(directory: Path, updates: int, tag: str | None = None, keep: int | Non
     tag = tag or f"step{updates}"
     write_entries(directory, tag, document(updates), entries(updates, 0, 1), {}, keep=keep, asynchronous=False)
     return directory / tag
+
+
+def write_model(directory: Path, model: Any, section: Mapping[str, Any]) -> Path:
+    """Write a checkpoint of a model of transformers that has been trained with a parametrization."""
+    described = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+    found = {
+        f"{'weights' if p.requires_grad else 'frozen'}/{name}": Entry.of(p.detach())
+        for name, p in model.named_parameters()
+    }
+    said = document(1) | {"config": {"megalr": {"parametrization": section}}, "model": described}
+    write_entries(directory, "one", said, found, {}, keep=None, asynchronous=False)
+    return directory / "one"
 
 
 def wrong(manifest: Manifest, columns: int = LIGHT) -> list[str]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from megalr.checkpoint.inputs import read_inside
 from megalr.checkpoint.manifest import (
@@ -14,6 +17,7 @@ from megalr.checkpoint.manifest import (
     RANK_FILES,
     Manifest,
     OtherVersionError,
+    ReplacedError,
     problems,
     read_manifest,
     read_whole,
@@ -23,6 +27,8 @@ from megalr.hosts.deepspeed import CHECKPOINT_FILES
 
 LOST_AND_FOUND = "lost+found"  # of a file system of its own, for nobody but root
 LONGEST_NAME = 255  # bytes; file systems take no longer ones
+LOOKS = 3  # at what others may be replacing
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,15 +110,11 @@ def newest_valid(directory: Path, besides: Path | None = None) -> tuple[Manifest
     Args:
         directory: what :func:`megalr.save_checkpoint` was given.
         besides: one that is not looked at.
+
+    Raises:
+        ReplacedError: each time that it was looked for another save took the place of one.
     """
-    others = [each for each in listed(directory) if each.folder != besides]
-    skipped = [each.wrong for each in others if each.manifest is None]
-    for manifest in [each.manifest for each in others if each.manifest is not None]:
-        wrong = problems(manifest)
-        if not wrong:
-            return manifest, skipped
-        skipped.append(wrong[0] + (f" (and {len(wrong) - 1} more files)" if wrong[1:] else ""))
-    return None, skipped
+    return _again(lambda: _newest_valid(directory, besides))
 
 
 def newest_whole(directory: Path) -> tuple[Manifest, list[str]]:
@@ -165,11 +167,32 @@ def read_or_offer(folder: Path, place: Path, outcome: str) -> Manifest:
         UserError: it is damaged; with what is, and the newest other one that is not.
     """
     try:
-        return read_whole(folder)
+        return _again(lambda: read_whole(folder))
+    except ReplacedError:
+        raise
     except UserError as error:
         other, _ = newest_valid(place.parent, besides=place)
         offer = f'the newest that is whole is "{other.folder.name}"' if other else "no other is whole"
         raise UserError(f"{error}\n{outcome}; of the checkpoints in {place.parent} {offer}") from error
+
+
+def _newest_valid(directory: Path, besides: Path | None) -> tuple[Manifest | None, list[str]]:
+    others = [each for each in listed(directory) if each.folder != besides]
+    skipped = [each.wrong for each in others if each.manifest is None]
+    for manifest in [each.manifest for each in others if each.manifest is not None]:
+        wrong = problems(manifest)
+        if not wrong:
+            return manifest, skipped
+        skipped.append(wrong[0] + (f" (and {len(wrong) - 1} more files)" if wrong[1:] else ""))
+    return None, skipped
+
+
+def _again(look: Callable[[], T]) -> T:
+    """What it finds, in another attempt if another save has just taken the place of what it looked at."""
+    for _ in range(LOOKS - 1):
+        with suppress(ReplacedError):
+            return look()
+    return look()
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from megalr.checkpoint.folders import Listed, is_one, latest, listed
 from megalr.checkpoint.format import itemsize
-from megalr.checkpoint.manifest import MANIFEST, Manifest, missing_or_cut, read_manifest
+from megalr.checkpoint.manifest import MANIFEST, Manifest, ReplacedError, missing_or_cut, read_manifest
 from megalr.errors import UserError, printable
 from megalr.formatting import human_bytes
 
@@ -67,7 +67,10 @@ def _line(each: Listed) -> str:
     if each.manifest is None:
         return f"damaged: {each.wrong}" if each.is_damaged else each.wrong
     manifest = each.manifest
-    wrong = missing_or_cut(manifest)
+    try:
+        wrong = missing_or_cut(manifest)
+    except ReplacedError as error:
+        return str(error)
     line = f"{manifest.updates:,} updates, {_written(manifest)}, {human_bytes(manifest.size)}, {_layout(manifest)}"
     return f"{line}; damaged: {'; '.join(wrong)}" if wrong else line
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megalr.checkpoint.arguments import check_saved_tag, folder_of
 from megalr.checkpoint.contents import Contents
 from megalr.checkpoint.folders import candidates, latest, newest_whole, read_or_offer
-from megalr.checkpoint.manifest import MANIFEST, Manifest
+from megalr.checkpoint.manifest import MANIFEST, Manifest, check_same
 from megalr.checkpoint.planners import EntryLoader
 from megalr.checkpoint.publishing import find
 from megalr.checkpoint.reading import outlines, read_tensor
@@ -93,7 +93,11 @@ def load_whole(engine: Any, manifest: Manifest) -> Loaded:
     def read(key: str) -> Tensor:
         return read_tensor(manifest, key)
 
-    check = partial(_taken, manifest, lambda: contents.check(numbers, saved, read))
+    def check() -> str:
+        taken = _taken(manifest, lambda: contents.check(numbers, saved, read))
+        check_same(manifest)  # a run may have been built since its files were checked
+        return taken
+
     dropped = _together(saver.group, check, "Nothing was loaded")
     _together(saver.group, partial(_taken, manifest, lambda: _make_room(contents, manifest, saved)), PARTLY)
     read_entries(manifest, contents.targets(), saver.group)
@@ -114,14 +118,14 @@ def read_entries(manifest: Manifest, wanted: Mapping[str, Entry], group: dist.Pr
         group: of all processes; None for one that is alone.
 
     Raises:
-        UserError: a file could not be read after all.
+        UserError: a file could not be read after all, or another save has taken its place; on all ranks alike.
     """
     reader, planner = FolderReader(manifest), EntryLoader(wanted)
     try:
         dcp.load({}, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         causes = "; ".join(f"process {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items()))
-        raise UserError(f"{manifest.folder} was whole, and yet could not be read: {causes}. {PARTLY}") from error
+        raise UserError(f"{manifest.folder} was whole, and yet could not be loaded: {causes}. {PARTLY}") from error
 
 
 def _find(place: Path, tag: str | None) -> tuple[Manifest, list[str]]:

@@ -33,6 +33,7 @@ LARGEST_MANIFEST = 1 << 26
 LARGEST_PER_FILE = 1 << 22
 RANK_FILES = "rank-*.safetensors"
 READERS = 8  # threads
+HEAD = 4096  # bytes of a manifest in which the checksum of the rest stands
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,12 @@ class Manifest:
         content: "numbers", "client", "layout", "config", "model", "versions", "written"; and of the data "files", by
             name {"bytes", "header"}, and "tensors", by key {"shape", "dtype", "pieces"}, a piece being
             [offsets, sizes, file, first byte in the file, checksum]; "stored" is the files' own key, if it is another.
+        mark: what tells its file from that of every other save, see :func:`check_same`; None if it is of no file.
     """
 
     folder: Path
     content: Mapping[str, Any]
+    mark: tuple[int, int] | None = None
 
     @property
     def updates(self) -> int:
@@ -78,6 +81,10 @@ class Manifest:
 
 class OtherVersionError(UserError):
     """A checkpoint is of a format that this megalr does not read; nothing says that it is damaged."""
+
+
+class ReplacedError(UserError):
+    """Another checkpoint has taken the place of the one that was being read; neither is damaged."""
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
@@ -112,7 +119,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         limit = _limit(sum(1 for _ in folder.glob(RANK_FILES)))
-        outer = parse(read_inside(folder, MANIFEST, limit))
+        text = read_inside(folder, MANIFEST, limit)
+        outer = parse(text)
         if not isinstance(outer, dict) or type(outer.get("version")) is not int:
             raise ValueError("it says no version")
         version = outer["version"]
@@ -121,7 +129,7 @@ def read_manifest(folder: Path) -> Manifest:
             if _checksum(content) != outer["checksum"]:
                 raise ValueError("its checksum does not match")
             check_content(content)
-            return Manifest(folder, _by_plain_names(content))
+            return Manifest(folder, _by_plain_names(content), _mark(len(text), text))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the checkpoint was never finished, or is no megalr checkpoint") from None
     except (OSError, ValueError, KeyError, RecursionError, MemoryError) as error:
@@ -138,6 +146,31 @@ def read_manifest(folder: Path) -> Manifest:
     )
 
 
+def check_same(manifest: Manifest) -> None:
+    """Make sure that all that was read from a checkpoint's files until now is of the save that its manifest is of.
+
+    A save takes another's place as a whole folder, by a rename. While the folder has this manifest, its other files are
+    those that were written with it. Nothing but names and bytes is compared, which are the same on every node.
+
+    Args:
+        manifest: as it was read before the files.
+
+    Raises:
+        ReplacedError: another save, or nothing, is there now.
+    """
+    if manifest.mark is None:
+        return
+    try:
+        with open_inside(manifest.folder, MANIFEST) as file:
+            now = _mark(os.fstat(file.fileno()).st_size, file.read(HEAD))
+    except OSError as error:
+        raise ReplacedError(
+            f"{manifest.folder} was replaced or removed while it was read ({error.strerror or error}): run again"
+        ) from error
+    if now != manifest.mark:
+        raise ReplacedError(f"{manifest.folder} was replaced by another save while it was read: run again")
+
+
 def read_whole(folder: Path) -> Manifest:
     """The same, and make sure that all data is as it was written.
 
@@ -152,7 +185,11 @@ def read_whole(folder: Path) -> Manifest:
 
 
 def missing_or_cut(manifest: Manifest) -> list[str]:
-    """Files that are not there or have another size, which is seen without reading them."""
+    """Files that are not there or have another size, which is seen without reading them.
+
+    Raises:
+        ReplacedError: they are another save's by now.
+    """
     found = []
     for name, expected in manifest.content["files"].items():
         try:
@@ -164,11 +201,17 @@ def missing_or_cut(manifest: Manifest) -> list[str]:
             found.append(f"{name} is missing")
         except OSError as error:
             found.append(f"{name} cannot be read ({error.strerror or error})")
+    if found:
+        check_same(manifest)
     return found
 
 
 def problems(manifest: Manifest) -> list[str]:
-    """What is wrong with a checkpoint's files: each missing, cut, too long or changed one, and the tensors in it."""
+    """What is wrong with a checkpoint's files: each missing, cut, too long or changed one, and the tensors in it.
+
+    Raises:
+        ReplacedError: they are another save's by now.
+    """
     pieces: dict[str, list[_Piece]] = {name: [] for name in manifest.content["files"]}
     for key, tensor in manifest.tensors.items():
         for offsets, sizes, file, begin, checksum in tensor["pieces"]:
@@ -176,7 +219,11 @@ def problems(manifest: Manifest) -> list[str]:
             header = {"dtype": tensor["dtype"], "shape": sizes, "data_offsets": [begin, begin + length]}
             pieces[file].append(_Piece(begin, length, checksum, key, piece_name(key, offsets), header))
     with ThreadPoolExecutor(READERS) as pool:
-        return [line for found in pool.map(lambda name: _check(manifest, name, pieces[name]), pieces) for line in found]
+        each = pool.map(lambda name: _check(manifest, name, pieces[name]), pieces)
+        found = [line for lines in each for line in lines]
+    if found:
+        check_same(manifest)
+    return found
 
 
 class _Piece(NamedTuple):
@@ -247,6 +294,15 @@ def _wrong_header(head: bytes, checksum: int, pieces: Sequence[_Piece]) -> str:
 def _limit(files: int) -> int:
     """The most bytes of a manifest that names so many files, each of which has a part of every tensor."""
     return LARGEST_MANIFEST + files * LARGEST_PER_FILE
+
+
+def _mark(size: int, text: bytes) -> tuple[int, int]:
+    """Of a manifest's file: its size, and the checksum of its head.
+
+    The head holds the checksum of all that the manifest says, the time of the save included, of which a directory has
+    no two alike.
+    """
+    return size, zlib.crc32(text[:HEAD])
 
 
 def _checksum(content: Any) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megalr.checkpoint.format import BY_NAME, piece_name
 from megalr.checkpoint.inputs import open_inside
-from megalr.checkpoint.manifest import Manifest
+from megalr.checkpoint.manifest import Manifest, check_same
 from megalr.errors import UserError
 
 
@@ -40,7 +40,10 @@ def read_tensor(manifest: Manifest, key: str) -> Tensor:
 def open_tensors(manifest: Manifest, file: str) -> Iterator[Any]:
     """A checkpoint's safetensors file, opened by name because the library does not take an open file.
 
+    What is read is of the manifest's save if :func:`~megalr.checkpoint.manifest.check_same` says so afterwards.
+
     Raises:
+        ReplacedError: it cannot be read, as another save has taken the place of this one.
         UserError: it cannot be read, or what is read there is not there.
     """
     path = manifest.folder / file
@@ -49,6 +52,7 @@ def open_tensors(manifest: Manifest, file: str) -> Iterator[Any]:
         with safe_open(path, framework="pt") as opened:
             yield opened
     except (OSError, SafetensorError) as error:
+        check_same(manifest)
         raise UserError(f"{path} cannot be read: {error}. Check the checkpoint with `verify`") from error
 
 

@@ -30,9 +30,10 @@ from torch.futures import Future
 
 from megalr.checkpoint.arguments import check_client_state
 from megalr.checkpoint.format import BY_NAME, DTYPES, piece_name
-from megalr.checkpoint.manifest import Manifest, write_manifest
+from megalr.checkpoint.manifest import Manifest, check_same, write_manifest
 from megalr.checkpoint.publishing import is_own, prune, publish, tidy, unfinished, written_now
 from megalr.checkpoint.reading import open_tensors
+from megalr.checkpoint.values import check_values
 from megalr.disk import make_folder, sync
 from megalr.errors import UserError
 
@@ -191,7 +192,12 @@ class FolderReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read rectangles into what they are for, file by file."""
+        """Read rectangles into what they are for, file by file.
+
+        Raises:
+            ReplacedError: another save took the place of this one meanwhile; what was read may be a mixture.
+            UserError: values cannot be trained on, see :func:`~megalr.checkpoint.values.check_values`.
+        """
         by_file: dict[str, list[Any]] = {}
         for item in plan.items:
             index = item.storage_index
@@ -203,8 +209,11 @@ class FolderReader(StorageReader):
                     begin, lengths = item.storage_offsets, item.lengths
                     where = tuple(slice(b, b + n) for b, n in zip(begin, lengths, strict=True))
                     target = planner.resolve_tensor(item)
-                    target.copy_(file.get_slice(self._stored_name(item.storage_index))[where])
+                    values = file.get_slice(self._stored_name(item.storage_index))[where]
+                    check_values(item.storage_index.fqn, values, self._manifest.folder)
+                    target.copy_(values)
                     planner.commit_tensor(item, target)
+        check_same(self._manifest)  # on every rank, also one that has read nothing but the numbers
         done: Future[None] = Future()
         done.set_result(None)
         return done

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megalr.checkpoint.folders import Listed, is_one, listed, look_at
-from megalr.checkpoint.manifest import problems
+from megalr.checkpoint.manifest import ReplacedError, problems
 from megalr.errors import UserError
 
 
@@ -19,11 +19,17 @@ def verify(place: Path) -> bool:
         Whether all is as it was written.
 
     Raises:
-        UserError: there is no checkpoint; or none is damaged, but one is of another version of megalr.
+        UserError: there is no checkpoint; or none is damaged, but one is of another version of megalr, or was replaced
+            while it was read.
     """
     found = [look_at(place)] if is_one(place) else listed(place)
-    whole = all([_verify_one(each) for each in found if each.manifest is not None or each.is_damaged])
-    others = [each.wrong for each in found if each.manifest is None and not each.is_damaged]
+    whole, others = True, [each.wrong for each in found if each.manifest is None and not each.is_damaged]
+    for each in found:
+        if each.manifest is not None or each.is_damaged:
+            try:
+                whole = _verify_one(each) and whole
+            except ReplacedError as error:
+                others.append(str(error))
     if others and whole:
         raise UserError("\n  ".join(["not all could be checked:", *others]))
     for line in others:

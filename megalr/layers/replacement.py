@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 
 from torch import nn
 
@@ -15,6 +17,9 @@ from megalr.layers.projected import ProjectedLinear
 from megalr.naming import named_modules, named_parameters, submodule
 
 NAME = "megalr_name"  # the attribute in which a replaced layer keeps its qualified name
+MADE_BY = "megalr_parametrization"  # and that in which it keeps the configuration that it was made by
+SHOWN = 4  # settings in a message
+TARGETS = "target_modules"
 
 
 def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 0) -> nn.Module:
@@ -46,6 +51,7 @@ def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 
         replaced[name] = config.replace(targets.pop(name), seed=seed, name=name)
         _check_layer(replaced[name], config)
         setattr(replaced[name], NAME, name)
+        setattr(replaced[name], MADE_BY, config)
         setattr(submodule(model, parent), child, replaced[name])
     config.connect(replaced)
     return model
@@ -59,6 +65,33 @@ def check_whole(model: nn.Module) -> None:
             raise UserError(
                 f"megalr.build_optimizer was given a part of the model that megalr.parametrize got: {name} is {given} "
                 "there. Give both of them the model that the engine gets"
+            )
+
+
+def check_made_by(model: nn.Module, config: ParametrizationConfig) -> None:
+    """Raise a UserError for a replaced layer that has another configuration than the one that is trained with.
+
+    Checkpoints keep that one alone, and exports multiply by its scale. Layers that a program has put into the model
+    itself have none, and are not looked at.
+
+    Args:
+        model: with replaced layers.
+        config: the "parametrization" section that the optimizer is built with.
+    """
+    for name, layer in replaced_layers(model).items():
+        made_by = getattr(layer, MADE_BY, None)
+        if made_by is None:
+            continue
+        keys = ["type"] if made_by.type != config.type else [field.name for field in fields(made_by)]
+        differing = [k for k in keys if k != TARGETS and getattr(made_by, k) != getattr(config, k, None)]
+        if not differing and not _chooses(config, getattr(layer, NAME, name)):
+            differing = [TARGETS]
+        found = [f"{key} {_shown(made_by, key)} -> {_shown(config, key)}" for key in differing]
+        if found:
+            raise UserError(
+                f"{name} was parametrized with another megalr.parametrization than megalr.build_optimizer is given "
+                f"(then -> now): {', '.join(found[:SHOWN])}. Checkpoints and exports know one of a model: call "
+                "megalr.parametrize once, and give both of them the same JSON"
             )
 
 
@@ -129,14 +162,22 @@ def _targets(model: nn.Module, config: Parametrization) -> dict[str, nn.Linear]:
 
 
 def _refuse_parametrized(model: nn.Module, config: Parametrization) -> None:
-    patterns = config.target_modules
     for name in replaced_layers(model):
-        if re.search(patterns, name) if isinstance(patterns, str) else any(p in name for p in patterns):
+        if _chooses(config, name):
             raise UserError(
                 f"{name} has been parametrized before: megalr.parametrize or megalr.initialize takes a dense model, "
                 "once. Build the model anew, and after megalr.parametrize call megalr.build_optimizer and "
                 "deepspeed.initialize"
             )
+
+
+def _chooses(config: ParametrizationConfig, name: str) -> bool:
+    patterns = () if isinstance(config, FullConfig) else config.target_modules
+    return bool(re.search(patterns, name)) if isinstance(patterns, str) else any(p in name for p in patterns)
+
+
+def _shown(config: ParametrizationConfig, key: str) -> str:
+    return json.dumps(getattr(config, key, None), default=str)
 
 
 def _refuse_frozen(name: str, layer: nn.Linear, config: Parametrization) -> None:

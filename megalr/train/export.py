@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megalr.checkpoint.export.folder import check_output, output_folder
+from megalr.checkpoint.export.folder import check_output, output_folder, save_tokenizer
 from megalr.checkpoint.export.huggingface import write_model
 from megalr.config.settings import ParametrizationConfig
 from megalr.errors import UserError
@@ -92,7 +92,7 @@ def export_dense(
         model = empty_model(type(config).from_dict({**config.to_dict(), "use_cache": True}))
         with output_folder(folder) as part:
             write_model(model, densify(state, parametrization), part, dtype)
-            tokenizer.save_pretrained(part)
+            save_tokenizer(tokenizer, part)
         return _largest_difference(folder, input_ids, expected, dtype, ranks.device)
 
     return ranks.from_first(write_and_compare)

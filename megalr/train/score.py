@@ -13,7 +13,7 @@ import torch
 
 from megalr.checkpoint.export.weights import Weights
 from megalr.checkpoint.folders import latest, listed, newest_whole, read_or_offer
-from megalr.checkpoint.manifest import Manifest
+from megalr.checkpoint.manifest import Manifest, check_same
 from megalr.data import Data, DataConfig, load_data, load_tokenizer
 from megalr.data.sources import refuse_text_column
 from megalr.data.tokenizer import EMBEDDED_TOKENIZER, digest_of_tokenizer
@@ -262,6 +262,7 @@ def _from_checkpoint(run: Path, manifest: Manifest, notes: list[str]) -> Scored:
         model.load_state_dict(weights.state_dict())
     except RuntimeError as error:  # names of weights, and their shapes
         raise UserError(f"{manifest.folder} is of another model than {settings.path} describes: {error}") from error
+    check_same(manifest)
     _check_finite(model, manifest.folder)
     for section, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if (config.get(section) or {}).get("enabled"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, is_tensor
 
 import megalr
-from megalr.checkpoint.manifest import read_manifest
+from megalr.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from megalr.checkpoint.reading import read_tensor
+from megalr.checkpoint.storage import FolderReader
 from megalr.rules.quantized_state import fp32_state
 from tests.deepspeed import rule_training
 from tests.deepspeed.rule_training import everything
@@ -203,3 +207,29 @@ def load_other(method: str, stage: int, folder: str) -> tuple[str, dict[str, Any
     assert optimizer.updates == loaded.updates + 3  # noqa: PLR2004
     engine.destroy()
     return loaded.dropped, left, weights
+
+
+def replaced(stage: int, folder: str) -> list[str]:
+    """Messages of a load before which one process alone finds another save, with the same tensors, in the place."""
+    engine, place = engine_of("low-rank", 1, stage), next(path.parent for path in Path(folder).glob("*/manifest.json"))
+    read, messages = FolderReader.read_data, []
+
+    def replace_and_read(self: FolderReader, *args: Any) -> Any:
+        if dist.get_rank() == 1:
+            new, old = place.with_name(".new"), place.with_name(".old")
+            content = json.loads((place / MANIFEST).read_text())["content"]
+            shutil.copytree(place, new)
+            write_manifest(new, {**content, "written": content["written"] + 1})
+            place.rename(old)
+            new.rename(place)
+            shutil.rmtree(old)
+        return read(self, *args)
+
+    for function in (replace_and_read, read):
+        FolderReader.read_data = function  # type: ignore[method-assign]
+        try:
+            messages.append(f"{megalr.load_checkpoint(engine, folder).updates} updates")
+        except megalr.UserError as error:
+            messages.append(str(error))
+    engine.destroy()
+    return messages

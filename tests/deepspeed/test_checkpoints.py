@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -212,3 +213,13 @@ def test_what_cannot_go_on_is_refused_and_changes_nothing(ranks, saved, source, 
     for message, unchanged in ranks(2).run(f"{MODULE}:refused", target, 1, 2, folder):
         assert words in message
         assert unchanged
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_checkpoint_that_is_replaced_while_it_is_loaded_is_refused_by_all(ranks, saved, tmp_path, stage):
+    """One process finds another save in its place, and neither has the numbers of one and the weights of the other."""
+    shutil.copytree(saved("low-rank", (2, 2, 1))[0], tmp_path / "copy")
+    for messages in ranks(2).run(f"{MODULE}:replaced", stage, str(tmp_path / "copy")):
+        assert "process 1: " in messages[0]
+        assert "was replaced by another save while it was read: run again" in messages[0]
+        assert messages[1] == f"{BEFORE} updates"

@@ -12,6 +12,7 @@ from megalr.config.settings import read_json
 from megalr.errors import UserError
 from megalr.hosts.deepspeed_config import check_deepspeed_config, deepspeed_section
 from megalr.hosts.tensor_parallel import check_earlier_groups
+from megalr.layers.low_rank import LowRankLinear
 
 LOW_RANK = {
     "train_batch_size": 4,
@@ -172,6 +173,47 @@ def test_a_model_is_parametrized_once():
     for again in (megalr.parametrize, megalr.initialize):
         with pytest.raises(UserError, match="0 has been parametrized before: .* takes a dense model, once"):
             again(net, LOW_RANK)
+
+
+def section(**changes):
+    return {
+        "megalr": {"parametrization": {"type": "low_rank", "rank": 2, "alpha": 8, "target_modules": ["0"], **changes}}
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"alpha": 32}, "alpha 8.0 -> 32.0"),
+        ({"rank": 3}, "rank 2 -> 3"),
+        ({"type": "lora"}, 'type "low_rank" -> "lora"'),
+        ({"target_modules": ["1"]}, r'target_modules \["0"\] -> \["1"\]'),
+        ({"target_modules": "1"}, r'target_modules \["0"\] -> "1"'),
+        (None, r'type "low_rank" -> "full"\. '),
+    ],
+)
+def test_an_optimizer_is_given_the_configuration_that_the_layers_were_made_by(changes, difference):
+    """Checkpoints keep the optimizer's, and an export would multiply by its scale."""
+    net = megalr.parametrize(model(), section())
+    with pytest.raises(UserError, match=f"^0 was parametrized with another .*then -> now.*{difference}"):
+        megalr.build_optimizer(net, {} if changes is None else section(**changes))
+    megalr.build_optimizer(net, section())
+
+
+def test_two_parametrizations_of_one_model_need_equal_settings():
+    net = megalr.parametrize(megalr.parametrize(model(), section()), section(alpha=32, target_modules=["1"]))
+    for changes, name in (({}, "1"), ({"alpha": 32, "target_modules": ["1"]}, "0")):
+        with pytest.raises(UserError, match=f"^{name} was parametrized with another"):
+            megalr.build_optimizer(net, section(**changes))
+    net = megalr.parametrize(megalr.parametrize(model(), section()), section(target_modules=["1"]))
+    megalr.build_optimizer(net, section(target_modules=["0", "1"]))
+    megalr.build_optimizer(net, section(target_modules="[01]"))
+
+
+def test_a_layer_that_a_program_has_made_itself_is_its_own():
+    net = model()
+    net[0] = LowRankLinear(6, 6, 3)
+    megalr.build_optimizer(net, section(alpha=32))
 
 
 def test_an_engine_after_a_tensor_parallel_one_is_refused(monkeypatch):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from transformers import LlamaForCausalLM
 
-from megalr.checkpoint.export.huggingface import fill
+from megalr.checkpoint.export.command import export
+from megalr.checkpoint.export.huggingface import fill, write_model
 from megalr.errors import UserError
 from megalr.layers import densify, parametrize
 from megalr.layers.lora import LoraConfig
+from tests import known_state
 from tests.small_llama import small_llama
 
 
@@ -41,3 +45,54 @@ def test_weights_are_held_against_the_model(tied):
         filled({**state, "layers.0.self_attn.q_proj.B": torch.zeros(2)})
     with pytest.raises(UserError, match=rf"{name} is \(2, 3\), and the dense model has \("):
         filled({**state, name: torch.zeros(2, 3)})
+
+
+def untied_llama():
+    """Its configuration ties the head to the embedding, and its program has given it a head of its own."""
+    model = small_llama(tied=True)
+    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
+    assert model.config.tie_word_embeddings
+    return model.eval()
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model.eval()(input_ids=torch.arange(10).view(1, 10)).logits
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(("form", "base"), [("hf", "."), ("peft", "base")])
+def test_a_head_of_its_own_stays_whatever_the_configuration_ties(tmp_path, form, base):
+    """A LoRA model whose B is zero has its base's logits."""
+    model, section = untied_llama(), {"type": "lora", "rank": 2, "target_modules": ["attn"]}
+    expected = logits_of(model)
+    parametrize(model, LoraConfig(rank=2, target_modules=("attn",)))
+    known_state.write_model(tmp_path / "checkpoints", model, section)
+
+    export(tmp_path / "checkpoints", tmp_path / "out", form)
+
+    found = LlamaForCausalLM.from_pretrained(tmp_path / "out" / base)
+    assert not found.config.tie_word_embeddings
+    assert torch.equal(found.lm_head.weight, model.lm_head.weight)
+    torch.testing.assert_close(logits_of(found), expected)
+
+
+def test_a_tied_head_stays_tied(tmp_path):
+    """Both names may be given, with tensors of their own that are equal."""
+    model = small_llama(tied=True)
+    with torch.device("meta"):
+        empty = small_llama(tied=True)
+    write_model(empty, {name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path, torch.float32)
+    assert LlamaForCausalLM.from_pretrained(tmp_path).config.tie_word_embeddings
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+
+
+def test_what_a_model_ties_without_its_configuration_is_refused():
+    class Tying(LlamaForCausalLM):
+        def tie_weights(self, *args, **kwargs):
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    with torch.device("meta"):
+        empty = Tying(small_llama().config)
+    with pytest.raises(UserError, match=r"transformers ties lm_head\.weight to another weight of Tying"):
+        fill(empty, untied_llama().state_dict())

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megalr.checkpoint.__main__ import main as tool
+from megalr.checkpoint.export.weights import Weights
 from megalr.checkpoint.saving import write_entries
 from megalr.data import DataConfig, load_data
 from megalr.data.tokenizer import EMBEDDED_TOKENIZER, digest_of_tokenizer, load_tokenizer
@@ -321,3 +322,17 @@ def test_a_text_that_has_changed_is_scored_if_it_is_named_alone(run, text, capsy
     with pytest.raises(UserError, match=rf"not the one that the run in .* names \(dataset {text[1]}.*has changed"):
         scored(capsys, run)
     assert "step4 (4 updates)" in scored(capsys, run, "--dataset", text[1])
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_scored_is_refused(run, capsys, monkeypatch):
+    load = Weights.state_dict
+
+    def load_and_replace(weights):
+        found = load(weights)
+        save(run, 3, model_of(seed=7))
+        return found
+
+    monkeypatch.setattr(Weights, "state_dict", load_and_replace)
+    for folder in (run, run / "checkpoints" / "step3"):
+        with pytest.raises(UserError, match="step3 was replaced by another save while it was read: run again"):
+            scored(capsys, folder)

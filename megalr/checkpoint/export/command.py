@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 
-from megalr.checkpoint.export.folder import check_output, output_folder
+from megalr.checkpoint.export.folder import check_output, output_folder, save_tokenizer
 from megalr.checkpoint.export.weights import Weights
 from megalr.checkpoint.folders import whole_checkpoint
-from megalr.checkpoint.manifest import Manifest
+from megalr.checkpoint.manifest import Manifest, check_same
 from megalr.errors import UserError
 
 Form = Literal["hf", "safetensors", "peft"]
@@ -41,7 +41,8 @@ def export(
         overwrite: whether an earlier export may be replaced.
 
     Raises:
-        UserError: the checkpoint is damaged, is not there, or cannot be written in that form.
+        UserError: the checkpoint is damaged, is not there, was replaced by another save while it was read, or cannot be
+            written in that form.
     """
     manifest, skipped = whole_checkpoint(place)
     for line in skipped:
@@ -64,7 +65,8 @@ def export(
 
             write_weights(weights, folder, as_dtype, dense=dense)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
+        check_same(manifest)  # before anything gets its name
     print(f"{out}: {form}, {name}, of {manifest.folder} ({manifest.updates:,} updates)")
 
 

@@ -7,6 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 from megalr.checkpoint.manifest import MANIFEST
 from megalr.errors import UserError
@@ -65,12 +68,29 @@ def output_folder(out: Path) -> Iterator[Path]:
         part.mkdir(parents=True)
         yield part
         _move(part, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors makes its own of a full disk
         raise UserError(f"{out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
         if made and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save one of transformers beside a model, for :func:`output_folder`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        # The tokenizers library raises this class itself of a full disk, and nothing narrower.
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"the tokenizer cannot be saved: {error}") from error
 
 
 def _move(part: Path, out: Path) -> None:

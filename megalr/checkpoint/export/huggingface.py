@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,14 @@ def write_model(model: Any, state: dict[str, Tensor], folder: Path, dtype: torch
 def fill(model: Any, state: dict[str, Tensor]) -> None:
     """Give an empty model its weights, the same tensors.
 
+    Weights that the model's configuration ties although they differ, as those of a head of its own, are not tied, and
+    the configuration says so from then on.
+
     Args:
         model, state: see :func:`write_model`.
 
     Raises:
-        UserError: weights are missing, are too many, or have other shapes.
+        UserError: weights are missing, are too many, or have other shapes; or the model cannot hold them all.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = [n for n, t in state.items() if n in expected and tuple(t.shape) != expected[n]]
@@ -45,9 +49,20 @@ def fill(model: Any, state: dict[str, Tensor]) -> None:
         raise UserError(f"cannot export: {wrong[0]} is {found}, and the dense model has {expected[wrong[0]]}")
     _, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
+    if _overwritten(model, state):
+        for module in model.modules():
+            if getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+                module.config.tie_word_embeddings = False
+        model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if unexpected or missing:
         raise UserError(f"cannot export a dense model: weights missing {missing}, weights too many {unexpected}")
+    if lost := _overwritten(model, state):
+        raise UserError(
+            f"cannot export a dense model: transformers ties {lost[0]} to another weight of {type(model).__name__}, "
+            "from which it differs. `--to safetensors` writes both"
+        )
 
 
 def empty_model_of(manifest: Manifest) -> Any:
@@ -79,6 +94,13 @@ def empty_model_of(manifest: Manifest) -> Any:
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises errors of many kinds
         raise UserError(f"this transformers cannot build the {name} that was saved: {error}. {instead}") from error
+
+
+def _overwritten(model: Any, state: Mapping[str, Tensor]) -> list[str]:
+    """Names of weights that a model does not have as they were given."""
+    found = {name: tensor for name, tensor in model.state_dict().items() if name in state}
+    # Most are the same tensors, which nothing has to be read of.
+    return [n for n, t in found.items() if t.data_ptr() != state[n].data_ptr() and not torch.equal(t, state[n])]
 
 
 def _class_of(config: Any) -> Any:
