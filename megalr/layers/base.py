@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from megalr.errors import UserError
 from megalr.layers.tensor_parallel.split import Split
 from megalr.schema import check_targets, require
 
+NAME = "megalr_name"  # the attribute in which a replaced layer keeps its qualified name
 #: How a sum is rounded into a frozen 16-bit weight: the key "merge_rounding".
 MergeRounding = Literal["nearest", "stochastic", "remainder"]
 
@@ -130,6 +132,59 @@ class Parametrization(ABC):
         return {}
 
 
+class NoWeightError(UserError, AttributeError):
+    """A layer without a dense weight was asked for it; an AttributeError as well, so that ``hasattr`` says False."""
+
+
+class KeepsWeight(nn.Module):
+    """A layer with a frozen W0 as its parameter ``weight``, beside which it trains something.
+
+    Whoever computes with ``weight`` past the layer misses what is learned. But a model may also look at its dtype
+    alone, so that reading is noted, not refused; :meth:`is_bypassed` tells the two apart.
+
+    Attributes:
+        was_called: whether the layer has computed anything in training; its ``forward`` notes it.
+        was_read: whether anybody else has read ``weight`` in training.
+    """
+
+    was_called = False
+    was_read = False
+
+    def set_frozen_weight(self, weight: Tensor) -> None:
+        """Take over a dense layer's parameter as W0."""
+        self.register_parameter("weight", cast(nn.Parameter, weight.requires_grad_(False)))
+
+    @property
+    def frozen_weight(self) -> Tensor:
+        """W0, (out_features, in_features), for the layer itself and for what merges into it."""
+        return cast(Tensor, self._parameters["weight"])
+
+    @property
+    def weight(self) -> Tensor:
+        """W0, for everybody else."""
+        if "weight" not in self._parameters:  # torch asks before it registers the parameter
+            raise AttributeError
+        if self._is_training:
+            self.was_read = True
+        return self.frozen_weight
+
+    def note_call(self) -> None:
+        """To be called by ``forward``."""
+        # Written without being read: torch.compile would trace again what reads something that changes.
+        if self._is_training:
+            self.was_called = True
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether the model seems to compute with W0 in the layer's place."""
+        return self.was_read and not self.was_called
+
+    @property
+    def _is_training(self) -> bool:
+        # What an evaluation does tells nothing: there a model may take another path.
+        return self.training and torch.is_grad_enabled()
+
+
 class FactorizedLinear(nn.Module):
     """Base class of linear layers that train something smaller than their weight.
 
@@ -138,6 +193,17 @@ class FactorizedLinear(nn.Module):
     """
 
     factors: ClassVar[tuple[str, ...]]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name != "weight":
+                raise
+            raise NoWeightError(
+                f"{vars(self).get(NAME, 'a layer')} is a {type(self).__name__}, which has no `weight`, but the model "
+                "reads it: leave it out of megalr.parametrization.target_modules"
+            ) from error
 
     def buffers_changed(self) -> None:
         """React to buffers that were loaded into this layer."""

@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megalr.layers.base import KeepsWeight
 from megalr.layers.low_rank import LowRankLinear, ScaledParametrization, uniform_
 
 
@@ -41,7 +42,7 @@ class LoraConfig(ScaledParametrization):
         return self.product(parts).add_(parts["weight"])
 
 
-class LoraLinear(LowRankLinear):
+class LoraLinear(KeepsWeight, LowRankLinear):
     """y = x W0ᵀ + s (x Aᵀ) Bᵀ + bias, in place of ``nn.Linear``; x and x Aᵀ are saved for the backward pass.
 
     Attributes:
@@ -61,12 +62,13 @@ class LoraLinear(LowRankLinear):
         )
         for factor in (self.B, self.A):
             factor.requires_grad_(weight.requires_grad)
-        self.weight = weight.requires_grad_(False)
+        self.set_frozen_weight(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (..., in_features)."""
+        self.note_call()
         latent = functional.linear(x, self.A) * self.scale  # (..., r)
-        return functional.linear(x, self.weight, self.bias) + functional.linear(latent, self.B)
+        return functional.linear(x, self.frozen_weight, self.bias) + functional.linear(latent, self.B)
 
 
 def draw_a_(a: Tensor, seed: int, name: str, *count: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megalr.errors import UserError
-from megalr.layers.base import FactorizedLinear, Parametrization
+from megalr.layers.base import FactorizedLinear, KeepsWeight, Parametrization
 
 ROPE_BASE = 10000.0
 
@@ -66,7 +66,7 @@ class MoraConfig(Parametrization):
         return w + square_map(unit, matrix, w.shape[0], self.mora_type).T
 
 
-class MoraLinear(FactorizedLinear):
+class MoraLinear(KeepsWeight, FactorizedLinear):
     """y = x W0ᵀ + decompress(M compress(x)) + bias, in place of ``nn.Linear``.
 
     Attributes:
@@ -92,13 +92,14 @@ class MoraLinear(FactorizedLinear):
         self.side = side
         self.mora_type: Literal[1, 6] = mora_type
         self.M = nn.Parameter(weight.new_zeros(side, side), requires_grad=weight.requires_grad)
-        self.weight = weight.requires_grad_(False)
+        self.set_frozen_weight(weight)
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (..., in_features)."""
+        self.note_call()
         learned = square_map(x, self.M, self.out_features, self.mora_type)
-        return functional.linear(x, self.weight, self.bias) + learned
+        return functional.linear(x, self.frozen_weight, self.bias) + learned
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this layer."""

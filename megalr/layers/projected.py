@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node, get_gradient_edge
 
 from megalr.generation import generation
-from megalr.layers.base import MergeRounding, Parametrization
+from megalr.layers.base import KeepsWeight, MergeRounding, Parametrization
 from megalr.layers.tensor_parallel.messages import SharedInput
 from megalr.layers.tensor_parallel.split import Split, become
 from megalr.rules.bases import Projector, Side, random_basis
@@ -149,7 +149,7 @@ class ProjectedConfig(Parametrization):
         return torch.addmm(w, r, basis.T) if right else torch.addmm(w, basis, r)
 
 
-class ProjectedLinear(nn.Module):
+class ProjectedLinear(KeepsWeight):
     """y = x (W0 + R Qᵀ)ᵀ + bias, or with W = W0 + P R, in place of ``nn.Linear``; of the weight R alone is trained.
 
     Attributes:
@@ -190,7 +190,7 @@ class ProjectedLinear(nn.Module):
         self.compute = compute
         shape = (self.out_features, self.rank) if side == "right" else (self.rank, self.in_features)
         self.R = nn.Parameter(weight.new_zeros(shape), requires_grad=weight.requires_grad)
-        self.weight = weight.requires_grad_(False)
+        self.set_frozen_weight(weight)
         self.basis = nn.Parameter(basis, requires_grad=False)
         self.register_parameter("bias", bias)
         self.latents: SharedLatent | None = None
@@ -198,6 +198,7 @@ class ProjectedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (..., in_features)."""
+        self.note_call()
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(x.device.type))
             with torch.autocast(x.device.type, enabled=False):
@@ -230,7 +231,7 @@ class ProjectedLinear(nn.Module):
     def materialized(self) -> Tensor:
         """W0 + R Qᵀ, or W0 + P R: (m, n), new."""
         left, right = (self.R, self.basis.T) if self.side == "right" else (self.basis, self.R)
-        return torch.addmm(self.weight, left, right)
+        return torch.addmm(self.frozen_weight, left, right)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this layer."""
@@ -268,7 +269,7 @@ class CutProjected(ProjectedLinear):
             split.keep(self, "R")
         else:
             split.keep(self, "basis", dim=0)
-        self.out_features, self.in_features = self.weight.shape
+        self.out_features, self.in_features = self.frozen_weight.shape
 
 
 class ColumnParallelProjected(CutProjected):
@@ -348,9 +349,9 @@ class _Projected(torch.autograd.Function):
             y = flat @ weight.T
             saved += [weight] * (layer.compute == "materialized")
         elif latent is not None:
-            y = (flat @ layer.weight.to(dtype).T).addmm_(latent, r.to(dtype).T)
+            y = (flat @ layer.frozen_weight.to(dtype).T).addmm_(latent, r.to(dtype).T)
         else:
-            y = (flat @ layer.weight.to(dtype).T).addmm_(flat @ r.to(dtype).T, layer.basis.to(dtype).T)
+            y = (flat @ layer.frozen_weight.to(dtype).T).addmm_(flat @ r.to(dtype).T, layer.basis.to(dtype).T)
         if bias is not None:
             y += bias.to(dtype)
         ctx.layer, ctx.materialize, ctx.shape = layer, materialize, x.shape
@@ -371,9 +372,9 @@ class _Projected(torch.autograd.Function):
             if ctx.materialize:
                 dx = dy @ (weights[0] if weights else layer.materialized().to(dtype))
             elif low is None:
-                dx = (dy @ layer.weight.to(dtype)).addmm_(dy @ layer.R.to(dtype), layer.basis.to(dtype).T)
+                dx = (dy @ layer.frozen_weight.to(dtype)).addmm_(dy @ layer.R.to(dtype), layer.basis.to(dtype).T)
             else:
-                dx = (dy @ layer.weight.to(dtype)).addmm_(low, layer.R.to(dtype))
+                dx = (dy @ layer.frozen_weight.to(dtype)).addmm_(low, layer.R.to(dtype))
             dx = dx.view(ctx.shape)
         if ctx.needs_input_grad[1]:
             dr = (dy.T @ kept if low is None else low.T @ kept.reshape(-1, layer.in_features)).to(layer.R.dtype)

@@ -11,13 +11,20 @@ from torch import nn
 
 from megalr.errors import UserError
 from megalr.hosts import is_partitioned
-from megalr.layers.base import FactorizedLinear, FullConfig, Parametrization, ParametrizationConfig
+from megalr.layers.base import (
+    NAME,
+    FactorizedLinear,
+    FullConfig,
+    KeepsWeight,
+    Parametrization,
+    ParametrizationConfig,
+)
 from megalr.layers.low_rank import LowRankLinear
 from megalr.layers.projected import ProjectedLinear
+from megalr.layers.replaceable import check_parents, check_replaceable
 from megalr.naming import named_modules, named_parameters, submodule
 
-NAME = "megalr_name"  # the attribute in which a replaced layer keeps its qualified name
-MADE_BY = "megalr_parametrization"  # and that in which it keeps the configuration that it was made by
+MADE_BY = "megalr_parametrization"  # the attribute in which a replaced layer keeps the configuration that made it
 SHOWN = 4  # settings in a message
 TARGETS = "target_modules"
 
@@ -34,9 +41,9 @@ def parametrize(model: nn.Module, config: ParametrizationConfig, *, seed: int = 
         seed: key of random starts.
 
     Raises:
-        UserError: a pattern matches nothing, a rank exceeds a matrix, a weight is shared or frozen, the model was
-            parametrized or partitioned by ``deepspeed.zero.Init`` before, or a user's parametrization makes layers that
-            the optimizer cannot know.
+        UserError: a pattern matches nothing, a rank exceeds a matrix, a weight is shared or frozen, a layer has more
+            than a replacement takes over (:mod:`megalr.layers.replaceable`), the model was parametrized or partitioned
+            by ``deepspeed.zero.Init`` before, or a user's parametrization makes layers that the optimizer cannot know.
     """
     if isinstance(config, FullConfig):
         return model
@@ -115,6 +122,11 @@ def replaced_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in named_modules(model) if isinstance(m, FactorizedLinear | ProjectedLinear)}
 
 
+def bypassed_layers(model: nn.Module) -> list[str]:
+    """The names of the replaced layers whose W0 the model has read in training, and which it has never called."""
+    return [name for name, module in named_modules(model) if isinstance(module, KeepsWeight) and module.is_bypassed]
+
+
 def projected_layers(model: nn.Module) -> dict[str, ProjectedLinear]:
     """The projected layers of the model by qualified name, in its order."""
     return {name: module for name, module in named_modules(model) if isinstance(module, ProjectedLinear)}
@@ -155,8 +167,12 @@ def matching(names: Iterable[str], patterns: tuple[str, ...] | str, where: str, 
 
 def _targets(model: nn.Module, config: Parametrization) -> dict[str, nn.Linear]:
     linear = {name: module for name, module in named_modules(model) if isinstance(module, nn.Linear)}
-    names = matching(linear, config.target_modules, "megalr.parametrization.target_modules", "linear layer")
+    where = "megalr.parametrization.target_modules"
+    names = matching(linear, config.target_modules, where, "linear layer")
     chosen = {name: layer for name, layer in linear.items() if name in names}
+    _refuse_partitioned(chosen)  # first: an engine puts hooks of its own on such a model
+    check_replaceable(chosen, where, keeps_weight=False)
+    check_parents(model, chosen, where)
     _refuse_shared(model, chosen)
     return chosen
 
@@ -209,17 +225,20 @@ def _check_layer(layer: nn.Module, config: Parametrization) -> None:
         )
 
 
+def _refuse_partitioned(chosen: dict[str, nn.Linear]) -> None:
+    if any(is_partitioned(layer.weight) for layer in chosen.values()):
+        raise UserError(
+            "the model was built under deepspeed.zero.Init, which has already cut its weights: build it without, "
+            "call megalr.parametrize, then deepspeed.initialize, which shards what it made (with transformers' "
+            "Trainer: before TrainingArguments are made)"
+        )
+
+
 def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
     names: dict[int, list[str]] = {}
     for name, parameter in named_parameters(model, remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for name, layer in chosen.items():
-        if is_partitioned(layer.weight):
-            raise UserError(
-                "the model was built under deepspeed.zero.Init, which has already cut its weights: build it without, "
-                "call megalr.parametrize, then deepspeed.initialize, which shards what it made (with transformers' "
-                "Trainer: before TrainingArguments are made)"
-            )
         if len(names[id(layer.weight)]) > 1:
             shared = " and ".join(names[id(layer.weight)])
             raise UserError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megalr.errors import UserError
-from megalr.layers.base import FactorizedLinear, MergeRounding
+from megalr.layers.base import FactorizedLinear, KeepsWeight, MergeRounding
 from megalr.layers.low_rank import ScaledParametrization, uniform_
 from megalr.schema import require
 
@@ -99,7 +99,7 @@ class SwitchLoraConfig(ScaledParametrization):
         return w + self.scale * (b.T @ a)
 
 
-class SwitchLoraLinear(FactorizedLinear):
+class SwitchLoraLinear(KeepsWeight, FactorizedLinear):
     """y = x W0ᵀ + s (x Aᵀ) B + bias, in place of ``nn.Linear``.
 
     Attributes:
@@ -126,13 +126,14 @@ class SwitchLoraLinear(FactorizedLinear):
         trained = weight.requires_grad
         self.B = nn.Parameter(weight.new_empty(rank, self.out_features), requires_grad=trained)
         self.A = nn.Parameter(weight.new_empty(rank, self.in_features), requires_grad=trained)
-        self.weight = weight.requires_grad_(False)
+        self.set_frozen_weight(weight)
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (..., in_features)."""
+        self.note_call()
         latent = functional.linear(x, self.A) * self.scale  # (..., r)
-        return functional.linear(x, self.weight, self.bias) + latent @ self.B
+        return functional.linear(x, self.frozen_weight, self.bias) + latent @ self.B
 
     def bound(self, factor: Literal["B", "A"] | str) -> float:
         """The start and the candidates of a factor are U(-bound, bound)."""

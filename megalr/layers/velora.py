@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megalr.errors import UserError
+from megalr.layers.replaceable import check_replaceable
 from megalr.layers.replacement import matching
 from megalr.naming import named_modules, submodule
 from megalr.schema import check_targets, require
@@ -53,11 +54,13 @@ def compress_activations(model: nn.Module, config: VeloraConfig) -> nn.Module:
     """Have the linear layers that ``config.target_modules`` names save compressed inputs, in place.
 
     Raises:
-        UserError: a pattern matches nothing, or an input cannot be cut so.
+        UserError: a pattern matches nothing, an input cannot be cut so, or a layer has more than a replacement takes
+            over (:mod:`megalr.layers.replaceable`).
     """
     linear = {name: module for name, module in named_modules(model) if type(module) is nn.Linear}
     where = "megalr.activations.target_modules"
     names = matching(linear, config.target_modules, where, "linear layer with a weight of its own")
+    check_replaceable({n: layer for n, layer in linear.items() if n in names}, where, keeps_weight=True)
     for name, layer in linear.items():
         size = layer.in_features
         if name in names and size % config.groups:

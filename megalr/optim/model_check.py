@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from megalr.errors import UserError, some_of
 from megalr.hosts import is_partitioned, logical_shape
+from megalr.layers.base import KeepsWeight
+from megalr.layers.replacement import bypassed_layers
 from megalr.layout.exchange import Exchange
 from megalr.layout.shard import Shard, Twin
 from megalr.naming import named_parameters
@@ -45,6 +47,12 @@ WRITTEN = (
     "pass. If the masters were, as by deepspeed.utils.safe_set_full_fp32_param, call megalr.adopt_weights(engine, "
     "masters=True)"
 )
+BYPASSED = (
+    "never called, while the model has read `weight` of it in training: {names}. The model computes with the frozen W0 "
+    "past the layer, and what is learned beside it has no effect: leave it out of "
+    "megalr.parametrization.target_modules. If the weight is only looked at, as for a log, read it under "
+    "torch.no_grad()"
+)
 
 
 class ModelCheck:
@@ -62,6 +70,7 @@ class ModelCheck:
         self._model, self._shard, self._exchange = model, shard, exchange
         self._trained = {name: given[name] for name in shard.layout.shapes}
         self._ids = {id(parameter) for parameter in self._trained.values()}
+        self._keeping = [] if model is None else [m for m in model.modules() if isinstance(m, KeepsWeight)]
         self._places = [_place(parameter) for parameter in self._trained.values()]
 
     def run(self, *, weights: bool = True, are_loaded: bool = False) -> None:
@@ -84,6 +93,9 @@ class ModelCheck:
 
     def _complaint(self, weights: bool, are_loaded: bool) -> str:
         """What is wrong as this rank sees it; empty if nothing is."""
+        if any(layer.is_bypassed for layer in self._keeping):
+            assert self._model is not None
+            return _about(BYPASSED, bypassed_layers(self._model))
         # Names take longer than all else here, and are for a complaint alone.
         parameters = self._trained.values() if self._model is None else self._model.parameters()
         if {id(p) for p in parameters if p.requires_grad} != self._ids:

@@ -172,7 +172,7 @@ class Projections(LayerEvents):
         self.schedule.load_numbers(numbers["bases"])
 
     def merged(self) -> dict[str, Tensor]:
-        return {name: layer.weight for basis in self.schedule.bases for name, layer in basis.layers.items()}
+        return {name: layer.frozen_weight for basis in self.schedule.bases for name, layer in basis.layers.items()}
 
     def _refresh_from_gradients(
         self, due: Sequence[Basis], which: Sequence[int], gradients: Field, updates: int
@@ -270,7 +270,7 @@ class Projections(LayerEvents):
         for name, layer in basis.layers.items():
             r = self._exchange.everywhere(f"{name}.R", self._shard.buffers).to(old.device).float()
             learned = r @ old.T if right else old @ r
-            self.frozen_weights.take(name, layer.weight, learned, decay=basis.decay, count=basis.refreshes)
+            self.frozen_weights.take(name, layer.frozen_weight, learned, decay=basis.decay, count=basis.refreshes)
             own = self._own(name)
             for fragment in own:
                 run_of(self._shard.buffers, fragment).zero_()
@@ -322,5 +322,5 @@ def _take_gradient(layer: ProjectedLinear) -> Tensor:
     total, layer.full_gradient = layer.full_gradient, None
     grad = None if total is None else total.value
     if grad is None:
-        grad = torch.zeros(layer.out_features, layer.in_features, device=held(layer.weight)[0][1].device)
-    return in_whole(layer.weight, grad)
+        grad = torch.zeros(layer.out_features, layer.in_features, device=held(layer.frozen_weight)[0][1].device)
+    return in_whole(layer.frozen_weight, grad)

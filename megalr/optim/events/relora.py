@@ -75,7 +75,7 @@ class Merges(LayerEvents):
         self._merges = numbers["merges"]
 
     def merged(self) -> dict[str, Tensor]:
-        return {name: layer.weight for name, layer in self._layers.items()}
+        return {name: layer.frozen_weight for name, layer in self._layers.items()}
 
     def due(self, updates: int) -> bool:
         return updates % self._config.merge_every == 0
@@ -85,7 +85,7 @@ class Merges(LayerEvents):
         b, a = (self._exchange.everywhere(f"{name}.{factor}", masters) for factor in ("B", "A"))
         # Of the masters: what the model's dtype has cut off the factors is not lost as well.
         self.frozen_weights.take(
-            name, layer.weight, (b.float() * layer.scale) @ a.float(), decay=1.0, count=self._merges
+            name, layer.frozen_weight, (b.float() * layer.scale) @ a.float(), decay=1.0, count=self._merges
         )
         for fragment in self._own(f"{name}.B"):
             run_of(masters, fragment).zero_()

@@ -124,7 +124,7 @@ class Switches(LayerEvents):
         self._starts = {name: list(starts) for name, starts in numbers["starts"].items()}
 
     def merged(self) -> dict[str, Tensor]:
-        return {name: layer.weight for name, layer in self._layers.items()}
+        return {name: layer.frozen_weight for name, layer in self._layers.items()}
 
     def entries(self) -> dict[str, Entry]:
         waiting = {f"waiting/{name} {number}": Entry.of(row) for (name, number), row in self._waiting.items()}
@@ -137,7 +137,7 @@ class Switches(LayerEvents):
             kind, _, which = key.partition("/")
             name, _, number = which.rpartition(" ")
             if kind == "waiting" and self._keeps(name, int(number)):
-                dtype = self._layers[name.rpartition(".")[0]].weight.dtype
+                dtype = self._layers[name.rpartition(".")[0]].frozen_weight.dtype
                 self._waiting[name, int(number)] = torch.empty(self._width(name), dtype=dtype)
 
     def _queue(self, factor: str) -> int:
@@ -183,9 +183,9 @@ class Switches(LayerEvents):
                 self._starts[switch.other][row] = updates + self._config.frozen_steps
                 if self._keeps(switch.factor, number):
                     # In the model's dtype: when its turn comes W0 takes the difference to what is kept.
-                    kept = rows[switch.factor, row, False].to(layer.weight.dtype)
+                    kept = rows[switch.factor, row, False].to(layer.frozen_weight.dtype)
                     self._waiting[switch.factor, number] = kept.cpu().clone()
-        self.frozen_weights.take(name, layer.weight, change, decay=1.0, count=updates)
+        self.frozen_weights.take(name, layer.frozen_weight, change, decay=1.0, count=updates)
 
     def _candidate(
         self, layer: SwitchLoraLinear, factor: str, number: int, rows: Mapping[tuple[str, int, bool], Tensor]
