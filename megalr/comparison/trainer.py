@@ -13,6 +13,7 @@ import torch
 from megalr.comparison.results import Results, best_run, result, score
 from megalr.comparison.runs import Recipe, Run
 from megalr.data import load_data, load_tokenizer
+from megalr.data.overlap import repeated
 from megalr.errors import UserError
 from megalr.processes import KEEP_FREED_MEMORY, Ended, run_processes
 from megalr.train.arguments import parse_arguments
@@ -151,7 +152,8 @@ def _prepare_text(one: Run) -> None:
     print("preparing the text", flush=True)
     arguments = parse_arguments(["--deepspeed", "none", *one.flags])
     text, tokenizer = data_config(arguments, one.seed), load_tokenizer(arguments.tokenizer, say=print)
-    print(load_data(text, tokenizer, rank=0, barrier=lambda: None).description, flush=True)
+    data = load_data(text, tokenizer, rank=0, barrier=lambda: None)
+    print("\n".join(filter(None, (data.description, repeated(*data.spans)))), flush=True)
 
 
 def _gpus(needed: int) -> list[str]:

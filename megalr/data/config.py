@@ -34,8 +34,8 @@ class DataConfig:
             folder of yours in the temporary directory.
         max_train_tokens: read no more training tokens than this. None means all of a local text and the first
             100 million of a hub dataset, which may be endless for all we know.
-        max_eval_tokens: hold out no more tokens than this. None means all of a local text, 10 million of a
-            hub one.
+        max_eval_tokens: hold out no more tokens than this, or one document where the text is split between
+            documents. None means all of a local text, 10 million of a hub one.
         test_half: keep the second half of the held-out text apart, for a test at the end: what is chosen by the
             first half has not been chosen by that.
 

@@ -22,7 +22,7 @@ NO_TEXT = Piece("", False)  # stands for a document without text, which is to be
 
 
 def document_pieces(text: str) -> Iterator[Piece]:
-    """The pieces of a document that is in memory; ``NO_TEXT`` if it holds only white space."""
+    """The pieces of a document that is in memory, as :func:`pieces` cuts it."""
     return pieces(text[at : at + PIECE_CHARACTERS] for at in range(0, len(text), PIECE_CHARACTERS))
 
 
@@ -30,7 +30,8 @@ def pieces(blocks: Iterable[str]) -> Iterator[Piece]:
     """Cuts one document, given as blocks of text, into pieces of at most ``PIECE_CHARACTERS`` characters.
 
     A cut falls in front of white space, where byte-level tokenizers start a new word anyway, so that the
-    pieces have the same tokens as the whole document. One of white space alone is ``NO_TEXT``.
+    pieces have the same tokens as the whole document. One of white space alone is ``NO_TEXT``, unless it is
+    longer than a piece: whether text follows is not known when its first piece is due.
     """
     rest = ""
     started = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import filecmp
 import glob
+import hashlib
 import os
 import re
 from collections import Counter
@@ -10,17 +12,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megalr.data.readers import SUFFIXES, suffix
-from megalr.errors import UserError
+from megalr.errors import UserError, some_of
 
 _SHOWN_KINDS = 8
+_LOOKED_AT = 1 << 16  # bytes at three places of a file, by which most of those of one size differ
 
 
 def local_files(names: Sequence[str]) -> tuple[list[Path], str]:
     """The files that paths, folders (searched deeply) and globs stand for, sorted within each; each once.
 
+    A file that holds byte for byte what an earlier one does is left out: its copy could be trained on and held out.
+
     Returns:
-        The files, and in words what folders and globs hold beside them: other kinds, hidden and empty files, folders
-        that cannot be read. "" if there is nothing of that sort.
+        The files, and in words what is left out: copies, and what folders and globs hold beside them: other kinds,
+        hidden and empty files, folders that cannot be read. "" if there is nothing of that sort.
 
     Raises:
         UserError: a name that stands for no readable file.
@@ -33,7 +38,53 @@ def local_files(names: Sequence[str]) -> tuple[list[Path], str]:
             found.setdefault(file.resolve(), file)
         if left_out:
             words.append(f"left out of {name}: {_in_words(left_out)} ({', '.join(SUFFIXES)} are read)")
-    return list(found.values()), "\n".join(words)
+    copies = copies_among(list(found.values()))
+    if copies:
+        pairs = some_of([f"{copy} (of {first})" for copy, first in copies.items()])
+        count = "1 copy of another file" if len(copies) == 1 else f"{len(copies):,} copies of other files"
+        words.append(f"left out, since a copy of what is trained on must not be held out: {count}: {pairs}")
+    return [file for file in found.values() if file not in copies], "\n".join(words)
+
+
+def copies_among(files: Sequence[Path]) -> dict[Path, Path]:
+    """Files that hold byte for byte what an earlier one does, and which; hard links are copies, too, empty files none.
+
+    Only files of one size are read, and of these in full only those that agree in three places.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    copies: dict[Path, Path] = {}
+    try:
+        by_size: dict[int, list[Path]] = {}
+        for file in files:
+            by_size.setdefault(file.stat().st_size, []).append(file)
+        for size, alike in by_size.items():
+            firsts: dict[bytes, list[Path]] = {}
+            for file in alike if size and len(alike) > 1 else ():
+                others = firsts.setdefault(_glance(file, size), [])
+                same = next((each for each in others if _is_copy(file, each)), None)
+                if same is None:
+                    others.append(file)
+                else:
+                    copies[file] = same
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    return copies
+
+
+def _glance(file: Path, size: int) -> bytes:
+    """A hash of the file's head, middle and tail."""
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        for place in (0, (size - _LOOKED_AT) // 2, size - _LOOKED_AT):
+            stream.seek(max(0, place))
+            found.update(stream.read(_LOOKED_AT))
+    return found.digest()
+
+
+def _is_copy(file: Path, other: Path) -> bool:
+    return file.samefile(other) or filecmp.cmp(file, other, shallow=False)
 
 
 def _expand(name: str) -> tuple[list[Path], Counter[str]]:

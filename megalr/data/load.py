@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from megalr.data.config import DataConfig
 from megalr.data.examples import Examples, PackedExamples, TruncatedExamples
 from megalr.data.hub import HubText
+from megalr.data.overlap import Span
 from megalr.data.sources import LocalText, evaluation_source, training_source
 from megalr.data.tokens import TokenCache, TokenStore
 from megalr.errors import UserError
@@ -31,6 +33,7 @@ class Data:
     Attributes:
         train, evaluation, test: the examples; no test without ``test_half``.
         description: what was read, for the reader, a line for each text.
+        spans: where the training text lies, and the held-out one, a test's half included.
         limit: how many tokens of the training text were read where it has, or may have, more; None for all.
     """
 
@@ -38,6 +41,7 @@ class Data:
     evaluation: Examples
     test: Examples | None
     description: str
+    spans: tuple[Span, Span]
     limit: int | None = None
 
 
@@ -84,17 +88,22 @@ def load_data(
     store = _stored(cache)
     if len(store.ends) == 0:
         raise UserError(f"{train_text.label} holds no text to train on")
+    span = partial(Span, train_text, cache.stream, store.tokens, store.ends)
     held_store = _stored(held_cache) if held_cache is not None else None
     if held_text is not None and held_store is not None and len(held_store.ends) > 0:
+        assert held_cache is not None
         train, held = _whole(store, train_text.label), _whole(held_store, held_text.label)
+        held_span = Span(held_text, held_cache.stream, held_store.tokens, held_store.ends, 0, len(held.tokens))
+        spans = span(0, len(train.tokens)), held_span
     elif held_text is None or config.eval_dataset is None:
         train, held = _split(store, train_text.label, config.eval_fraction, held_limit)
+        spans = span(0, len(train.tokens)), span(len(train.tokens), len(store.tokens))
     else:
         raise UserError(
             f"the held-out text ({held_text.label}) is empty; name another, or none to hold back the end of the "
             "training text"
         )
-    data = _data(config, tokenizer, train, held, origins)
+    data = _data(config, tokenizer, train, held, origins, spans)
     left_out = dict.fromkeys(text.left_out for text in (train_text, held_text) if isinstance(text, LocalText))
     description = "\n".join([data.description, *filter(None, left_out)])
     return replace(data, description=description, limit=limit if len(store.tokens) == limit else None)
@@ -157,7 +166,12 @@ def _split(store: TokenStore, label: str, fraction: float, limit: int | None) ->
 
 
 def _data(
-    config: DataConfig, tokenizer: PreTrainedTokenizerFast, train: _Part, held: _Part, origins: list[str]
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    train: _Part,
+    held: _Part,
+    origins: list[str],
+    spans: tuple[Span, Span],
 ) -> Data:
     if len(train.tokens) < config.sequence_length:
         raise UserError(
@@ -178,7 +192,7 @@ def _data(
         lines.append(_describe("test text", test, test_examples, origins[-1]))
     held_examples = _examples(held, config, tokenizer, keep_tail=True)
     lines.insert(1, _describe("held-out text", held, held_examples, origins[-1]))
-    return Data(train_examples, held_examples, test_examples, "\n".join(lines))
+    return Data(train_examples, held_examples, test_examples, "\n".join(lines), spans)
 
 
 def _halves(held: _Part, config: DataConfig) -> tuple[_Part, _Part]:

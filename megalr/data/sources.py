@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 
 from megalr.data.config import DataConfig
 from megalr.data.documents import Piece
-from megalr.data.files import local_files
+from megalr.data.files import copies_among, local_files
 from megalr.data.hub import HubText
 from megalr.data.readers import read_file, suffix
 from megalr.errors import UserError
@@ -111,16 +110,50 @@ def evaluation_source(config: DataConfig) -> Source | None:
             return _source(config.dataset, config, "validation", optional=True)
         return None
     held_out = _source(config.eval_dataset, config, "validation")
-    trained_on = training_source(config)
-    if isinstance(held_out, LocalText) and isinstance(trained_on, LocalText):
-        both = {file.resolve() for file in held_out.files} & {file.resolve() for file in trained_on.files}
-        if both:
+    for file, other in files_in_both(held_out, training_source(config)).items():
+        if file.resolve() == other.resolve():
             raise UserError(
-                f"{sorted(both)[0]} is both in the training and in the held-out text; take it out of one of "
+                f"{file.resolve()} is both in the training and in the held-out text; take it out of one of "
                 "them, or leave the held-out text out to hold back the end of the training text"
             )
-        _refuse_copies(held_out.files, trained_on.files)
+        raise UserError(
+            f"{file} of the held-out text holds byte for byte what {other} of the training text does: take "
+            "one of them out, since a model is not judged by what it was trained on"
+        )
     return held_out
+
+
+def files_in_both(text: Source, other: Source) -> dict[Path, Path]:
+    """The files of one text that the other has, too, and what they are there: the same file, a link or a copy.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    if not isinstance(text, LocalText) or not isinstance(other, LocalText):
+        return {}
+    places = {file.resolve(): file for file in other.files}
+    same = {file: places[file.resolve()] for file in text.files if file.resolve() in places}
+    rest = [file for file in text.files if file not in same]
+    copies = copies_among([*other.files, *rest])
+    return same | {file: copies[file] for file in rest if file in copies and copies[file] in other.files}
+
+
+def refuse_configuration(config: DataConfig, given: str | None) -> None:
+    """Refuse the name of a hub dataset's part where no text is one of the hub.
+
+    Args:
+        config: the texts.
+        given: the part's name as the user has written it; None if not.
+
+    Raises:
+        UserError: says so.
+    """
+    texts = (config.dataset, *([] if config.eval_dataset is None else [config.eval_dataset]))
+    if given is not None and not any(map(is_hub_dataset, texts)):
+        named = [config.dataset] if isinstance(config.dataset, str) else config.dataset
+        raise UserError(
+            f"--dataset-config {given} is for a dataset of the hub, and the text is {', '.join(named)}: leave it out"
+        )
 
 
 def refuse_text_column(config: DataConfig) -> None:
@@ -156,23 +189,6 @@ def is_local(name: str) -> bool:
         or path.suffix.lower() in _NOT_A_HUB_NAME
         or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None
     )
-
-
-def _refuse_copies(held_out: Sequence[Path], trained_on: Sequence[Path]) -> None:
-    """Whatever a file is called; a hard link is one, too."""
-    try:
-        by_size: dict[int, list[Path]] = {}
-        for file in trained_on:
-            by_size.setdefault(file.stat().st_size, []).append(file)
-        for file in held_out:
-            for other in by_size.get(file.stat().st_size, ()):
-                if file.stat().st_size and filecmp.cmp(file, other, shallow=False):
-                    raise UserError(
-                        f"{file} of the held-out text holds byte for byte what {other} of the training text does: take "
-                        "one of them out, since a model is not judged by what it was trained on"
-                    )
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def _source(dataset: str | Sequence[str], config: DataConfig, split: str, optional: bool = False) -> Source:

@@ -63,6 +63,10 @@ class TokenCache:
     The place follows from what is read and how, so that a changed file, tokenizer or limit is another place.
     Files are written into a folder of another name, which is renamed when all are complete: whoever finds the
     folder finds all of it, also when processes race or are killed.
+
+    Attributes:
+        folder: the place.
+        stream: the text itself, whatever its limit: by one tokenizer, equal ones have equal tokens in equal places.
     """
 
     def __init__(self, source: Source, tokenizer: PreTrainedTokenizerFast, root: Path, limit: int | None) -> None:
@@ -74,9 +78,11 @@ class TokenCache:
             raise UserError(
                 f"the tokenizer has the token id {self._largest:,}; ids up to {_LARGEST:,} can be trained on"
             )
+        identity = source.identity()
+        self.stream = json.dumps(identity, sort_keys=True)
         key = [
             _FORMAT,
-            source.identity(),
+            identity,
             tokenizer.backend_tokenizer.to_str(),
             tokenizer.eos_token_id,
             limit,

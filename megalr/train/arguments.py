@@ -193,7 +193,12 @@ def add_text(group: argparse._ArgumentGroup) -> None:
         help="one document a sequence, truncated or padded, instead of full sequences",
     )
     group.add_argument("--max-train-tokens", type=positive, metavar="N", help="read no more training text")
-    group.add_argument("--max-eval-tokens", type=positive, metavar="N", help="hold out no more text")
+    group.add_argument(
+        "--max-eval-tokens",
+        type=positive,
+        metavar="N",
+        help="hold out no more text; at the end of a text of several documents whole ones alone, at least one",
+    )
     group.add_argument(
         "--test-half",
         action="store_true",

@@ -152,6 +152,11 @@ def _resolve_precision(config: dict[str, Any], request: Request, notes: list[str
             notes.append("precision: bf16" if bf16 else "precision: fp32 (bf16 is slow or missing on this device)")
     elif bf16 and not request.bf16_is_fast:
         notes.append("precision: bf16, as the JSON says; it is slow on this device")
+    autocast = _section(config, "torch_autocast")
+    if autocast.get("enabled"):
+        notes.append(
+            f"torch_autocast: matrices are multiplied in {autocast.get('dtype', 'the dtype that torch chooses')}"
+        )
     return bool(bf16)
 
 

@@ -14,7 +14,15 @@ from megalr.agreement import code_facts, digest_of_files, json_facts
 from megalr.config.secrets import secrets_in, without_secrets
 from megalr.config.settings import MegalrConfig, read_json
 from megalr.data import Data, DataConfig, load_data, load_tokenizer
-from megalr.data.sources import AUSTEN, evaluation_source, is_hub_dataset, is_local, refuse_text_column, training_source
+from megalr.data.overlap import repeated
+from megalr.data.sources import (
+    AUSTEN,
+    evaluation_source,
+    is_local,
+    refuse_configuration,
+    refuse_text_column,
+    training_source,
+)
 from megalr.data.tokenizer import digest_of_tokenizer
 from megalr.errors import UserError
 from megalr.hosts import check_config
@@ -29,7 +37,7 @@ from megalr.train.arguments import (
     LARGEST_DEFAULT_MICRO_BATCH,
     PretrainArguments,
 )
-from megalr.train.checkpoints import Notes, Resumable, check_notes, differences, find_checkpoint
+from megalr.train.checkpoints import Notes, Resumable, check_notes, find_checkpoint
 from megalr.train.console import Screen
 from megalr.train.ds_config import Request, Resolved, resolve
 from megalr.train.export import check_export_folder
@@ -37,23 +45,11 @@ from megalr.train.models import empty_model, fit_to_text, read_model_config
 from megalr.train.monitors import check_monitors
 from megalr.train.quiet import hide
 from megalr.train.ranks import Ranks
+from megalr.train.resumed_settings import changed_settings, settings_of
 from megalr.train.run_folder import RunFolder, take_run_folder
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
-
-# What of a model's configuration may differ without its being another model.
-_COSMETIC_KEYS = (
-    "architectures",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "initializer_range",
-    "pad_token_id",
-    "transformers_version",
-    "use_cache",
-    "_name_or_path",
-)
 
 
 class Sizes(Protocol):
@@ -157,7 +153,7 @@ def make_plan(
             compress_activations(shapes, megalr.activations)
         for line in resolved.notes:
             screen.say(line)
-        required, noted = _settings(resolved, model, ranks)
+        required, noted = settings_of(resolved, model, ranks)
         if checkpoint is not None:
             _check_resumable(checkpoint.notes, required, noted, resolved, folder, screen, finished=finished)
     ranks.from_first(lambda: _fetch_tokenizer(arguments.tokenizer))
@@ -170,7 +166,8 @@ def make_plan(
         data = load_data(text, tokenizer, rank=ranks.local_rank, barrier=ranks.barrier)
     texts = {"training": data.train, "held-out": data.evaluation}
     ranks.agree({f"tokens of the {name} text": each.fingerprint for name, each in texts.items()}, lambda: _files(text))
-    screen.say(data.description)
+    warning = ranks.from_first(lambda: repeated(*data.spans))
+    screen.say("\n".join(filter(None, (data.description, warning))))
     screen.say(how_often(data, resolved.steps * resolved.batch.total))
     return Plan(
         arguments=arguments,
@@ -219,12 +216,6 @@ def data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
     tokenizer = arguments.tokenizer
     if tokenizer is not None and Path(tokenizer).expanduser().exists():
         tokenizer = _absolute(tokenizer)
-    texts = (arguments.dataset, *([] if arguments.eval_dataset is None else [arguments.eval_dataset]))
-    if arguments.dataset_config is not None and not any(map(is_hub_dataset, texts)):
-        raise UserError(
-            f"--dataset-config {arguments.dataset_config} is for a dataset of the hub, and the text is "
-            f"{', '.join(arguments.dataset)}: leave it out"
-        )
     config = DataConfig(
         dataset=one_or_many(arguments.dataset),
         dataset_config=arguments.dataset_config,
@@ -238,6 +229,7 @@ def data_config(arguments: PretrainArguments, seed: int) -> DataConfig:
         max_eval_tokens=arguments.max_eval_tokens,
         test_half=arguments.test_half,
     )
+    refuse_configuration(config, arguments.dataset_config)
     refuse_text_column(config)
     return config
 
@@ -305,33 +297,6 @@ def _fetch_tokenizer(name: str | None) -> None:
     load_tokenizer(name)
 
 
-def _settings(resolved: Resolved, model: LlamaConfig, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What has to be the same in a run that continues this one, and what is worth a word where it is not."""
-    config = resolved.config
-    section = config.get("megalr") or {}
-    optimizer = config.get("optimizer") or {}
-    params = optimizer.get("params") or {}
-    fp16 = bool((config.get("fp16") or {}).get("enabled", False))
-    required = {
-        "train_batch_size": resolved.batch.total,
-        "model": {key: value for key, value in model.to_dict().items() if key not in _COSMETIC_KEYS},
-        "megalr.parametrization": section.get("parametrization"),
-    }
-    noted = {
-        "processes": ranks.world_size,
-        "tensor_parallel.autotp_size": ranks.tensor_parallel,
-        "zero_optimization.stage": (config.get("zero_optimization") or {}).get("stage", 0),
-        "precision": "bf16" if resolved.bf16 else "fp16" if fp16 else "fp32",
-        "train_micro_batch_size_per_gpu": resolved.batch.micro,
-        "steps": resolved.steps,
-        "optimizer": {"type": optimizer.get("type"), **params},
-        "scheduler": config.get("scheduler"),
-        "gradient_clipping": config.get("gradient_clipping"),
-        "megalr": {key: value for key, value in section.items() if key != "parametrization"},
-    }
-    return required, noted
-
-
 def _check_resumable(
     notes: Notes,
     required: dict[str, Any],
@@ -349,6 +314,6 @@ def _check_resumable(
             f"{resolved.steps:,}. To train it further, write a larger --steps"
         )
     screen.say(f"resuming {folder.path} after step {notes.step:,}")
-    changed = differences(notes.settings, noted)
+    changed = changed_settings(notes.settings, noted)
     if changed:
         screen.say("with other settings than before:\n" + "\n".join(f"  {line}" for line in changed))

@@ -14,15 +14,15 @@ import torch
 from megalr.checkpoint.export.weights import Weights
 from megalr.checkpoint.folders import latest, listed, newest_whole, read_or_offer
 from megalr.checkpoint.manifest import Manifest, check_same
-from megalr.data import Data, DataConfig, load_data, load_tokenizer
-from megalr.data.sources import refuse_text_column
+from megalr.data import DataConfig, load_data, load_tokenizer
+from megalr.data.sources import refuse_configuration, refuse_text_column
 from megalr.data.tokenizer import EMBEDDED_TOKENIZER, digest_of_tokenizer
 from megalr.errors import UserError, in_short, some_of
 from megalr.flags import PlainParser, nonempty, positive
 from megalr.layers import parametrize
 from megalr.plugins import load_plugins
 from megalr.train.arguments import add_plugins, add_text
-from megalr.train.checkpoints import HELD_OUT, TOKENIZER, differences, notes_of, text_of
+from megalr.train.checkpoints import TOKENIZER, differences, notes_of, text_of
 from megalr.train.evaluation import evaluate
 from megalr.train.harness import (
     TaskRequest,
@@ -37,6 +37,7 @@ from megalr.train.models import build_model, config_of, entries_of, fit_to_text
 from megalr.train.ranks import Ranks
 from megalr.train.run_settings import RunSettings, read_settings
 from megalr.train.runner import run_program
+from megalr.train.unseen_text import check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -90,6 +91,7 @@ class Scored:
         text, micro_batch_size: what it is scored with.
         notes: which weights these are, in lines.
         trained_on: digests of the text and the tokenizer, as far as they are known.
+        is_run: ``text`` is what the model was trained on and evaluated with; not known of an export.
     """
 
     model: Any
@@ -97,6 +99,7 @@ class Scored:
     micro_batch_size: int
     notes: tuple[str, ...]
     trained_on: dict[str, str] = field(default_factory=dict)
+    is_run: bool = False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -167,6 +170,7 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
     changes = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in arguments.text.items()}
     found = load_scored(folder, tokenizer=changes.get("tokenizer"))
     text = replace(found.text, **changes)
+    refuse_configuration(text, changes.get("dataset_config"))
     if "text_column" in changes:  # what the run was trained with may be for its own text alone
         refuse_text_column(text)
     tokenizer = load_tokenizer(text.tokenizer, say=print)
@@ -185,13 +189,8 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
         print(write_results(results, arguments.tasks, _results_folder(folder), found.notes))
         return
     data = load_data(text, tokenizer, rank=0, barrier=ranks.barrier)
-    if not changes and _is_another_text(found.trained_on, data):
-        raise UserError(
-            f"the held-out text is not the one that the run in {folder} was evaluated on: what its run.json names "
-            f"(dataset {text.dataset}, eval_dataset {text.eval_dataset}, tokenizer {text.tokenizer}) has changed "
-            f"since, or is missing in part. {_NOT_SCORED}. To score what is there now, name it with --dataset"
-        )
-    print("\n".join(data.description.splitlines()[1:]))
+    lines = check_text(found.text, found.trained_on, data, changes, tokenizer, folder) if found.is_run else []
+    print("\n".join([*data.description.splitlines()[1:], *lines]))
     model = found.model.to(ranks.device)
     for kind, examples in (("held-out", data.evaluation), ("test", data.test)):
         if examples is None:
@@ -269,7 +268,7 @@ def _from_checkpoint(run: Path, manifest: Manifest, notes: list[str]) -> Scored:
             for parameter in model.parameters():  # buffers stay fp32, as DeepSpeed leaves them
                 parameter.data = parameter.data.to(dtype)
     title = f"{manifest.folder} ({manifest.updates:,} updates)"
-    return Scored(model, settings.text, settings.micro_batch_size, (*notes, title), text_of(manifest))
+    return Scored(model, settings.text, settings.micro_batch_size, (*notes, title), text_of(manifest), is_run=True)
 
 
 def _check_same_run(settings: RunSettings, manifest: Manifest) -> None:
@@ -338,13 +337,6 @@ def _check_finite(model: Any, folder: Path) -> None:
     wrong = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
     if wrong:
         raise UserError(f"{folder} has weights that are not finite: {', '.join(wrong[:3])}. {_NOT_SCORED}")
-
-
-def _is_another_text(trained_on: dict[str, str], data: Data) -> bool:
-    """Whether a run's own text is no longer what it was; the held-out one if that is known."""
-    if HELD_OUT in trained_on:
-        return trained_on[HELD_OUT] != data.evaluation.fingerprint
-    return trained_on.get("data", data.train.fingerprint) != data.train.fingerprint
 
 
 def _check_tokenizer(

@@ -414,7 +414,7 @@ def test_what_is_left_out_is_said(
     names = "a.txt b.jsonl.zst c.zst d.json README .e.txt f/g.txt locked/h.txt .git/i.txt"
     for name in names.split():
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
-        (folder / name).write_text("one two three four five " * 9)
+        (folder / name).write_text(f"one two three four five of {name} " * 9)
     (folder / "empty.jsonl").touch()
     (folder / "link").symlink_to(tmp_path)
     scandir = os.scandir

@@ -137,6 +137,8 @@ def test_the_choice_of_precision_is_reported():
     notes = resolve({"bf16": {"enabled": "auto"}}, request()).notes
 
     assert [note for note in notes if note.startswith("precision: fp32")]
+    notes = resolve({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, request()).notes
+    assert "torch_autocast: matrices are multiplied in bfloat16" in notes
 
 
 def test_schedule_follows_the_steps():

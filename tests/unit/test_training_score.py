@@ -319,9 +319,96 @@ def test_a_text_that_has_changed_is_scored_if_it_is_named_alone(run, text, capsy
     assert "step4 (4 updates)" in scored(capsys, run)
     with Path(text[1]).open("a") as file:
         file.write("The rain is cold and the fire is warm.\n" * 40)
-    with pytest.raises(UserError, match=rf"not the one that the run in .* names \(dataset {text[1]}.*has changed"):
+    for flags in (
+        [],
+        ["--dataset", text[1]],
+        ["--sequence-length", "8"],
+        ["--max-eval-tokens", "20"],
+        ["--test-half"],
+        ["--no-pack"],
+    ):
+        with pytest.raises(UserError, match=rf"not the one that the run in .* names \(dataset {text[1]}.*has changed"):
+            scored(capsys, run, *flags)
+    other = Path(text[1]).with_name("other.txt")
+    other.write_text("The moon is far and the wood is near.\n" * 9)
+    assert "step4 (4 updates)" in scored(capsys, run, "--eval-dataset", other)
+
+
+def numbers(path, seed, count=600):
+    path.write_text(" ".join(str((seed + 1) * (at + 7) ** 3 % 997) for at in range(count)))
+    return path
+
+
+@pytest.fixture
+def novels(run, tmp_path):
+    """Four files, of which the run has been trained on three; it knows them by their digests."""
+    (tmp_path / "novels").mkdir()
+    for seed in range(4):
+        numbers(tmp_path / "novels" / f"{seed}.txt", seed)
+    know(run, dataset=str(tmp_path / "novels"))
+    return tmp_path / "novels"
+
+
+def know(run, **text):
+    config = DataConfig(**{"sequence_length": 16, **text})
+    read = load_data(config, load_tokenizer(None), rank=0, barrier=lambda: None)
+    change_settings(run, "data", **text)
+    digests = {"data": read.train.fingerprint, "held_out": read.evaluation.fingerprint}
+    save(run, 5, model_of(), data={**digests, "tokenizer": digest_of_tokenizer(load_tokenizer(None))})
+
+
+REFUSED = r"([0-9,]+) of the ([0-9,]+) tokens to be scored are text that the run in .* was trained on.* Leave out "
+
+
+def refused(capsys, *words):
+    with pytest.raises(UserError, match=REFUSED) as error:
+        scored(capsys, *words)
+    found = re.search(REFUSED, str(error.value))
+    return [int(number.replace(",", "")) for number in found.groups()], str(error.value)
+
+
+def test_what_was_trained_on_is_not_scored_whichever_flags_say_so(run, novels, tmp_path, capsys):
+    one = novels / "1.txt"
+    know(run, dataset=str(one), max_eval_tokens=40)
+    right = perplexity(scored(capsys, run))
+    (trained, of), message = refused(capsys, run, "--max-eval-tokens", "90")
+    assert (trained, of) == (50, 90) and "Leave out --max-eval-tokens for the 40 tokens that" in message
+    (trained, of), message = refused(capsys, run, "--max-train-tokens", "1000")
+    assert (trained, of) == (40, 40) and "Leave out --max-train-tokens for" in message
+    assert perplexity(scored(capsys, run, "--max-eval-tokens", "40", "--micro-batch-size", "2")) == right
+    for flags in (["--max-eval-tokens", "30"], ["--sequence-length", "32"], ["--test-half"], ["--no-pack"]):
+        assert "perplexity" in scored(capsys, run, *flags)
+    moved = one.rename(tmp_path / "moved.txt")
+    with pytest.raises(UserError, match="there is no file"):
         scored(capsys, run)
-    assert "step4 (4 updates)" in scored(capsys, run, "--dataset", text[1])
+    assert perplexity(scored(capsys, run, "--dataset", moved)) == right
+    refused(capsys, run, "--dataset", moved, "--max-eval-tokens", "90")
+    output = scored(capsys, run, "--dataset", novels / "2.txt")
+    assert "WARNING: the text that the run was trained on cannot be read (there is no file" in output
+
+
+def test_files_of_the_training_text_and_their_copies_are_not_scored(run, novels, tmp_path, capsys):
+    held_out = perplexity(scored(capsys, run))
+    copy = shutil.copy(novels / "1.txt", tmp_path / "copy.txt")
+    for file in (novels / "1.txt", copy):
+        (trained, of), message = refused(capsys, run, "--dataset", file)
+        assert trained == of and "Leave out --dataset for" in message
+        with pytest.raises(UserError, match=r"both in the training|byte for byte"):
+            scored(capsys, run, "--eval-dataset", file)
+    assert "perplexity" in scored(capsys, run, "--dataset", numbers(tmp_path / "new.txt", 8))
+    assert "perplexity" in scored(capsys, run, "--dataset", novels / "3.txt")  # which is held out
+    assert perplexity(scored(capsys, run, "--eval-dataset", numbers(tmp_path / "more.txt", 9))) != held_out
+    rows = tmp_path / "rows.jsonl"  # another file, with documents of the training text
+    rows.write_text(json.dumps({"text": (novels / "0.txt").read_text()}) + '\n{"text": "one two"}\n')
+    assert re.search(
+        "WARNING: [0-9,]+ of the [0-9,]+ held-out tokens are in documents that are in the training text",
+        scored(capsys, run, "--eval-dataset", rows),
+    )
+
+
+def test_a_hub_datasets_part_is_refused_of_local_text(run, capsys):
+    with pytest.raises(UserError, match="--dataset-config en is for a dataset of the hub, .*words.txt: leave it out"):
+        scored(capsys, run, "--dataset-config", "en")
 
 
 def test_a_checkpoint_that_is_replaced_while_it_is_scored_is_refused(run, capsys, monkeypatch):
