@@ -280,6 +280,34 @@ FEATURES: tuple[Feature, ...] = (
         "end_to_end/test_pretrain.py::test_tensorboard_gets_the_same_numbers",
         "2 processes",
     ),
+    _feature(
+        RUNS, "Weights & Biases, Comet", "beta", "unit/test_training_monitors.py", "offline; no run with their servers"
+    ),
+    _feature(
+        RUNS,
+        "TFLOP/s, MFU, times and memory in the metrics",
+        "beta",
+        "unit/test_training_flops.py unit/test_training_meter.py",
+        "counts: every parametrization; times and memory: CPU alone",
+    ),
+    _feature(RUNS, "`--profile`", "beta", "unit/test_training_profiling.py", "rank 0, CPU alone"),
+    _feature(
+        RUNS, "`megalr report`", "stable", "unit/test_webpage.py unit/test_webpage_browser.py", "any run", "Chromium"
+    ),
+    _feature(
+        RUNS,
+        "the wheel and the `megalr` command",
+        "stable",
+        "installed/test_wheel.py unit/test_commands.py",
+        "Linux, Python 3.11; without a compiler, without a writable home",
+    ),
+    _feature(
+        RUNS,
+        "`megalr evaluate --tasks` (lm_eval)",
+        "experimental",
+        "unit/test_harness.py",
+        "lm_eval 0.4.13, one process",
+    ),
     _feature(MACHINES, "compiled ops on the CPU", "stable", "kernels/test_elementwise.py", "any", "x86, AVX2, AVX-512"),
     Feature(
         part=MACHINES,

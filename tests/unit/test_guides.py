@@ -14,8 +14,7 @@ from megalr.comparison.recipe import read_recipe
 from megalr.config.settings import MegalrConfig
 from megalr.config.text import parse
 from megalr.hosts.features import refuse_features
-from megalr.layers.registry import PARAMETRIZATIONS
-from megalr.rules.registry import RULES
+from tests.registries import forgotten
 from tests.structure import sources
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -31,11 +30,8 @@ NOT_OURS = (
 @pytest.fixture(autouse=True)
 def registries():
     """What a guide's plugin registers is forgotten after the test."""
-    before = [registry.copy() for registry in (RULES, PARAMETRIZATIONS)]
-    yield
-    for registry, entries in zip((RULES, PARAMETRIZATIONS), before, strict=True):
-        registry.clear()
-        registry.update(entries)
+    with forgotten():
+        yield
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -16,20 +16,19 @@ from megalr.layers.base import FactorizedLinear, Parametrization
 from megalr.layers.low_rank import LowRankConfig
 from megalr.layers.registry import PARAMETRIZATIONS
 from megalr.layers.relora import ReloraConfig
-from megalr.optim.events.registry import EVENTS
 from megalr.optim.events.relora import Merges
 from megalr.plugins import absolute_plugin
 from megalr.rules.base import Rule
 from megalr.rules.muon import Muon
 from megalr.rules.registry import RULES
 from tests.processes import python, run
+from tests.registries import forgotten
 
 ROOT = Path(__file__).parents[2]
 RULE = """
 from dataclasses import dataclass
 import megalr
 from megalr.rules.muon import Muon
-from tests.processes import python, run
 
 @megalr.register_rule("{name}")
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +37,17 @@ class Mine(Muon):
 """
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnRelora(ReloraConfig):
+    """ReLoRA under another name."""
+
+
 @pytest.fixture(autouse=True)
 def registries():
     """What a test registers is forgotten after it."""
-    registries = (RULES, PARAMETRIZATIONS, EVENTS)
-    before = [registry.copy() for registry in registries]
-    yield
-    for registry, entries in zip(registries, before, strict=True):
-        registry.clear()
-        registry.update(entries)
+    with forgotten():
+        megalr.register_parametrization("own_relora")(OwnRelora)
+        yield
 
 
 def config(*plugins, kind="Mine", **params):
@@ -207,12 +208,6 @@ def test_the_example_of_layers():
     content["megalr"]["refactorization"] = {"interval": 5}
     with pytest.raises(megalr.UserError, match='"gained_low_rank" has a gain beside them'):
         MegalrConfig.from_json(content)
-
-
-@megalr.register_parametrization("own_relora")
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OwnRelora(ReloraConfig):
-    """ReLoRA under another name."""
 
 
 def train(section, updates):
