@@ -29,7 +29,7 @@ from megalr.hosts.autotp import (
 )
 from megalr.hosts.deepspeed import refuse_experts
 from megalr.hosts.deepspeed_config import check_deepspeed_config, refuse_compiled, refuse_unsupported
-from megalr.hosts.deepspeed_pipeline import check_pipeline, check_stages, has_stages
+from megalr.hosts.deepspeed_pipeline import check_pipeline, check_rules, check_stages, has_stages
 from megalr.hosts.deepspeed_start import check_arguments, join_before_engine, start_engine
 from megalr.hosts.tensor_parallel import (
     check_earlier_groups,
@@ -135,6 +135,7 @@ def _build_optimizer(model: nn.Module, content: Json) -> MegalrOptimizer:
         )
     check_made_by(model, parsed.parametrization)
     groups = parameter_groups(model, parsed.optimizer)
+    check_rules(model, {n: (g.rule, p) for g in groups if g.rule for n, p in g.parameters.items()})
     check_stages(model, content, len(groups))
     compressed = compressed_layers(model)
     if parsed.activations is not None and not compressed:

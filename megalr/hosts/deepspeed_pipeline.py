@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from megalr.agreement import gathered
 from megalr.errors import UserError
 from megalr.hosts.deepspeed import DeepSpeedEngine
+from megalr.rules.base import Rule
 from megalr.schema import Json
 
 UNGUARDED = (
@@ -21,7 +23,7 @@ MODULE = "deepspeed.runtime.pipe.module.PipelineModule"
 TOPOLOGY = "the topology of a PipelineModule"
 
 # What this file reads of DeepSpeed; held by tests/deepspeed/test_contract.py.
-INTERNALS = {MODULE: ("topology",), TOPOLOGY: ("get_dim",)}
+INTERNALS = {MODULE: ("tied_comms", "topology"), TOPOLOGY: ("get_dim",)}
 
 
 class DeepSpeedPipeline(DeepSpeedEngine):
@@ -58,6 +60,31 @@ def check_pipeline(model: nn.Module, tensor: int, *, guarded: bool) -> None:
         )
     if guarded:
         raise UserError(UNGUARDED)
+
+
+def check_rules(model: nn.Module, rules: Mapping[str, tuple[Rule, nn.Parameter]]) -> None:
+    """Raise a UserError for a rule of which stages would make another one. Collective, for a ``PipelineModule``.
+
+    Args:
+        model: of any kind.
+        rules: by qualified name, of this stage's matrices, with these.
+    """
+    if not has_stages(model):
+        return
+    pipeline: Any = model
+    shared = {id(p) for comm in pipeline.tied_comms.values() for p in comm["module"].parameters()}
+    wrong = ""
+    for name, (rule, parameter) in rules.items():
+        if rule.not_in_stages:
+            wrong = f"{rule.type_name} does not work with pipeline stages: {rule.not_in_stages}"
+        elif id(parameter) in shared and rule.phase(1, 2):
+            wrong = (
+                f"pipeline stages share {name}, and would refresh its basis at different updates: write "
+                '"stagger": false in optimizer.params, or leave it to AdamW'
+            )
+    found = list(filter(None, gathered(wrong)))
+    if found:
+        raise UserError(found[0])
 
 
 def check_stages(model: nn.Module, content: Json, groups: int) -> None:

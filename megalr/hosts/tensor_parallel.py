@@ -92,7 +92,8 @@ def tensor_parallel_cuts(parameters: Mapping[str, Tensor]) -> dict[str, int]:
     """The dimension in which tensor parallelism cuts each parameter that it cuts; the others are copies.
 
     Raises:
-        UserError: a parameter is cut in a way that is not one run of rows or columns a rank.
+        UserError: a parameter is cut in a way that is not one run of rows or columns a rank, or a bias is not marked
+            that is cut as its weight is.
     """
     cuts: dict[str, int] = {}
     for name, parameter in parameters.items():
@@ -106,6 +107,13 @@ def tensor_parallel_cuts(parameters: Mapping[str, Tensor]) -> dict[str, int]:
         dim = marks.get("partition_dim", megatron)
         if dim is not None and not marks.get("replicated"):
             cuts[name] = int(dim)
+    for name in [name for name, dim in cuts.items() if dim == 0 and name.endswith("weight")]:
+        bias = f"{name.removesuffix('weight')}bias"
+        if bias in parameters and bias not in cuts and shape_of(parameters[bias]) == shape_of(parameters[name])[:1]:
+            raise UserError(
+                f"{name} is marked as cut by rows, and {bias}, which has a number for each of these rows, is not: mark "
+                "it with tensor_model_parallel = True and partition_dim = 0 as well, or it is taken for a copy"
+            )
     return cuts
 
 

@@ -94,7 +94,7 @@ class VeloraLinear(nn.Linear):
 
     Attributes:
         direction: v, (in_features / groups,), fp32; None before that update is over.
-        total: the sum of this rank's sub-tokens so far, while there is no direction.
+        total: the sum of this rank's sub-tokens in backward passes so far, while there is no direction.
     """
 
     def __init__(self, layer: nn.Linear, config: VeloraConfig) -> None:
@@ -112,21 +112,40 @@ class VeloraLinear(nn.Linear):
         if not (self.training and torch.is_grad_enabled() and self.weight.requires_grad):
             return functional.linear(x, self.weight, self.bias)
         if self.direction is None:
-            self._add(x.detach())
-            return functional.linear(x, self.weight, self.bias)
+            first: Tensor = _Noted.apply(functional.linear(x, self.weight, self.bias), x.detach(), self)
+            return first
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
             y: Tensor = _Compressed.apply(x, self.weight, self.bias, self)
         return y
 
-    def _add(self, x: Tensor) -> None:
+    def add(self, x: Tensor) -> None:
+        """Add the sub-tokens of x, (..., in_features), to the total."""
         parts = x.reshape(-1, self.in_features // self.groups).sum(0, dtype=torch.float32)
         self.total = parts if self.total is None else self.total + parts
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this layer."""
         return f"{super().extra_repr()}, groups={self.groups}"
+
+
+class _Noted(torch.autograd.Function):
+    """Hands on y, and adds its x to the layer's total when a gradient comes by: what has none belongs to no update."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, layer: VeloraLinear) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layer: VeloraLinear = ctx.layer
+        if layer.direction is None:
+            layer.add(ctx.saved_tensors[0])
+        return grads[0], None, None
 
 
 class _Compressed(torch.autograd.Function):

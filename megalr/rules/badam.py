@@ -47,6 +47,7 @@ class BAdam(Rule):
     name: ClassVar[str] = "badam"
     reset_keys: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
     takes_vectors: ClassVar[bool] = True
+    not_in_stages: ClassVar[str] = "each stage would have an active block of its own"
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

@@ -49,6 +49,8 @@ class Rule(ABC):
     former_defaults: ClassVar[Mapping[str, object]] = {}
     #: Why the rule cannot train the factors of a low-rank layer; empty if it can.
     not_for_factors: ClassVar[str] = ""
+    #: Why a stage of a pipeline, which knows its own matrices alone, cannot run the rule; empty where it can.
+    not_in_stages: ClassVar[str] = ""
     #: Whether the rule also trains a vector among the factors, as a matrix with one row.
     takes_vectors: ClassVar[bool] = False
 

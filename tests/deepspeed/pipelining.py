@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,6 +40,17 @@ LAYERS = [
     LayerSpec(Block),
     LayerSpec(Block),
     LayerSpec(nn.Linear, HIDDEN, VOCABULARY, bias=False),
+]
+
+
+def _head(embedding: nn.Embedding, hidden: Tensor) -> Tensor:
+    return hidden @ embedding.weight.T
+
+
+TIED = [
+    TiedLayerSpec("embedding", nn.Embedding, VOCABULARY, HIDDEN),
+    *LAYERS[1:-1],
+    TiedLayerSpec("embedding", nn.Embedding, VOCABULARY, HIDDEN, forward_fn=_head),
 ]
 
 
@@ -98,7 +109,8 @@ def refused(stage: int, how: str) -> str:
         axes = {"num_stages": 2}
         if how == "topology":
             axes = {"topology": PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=1)}
-        model = PipelineModule(LAYERS, loss_fn=loss_of, seed_layers=True, base_seed=SEED, seed_fn=_seed, **axes)
+        layers = TIED if how == "tied" else LAYERS
+        model = PipelineModule(layers, loss_fn=loss_of, seed_layers=True, base_seed=SEED, seed_fn=_seed, **axes)
         config = configuration(stage)
         config["optimizer"] = {"type": "GaLoreAdamW", "params": settings("GaLoreAdamW")}
         del config["megalr"]
@@ -106,6 +118,10 @@ def refused(stage: int, how: str) -> str:
             mark_cut(next(model.parameters()), 0)
         elif how == "guards":
             config["megalr"] = {"guards": {"spike_deviations": 3}}
+        elif how == "block":
+            config["optimizer"] = {"type": "BAdam"}
+        elif how == "tied":
+            config["optimizer"]["params"] |= {"stagger": True, "embeddings": True, "update_proj_gap": 4}
         elif how == "uneven":
             config["optimizer"] = {"type": "AdamW"}  # the first stage alone has an embedding beside its matrices
         else:

@@ -40,3 +40,10 @@ def test_stages_that_zero_would_wait_for_are_refused(ranks):
         assert "pipeline stages have 1 and 2 groups of parameters" in message
         assert "use ZeRO stage 0" in message
     assert ranks(4).run("tests.deepspeed.pipelining:refused", 0, "uneven") == [""] * 4
+
+
+def test_rules_that_stages_would_run_otherwise_are_refused(ranks):
+    for message in ranks(4).run("tests.deepspeed.pipelining:refused", 0, "block"):
+        assert message == "BAdam does not work with pipeline stages: each stage would have an active block of its own"
+    for message in ranks(4).run("tests.deepspeed.pipelining:refused", 0, "tied"):
+        assert "pipeline stages share " in message and 'write "stagger": false in optimizer.params' in message

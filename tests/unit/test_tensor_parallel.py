@@ -98,6 +98,15 @@ def test_a_cut_in_one_piece_may_be_described_as_well():
     assert tensor_parallel_cuts({"weight": part}) == {"weight": 0}
 
 
+def test_a_bias_is_marked_as_its_weight_is():
+    weight, bias = (torch.nn.Parameter(torch.zeros(*shape)) for shape in ((4, 6), (4,)))
+    mark_cut(weight, 0)
+    with pytest.raises(UserError, match="up.weight is marked as cut by rows, and up.bias, .* is not: mark it"):
+        tensor_parallel_cuts({"up.weight": weight, "up.bias": bias})
+    mark_cut(bias, 0)
+    assert tensor_parallel_cuts({"up.weight": weight, "up.bias": bias}) == {"up.weight": 0, "up.bias": 0}
+
+
 def test_a_part_and_its_place_in_the_whole():
     whole = torch.arange(15.0).view(3, 5)
     part = torch.nn.Parameter(whole[:, 2:4].clone())

@@ -85,6 +85,21 @@ def test_the_first_update_is_exact_and_gives_the_direction():
     assert torch.equal(layer.direction, state["megalr"]["tensors"]["directions/mlp"][0])
 
 
+def test_a_pass_without_a_gradient_belongs_to_no_update():
+    """As where memory runs out after a forward pass, and a Trainer tries again with a smaller batch."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"mlp": nn.Linear(20, 7)})
+    config = {"optimizer": {"type": "Muon"}, "megalr": {"activations": SECTION}}
+    megalr.parametrize(model, config)
+    layer, x = model["mlp"], torch.randn(3, 20)
+    layer.add(torch.randn(4, 20))  # as a backward pass for another optimizer does
+    optimizer = megalr.build_optimizer(model, config)
+    layer(torch.randn(4, 20))
+    layer(x).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(layer.direction, functional.normalize(x.view(-1, 5).mean(0), dim=0))
+
+
 def test_a_layer_that_is_used_later_has_its_direction_later():
     torch.manual_seed(0)
     model = nn.ModuleDict({"early_mlp": nn.Linear(20, 7), "late_mlp": nn.Linear(20, 7)})

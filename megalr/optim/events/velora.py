@@ -27,6 +27,7 @@ class Directions(LayerEvents):
         """
         self.remainders: dict[str, Tensor] = {}
         self._layers = dict(layers)
+        self.forget_gradients()  # what was made before there was an optimizer belongs to no update
 
     def end_update(self, updates: int) -> list[int]:
         for layer in self._layers.values():
