@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalr.checkpoint.random_states import random_states, set_random_states
-from megalr.checkpoint.schedules import goes_on, schedule_numbers, set_schedule
+from megalr.checkpoint.schedules import check_schedule, goes_on, schedule_numbers, set_schedule
 from megalr.errors import UserError, some_of
 from megalr.generation import next_generation
 from megalr.hosts import held, host_of, logical_shape
@@ -130,10 +130,12 @@ class Contents:
                 f"only so many can go on with it; there are {shares}"
             )
         self._check_places(read)
-        dropped = [check(self._optimizer, numbers["optimizer"])]
+        dropped = [check(self._optimizer, {**numbers["optimizer"], "matrices": numbers["matrices"]}, saved)]
         self.notes += notes(self._optimizer, numbers["optimizer"])
         if numbers["schedule"] is not None and not self._schedule_goes_on(numbers):
             dropped.append(f"the state of the learning-rate schedule {numbers['schedule']['type']}")
+        elif numbers["schedule"] is not None:
+            check_schedule(self._host.schedule, numbers["schedule"])
         return " and ".join(filter(None, dropped))
 
     def make_room(self, numbers: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:

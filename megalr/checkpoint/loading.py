@@ -27,6 +27,7 @@ from megalr.checkpoint.saving import Saver
 from megalr.checkpoint.storage import FolderReader
 from megalr.errors import UserError
 from megalr.layout.rectangles import Entry
+from megalr.optim.loading import check_shapes
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -150,6 +151,8 @@ def _make_room(contents: Contents, manifest: Manifest, saved: Mapping[str, Tenso
     missing = [key for key in contents.targets() if key not in manifest.tensors]
     if missing:
         raise UserError(f"{manifest.folder} lacks {', '.join(missing[:3])}: another version of megalr has written it")
+    # Of what layers keep, which is only known now; moments and states were looked at before anything was changed.
+    check_shapes({key: entry.shape for key, entry in contents.targets().items()}, saved)
 
 
 def _taken(manifest: Manifest, act: Callable[[], T]) -> T:

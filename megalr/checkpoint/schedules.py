@@ -10,6 +10,9 @@ from megalr.hosts.deepspeed import POSITION
 
 ITEMS = "(items)"  # of a dictionary whose keys are not all strings, which JSON's have to be
 
+# Where schedules say how far they are, DeepSpeed's and torch's, and the least number: that of before the first step.
+PLACES = {POSITION: -1, "last_epoch": -1, "_step_count": 0}
+
 
 def schedule_numbers(schedule: Any) -> dict[str, Any] | None:
     """A schedule's class and state; None for no schedule.
@@ -42,6 +45,27 @@ def goes_on(schedule: Any, numbers: Mapping[str, Any] | None, *, same_groups: bo
     return keys == {POSITION} or (type(schedule).__name__ == numbers["type"] and same_groups)
 
 
+def check_schedule(schedule: Any, numbers: Mapping[str, Any]) -> None:
+    """Make sure that the state of a schedule that :func:`goes_on` is of the types that the schedule's own is of.
+
+    Raises:
+        UserError: it is not, and the schedule would fail at its next step.
+    """
+    for key, own in _state(schedule).items():
+        value = numbers["state"][key]
+        if key in PLACES:
+            if type(value) is not int or value < PLACES[key]:
+                raise UserError(
+                    f"the checkpoint's schedule.state.{key} is {value!r}, expected a whole number of at least "
+                    f"{PLACES[key]}: load another checkpoint"
+                )
+        elif not _alike(value, own):
+            raise UserError(
+                f"the checkpoint's schedule.state.{key} is {value!r}, expected a {type(own).__name__}, as "
+                f"{type(schedule).__name__} has it: load another checkpoint"
+            )
+
+
 def set_schedule(schedule: Any, numbers: Mapping[str, Any], *, same_groups: bool) -> None:
     """Take over what :func:`schedule_numbers` gave of a schedule that :func:`goes_on`."""
     now = _state(schedule)
@@ -53,6 +77,21 @@ def set_schedule(schedule: Any, numbers: Mapping[str, Any], *, same_groups: bool
 def _state(schedule: Any) -> dict[str, Any]:
     state: dict[str, Any] = schedule.state_dict()
     return state
+
+
+def _alike(saved: Any, own: Any) -> bool:
+    """Whether a saved value is of the kind of a schedule's own; None, for nothing yet, goes with everything."""
+    if saved is None or own is None:
+        return True
+    if isinstance(own, list | tuple):
+        several = zip(saved, own, strict=False) if isinstance(saved, list) else ()
+        return isinstance(saved, list) and all(_alike(*each) for each in several)
+    if isinstance(own, Mapping):
+        return isinstance(saved, dict)
+    for kind in (bool, str):
+        if isinstance(own, kind) or isinstance(saved, kind):
+            return isinstance(own, kind) and isinstance(saved, kind)
+    return isinstance(saved, int | float)  # a time may be whole or not
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -12,11 +12,11 @@ from megalr.layout.rectangles import Entry, entry_of
 from megalr.optim.clock import Clock
 from megalr.optim.events.base import LayerEvents
 from megalr.optim.forms import changed_settings, in_words, layer_form, logical_form, rule_form, rule_settings
+from megalr.optim.loading import MOMENTS, check_counts, check_matrices, check_moments
 
 if TYPE_CHECKING:
     from megalr.optim.optimizer import MegalrOptimizer
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SHOWN = 3  # names in a message
 
 
@@ -79,19 +79,20 @@ def load_event_numbers(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -
         events.load_numbers(numbers[events.key])
 
 
-def check(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> str:
+def check(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Mapping[str, Tensor]) -> str:
     """Make sure that an optimizer can go on from saved numbers; alike on all ranks, and nothing is changed.
 
     Args:
         optimizer: before or after updates.
-        numbers: of :func:`numbers_of`.
+        numbers: of :func:`numbers_of`, with the matrices of all ranks.
+        saved: tensors on the meta device, by the keys of :func:`entries_of`, of all ranks.
 
     Returns:
         What of the saved state this optimizer has no use for, in words for the reader; empty if it has all.
 
     Raises:
         UserError: the state is of another parametrization, of a rule for other parameters, or of another rule where
-            layers keep more than weights.
+            layers keep more than weights; or it has counts or shapes that no optimizer of this configuration has.
     """
     _refuse_parts(optimizer)
     layers, rule = layer_form(optimizer.config), rule_form(optimizer.config)
@@ -111,6 +112,11 @@ def check(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> str:
             f"the checkpoint's optimizer updated {some} by another rule than the configuration has for them: resume "
             "with the target_modules, head and embeddings of optimizer.params that it was written with"
         )
+    check_counts(numbers)
+    check_moments(optimizer.prepare().layout, saved)
+    if optimizer.matrices is not None:
+        converts = numbers["rule"] != rule_form(optimizer.config)
+        check_matrices(optimizer.matrices, numbers["matrices"], saved, converts=converts)
     return ""
 
 

@@ -11,6 +11,8 @@ import torch
 
 from megalr.checkpoint.manifest import read_manifest
 from megalr.checkpoint.reading import read_tensor
+from megalr.checkpoint.saving import write_entries
+from megalr.layout.rectangles import Entry
 from tests.covering import in_turn
 from tests.deepspeed.checkpointing import BEFORE, METHODS
 from tests.deepspeed.test_rules import assert_same_weights
@@ -212,6 +214,31 @@ def test_what_cannot_go_on_is_refused_and_changes_nothing(ranks, saved, source, 
     folder, _ = saved(source, (0, 1, 1))
     for message, unchanged in ranks(2).run(f"{MODULE}:refused", target, 1, 2, folder):
         assert words in message
+        assert unchanged
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_state_of_another_shape_is_refused_and_changes_nothing(ranks, saved, tmp_path):
+    """By both processes, of which one has no part in the matrix."""
+    shutil.copytree(saved("GaLore", (0, 1, 1))[0], tmp_path / "copy")
+    manifest = read_manifest(tmp_path / "copy" / f"step{BEFORE}")
+    tensors = {key: read_tensor(manifest, key) for key in manifest.tensors}
+    key = next(key for key, each in tensors.items() if key.startswith("rule/") and each.ndim > 1)
+    rows, columns = tensors[key].shape
+    entries = {name: Entry.of(each.view(1, -1) if name == key else each) for name, each in tensors.items()}
+    rest = {name: each for name, each in manifest.content.items() if name not in ("files", "tensors")}
+    shutil.rmtree(manifest.folder)
+    write_entries(
+        tmp_path / "copy",
+        manifest.folder.name,
+        rest,
+        entries,
+        manifest.content["numbers"]["matrices"],
+        keep=None,
+        asynchronous=False,
+    )
+    for message, unchanged in ranks(2).run(f"{MODULE}:refused", "GaLore", 1, 2, str(tmp_path / "copy")):
+        assert f"{key}: (1, {rows * columns}), expected ({rows}, {columns})" in message
         assert unchanged
 
 

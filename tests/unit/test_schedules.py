@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.lr_schedules import WarmupCosineLR, WarmupLR
 from torch.optim import lr_scheduler as schedules
 
-from megalr.checkpoint.schedules import goes_on, schedule_numbers, set_schedule
+from megalr.checkpoint.schedules import check_schedule, goes_on, schedule_numbers, set_schedule
 from megalr.errors import UserError
 
 BEFORE, AFTER = 4, 12
@@ -57,6 +57,7 @@ def test_rates_go_on_as_they_would_have(kind):
     numbers = json.loads(written)
     assert numbers["type"] == kind
     assert goes_on(again, numbers, same_groups=True)
+    check_schedule(again, numbers)
     set_schedule(again, numbers, same_groups=True)
     optimizer.param_groups[0]["lr"] = rate  # which a checkpoint has of the optimizer
     assert rates(optimizer, again, AFTER) == expected

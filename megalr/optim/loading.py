@@ -1,0 +1,137 @@
+"""Saved counts and shapes against those that an optimizer can go on from: checksums say that nothing was damaged, not
+that it fits. Torch reads what overlaps, so that a tensor of another shape would be taken over in part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from megalr.errors import UserError, some_of
+from megalr.layout.rectangles import folded
+from megalr.rules.base import tensors_of
+
+if TYPE_CHECKING:
+    from megalr.layout.layout import Layout
+    from megalr.optim.matrices import Matrix, MatrixUpdater
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+ADVICE = "megalr did not write it so: load another checkpoint"
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def check_counts(numbers: Mapping[str, Any]) -> None:
+    """Make sure that what counts updates is a whole number, and not negative.
+
+    Args:
+        numbers: of the optimizer, with "clocks" and the "matrices" of all ranks.
+
+    Raises:
+        UserError: some count is something else.
+    """
+    for where, value in _counts(numbers):
+        if type(value) is not int or value < 0:  # true is no number
+            raise UserError(f"the checkpoint's {where} is {value!r}, expected a whole number of at least 0: {ADVICE}")
+
+
+def check_moments(layout: Layout, saved: Mapping[str, Tensor]) -> None:
+    """Make sure that AdamW's moments have the shapes of their parameters, and that there are both or none.
+
+    Args:
+        layout: of all trained parameters.
+        saved: tensors on the meta device, by key, of all ranks.
+
+    Raises:
+        UserError: they have not.
+    """
+    expected: Shapes = {}
+    for name, shape in layout.shapes.items():
+        keys = [f"{kind}/{name}" for kind in MOMENTS]
+        if any(key in saved for key in keys):
+            expected |= dict.fromkeys(keys, folded(shape))
+    check_shapes(expected, saved)
+
+
+def check_matrices(
+    updater: MatrixUpdater, numbers: Mapping[str, Mapping[str, int]], saved: Mapping[str, Tensor], *, converts: bool
+) -> None:
+    """Make sure that the states of rules are complete, and of the shapes that the rules keep; those of all ranks.
+
+    Args:
+        updater: of the matrices.
+        numbers: of all matrices that have a state.
+        saved: tensors on the meta device, by key, of all ranks.
+        converts: the states are of another form of the rules, which is then looked at once they are converted.
+
+    Raises:
+        UserError: they are not.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for entry, outline in saved.items():
+        kind, _, place = entry.partition("/")
+        if kind == "rule":
+            name, _, key = place.rpartition("/")
+            found.setdefault(name, {})[key] = outline
+    unnamed = [name for name in found if name not in numbers]
+    if unnamed:
+        raise UserError(
+            f"the checkpoint has the rule's state of {some_of(unnamed)}, and its numbers.matrices, which has to name "
+            f"every matrix with a state, does not: {ADVICE}"
+        )
+    expected: Shapes = {}
+    for matrix in updater.matrices:
+        if matrix.name not in numbers:
+            continue
+        own = numbers[matrix.name]
+        if converts:
+            _check_conversion(matrix, own, found.get(matrix.name, {}))
+        else:
+            room = matrix.rule.room(own, matrix.shape, "meta")
+            outlines = tensors_of(room).items()
+            expected |= {f"rule/{matrix.name}/{key}": folded(tuple(each.shape)) for key, each in outlines}
+    check_shapes(expected, saved)
+
+
+def check_shapes(expected: Shapes, saved: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not there, or are of other shapes than those that are to be read.
+
+    Raises:
+        UserError: which, with both shapes.
+    """
+    theirs = {key: tuple(saved[key].shape) if key in saved else "none" for key in expected}
+    wrong = [f"{key}: {theirs[key]}, expected {shape}" for key, shape in expected.items() if theirs[key] != shape]
+    if wrong:
+        raise UserError(
+            "the checkpoint has tensors of other shapes than the optimizer keeps:\n  "
+            + some_of(wrong, 5, "\n  ")
+            + f"\n{ADVICE}"
+        )
+
+
+def _check_conversion(matrix: Matrix, numbers: Mapping[str, int], found: Mapping[str, Tensor]) -> None:
+    """Convert outlines: what the rule makes of them has to have the shapes of its own states."""
+    try:
+        made = tensors_of(matrix.rule.convert({**numbers, **found}, matrix.shape))
+    except NotImplementedError:
+        return  # a conversion that looks at values
+    except (RuntimeError, KeyError) as error:
+        shapes = ", ".join(f"rule/{matrix.name}/{key}: {tuple(each.shape)}" for key, each in found.items())
+        raise UserError(
+            f"the checkpoint's state of {matrix.name} ({shapes or 'no tensors'}) cannot be converted to what the rule "
+            f"{matrix.rule.name} keeps of a matrix of the shape {matrix.shape} ({error}): {ADVICE}"
+        ) from error
+    outlines = tensors_of(matrix.rule.init_state(matrix.shape, "meta"))
+    own = {f"rule/{matrix.name}/{key}": tuple(each.shape) for key, each in outlines.items()}
+    check_shapes(own, {f"rule/{matrix.name}/{key}": each for key, each in made.items()})
+
+
+def _counts(numbers: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, clock in numbers["clocks"].items():
+        for key, value in clock.items():
+            if key != "since_reset" or value is not None:
+                yield f"clocks.{name}.{key}", value
+    for name, state in numbers["matrices"].items():
+        yield from ((f"matrices.{name}.{key}", value) for key, value in state.items())
