@@ -370,6 +370,12 @@ def test_several_runs_tell_samples_from_the_whole(tmp_path):
     assert "best 12.18 of a sample" in Parsed((tmp_path / "two.html").read_text()).text
 
 
+@pytest.mark.parametrize("tokens", [(-1e308, 1e308), (-1e308, -1e308), (1e308, 1e308)])
+def test_tokens_at_the_end_of_what_a_float_is(tmp_path, tokens):
+    write_rows(tmp_path, [{**update(step), "tokens": each} for step, each in enumerate(tokens, 1)])
+    assert "training loss" in page_of(read_run(tmp_path))
+
+
 def test_any_rows(tmp_path):
     rows = [
         update(1, loss=math.inf),
