@@ -66,7 +66,7 @@ def check_depth(value: Any) -> None:
     Raises:
         ValueError: objects and lists lie more than :data:`DEEPEST` deep.
     """
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(DEEPEST + 1):
         level = [
             inner

@@ -59,7 +59,9 @@ class Schedule:
     is_sample: bool
 
 
-def schedule_evaluations(every: int | None, held_out: Examples, *, batch: int, steps: int) -> Schedule:
+def schedule_evaluations(
+    every: int | None, held_out: Examples, *, batch: int, steps: int, before: int | None = None
+) -> Schedule:
     """When to evaluate on the way, and on what; the same however the run is cut into processes.
 
     By default it is often enough for a curve, and evaluations cost at most ``SHARE`` of the updates: where the
@@ -70,12 +72,17 @@ def schedule_evaluations(every: int | None, held_out: Examples, *, batch: int, s
         held_out: the whole text.
         batch: sequences of one update; a sample is a multiple of that, so that all ranks have work.
         steps: updates of the run.
+        before: sequences that a run which is resumed has read until now, with perhaps fewer steps to come: its curve
+            is of the same text from end to end. None for a run that begins, or that has not noted it.
     """
     if every is not None:
         return Schedule(every, held_out, is_sample=False)
     budget = SHARE / FORWARD_SHARE  # batches that may be read for each update
     every = max(min(steps // EVALUATIONS, LARGEST_INTERVAL), math.ceil(1 / budget))
     count = int(every * budget) * batch
+    if before is not None and (before >= len(held_out) or (before > 0 and before % batch == 0)):
+        count = min(before, len(held_out))
+        every = max(every, math.ceil(count / (budget * batch)))  # so that they cost no more
     if count >= len(held_out):
         return Schedule(every, held_out, is_sample=False)
     return Schedule(every, SampledExamples(held_out, count), is_sample=True)

@@ -35,6 +35,7 @@ from megalr.train.models import build_model
 from megalr.train.peaks import peak_of_device
 from megalr.train.preparation import Plan, make_plan
 from megalr.train.ranks import Ranks
+from megalr.train.resumed_settings import EVALUATED, evaluated_before
 from megalr.train.run_folder import RunFolder, write_json
 from megalr.train.runner import run_program
 from megalr.train.summary import Baselines, finish
@@ -140,15 +141,20 @@ def build_loop(plan: Plan, ranks: Ranks, lock: FolderLock, screen: Screen) -> Lo
         world_size=ranks.data_size,
         seed=resolved.seed,
     )
+    before = None if plan.checkpoint is None else evaluated_before(plan.checkpoint.notes.settings)
+    evaluations = schedule_evaluations(
+        arguments.eval_every,
+        plan.data.evaluation,
+        batch=resolved.batch.total,
+        steps=resolved.steps,
+        before=before,
+    )
+    if before is None and arguments.eval_every is None:
+        before = len(evaluations.examples)
     settings = LoopSettings(
         steps=resolved.steps,
         batch=resolved.batch,
-        evaluations=schedule_evaluations(
-            arguments.eval_every,
-            plan.data.evaluation,
-            batch=resolved.batch.total,
-            steps=resolved.steps,
-        ),
+        evaluations=evaluations,
         save_every=arguments.save_every,
         log_every=arguments.log_every,
         keep=arguments.keep_checkpoints,
@@ -167,7 +173,7 @@ def build_loop(plan: Plan, ranks: Ranks, lock: FolderLock, screen: Screen) -> Lo
         lock=lock,
         screen=screen,
         required=plan.required,
-        noted=plan.noted,
+        noted=plan.noted if before is None else {**plan.noted, EVALUATED: before},
     )
 
 

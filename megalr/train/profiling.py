@@ -70,8 +70,10 @@ class Profile:
         plain = self._folder / ".trace.json"
         try:
             self._folder.mkdir(exist_ok=True)
+            for old in (part, plain):  # of a killed run; or what others have put there, a link to elsewhere or a pipe
+                old.unlink(missing_ok=True)
             profiler.export_chrome_trace(str(plain))
-            with plain.open("rb") as source, gzip.open(part, "wb", compresslevel=6) as target:
+            with plain.open("rb") as source, gzip.open(part, "xb", compresslevel=6) as target:
                 shutil.copyfileobj(source, target)
             part.replace(place)
         except OSError as error:

@@ -27,6 +27,7 @@ _COSMETIC_KEYS = (
     "_name_or_path",
 )
 _FURTHER = "further"  # among a checkpoint's settings: keys of its JSON that have no name of their own there
+EVALUATED = "evaluated_sequences"  # among them, too: how many the evaluations on the way read; no setting of the user's
 _NAMED = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -101,6 +102,12 @@ def further_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def evaluated_before(before: Mapping[str, Any]) -> int | None:
+    """How many sequences the evaluations on the way have read, by what a checkpoint has noted; older ones have not."""
+    found = before.get(EVALUATED)
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A line for each setting that differs.
 
@@ -109,7 +116,8 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         now: what :func:`settings_of` notes.
     """
     further = now[_FURTHER]
-    named, noted = ({key: value for key, value in each.items() if key != _FURTHER} for each in (before, now))
+    own = (_FURTHER, EVALUATED)
+    named, noted = ({key: value for key, value in each.items() if key not in own} for each in (before, now))
     return differences(named, noted) + differences(before.get(_FURTHER, further), further)
 
 

@@ -23,6 +23,8 @@ from megalr.train import run_settings
 
 logger = logging.getLogger(__name__)
 
+MOST_WRITTEN = 100_000  # files and folders of monitors and profiles, which are looked at before a run goes on
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -200,6 +202,7 @@ def take_run_folder(name: str, output: str | None, *, resume: bool, overwrite: b
         folder = max(candidates, key=lambda folder: folder.saved_at or 0.0)
         _hold(folder, lock)
         _check_kinds(folder)
+        _check_inner_kinds(folder)
         return folder
     if overwrite:
         _hold(numbered[0], lock)
@@ -271,10 +274,50 @@ def _check_kinds(folder: RunFolder) -> None:
             )
 
 
+def _check_inner_kinds(folder: RunFolder) -> None:
+    """Refuse links and pipes where monitors and profiles go on writing: they follow links, and a pipe never ends.
+
+    Checkpoints are left out: none is written into a folder that is there.
+    """
+    waiting = [path for path in folder.folders if path != folder.checkpoints and path.is_dir()]
+    seen = 0
+    while waiting:
+        inner = waiting.pop()
+        try:
+            with os.scandir(inner) as entries:
+                for entry in entries:
+                    seen += 1
+                    _check_entry(entry)
+                    if seen > MOST_WRITTEN:
+                        raise UserError(
+                            f"{inner} and the like hold more than {MOST_WRITTEN:,} files: move them elsewhere, or name "
+                            "another folder with --output"
+                        )
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(Path(entry.path))
+        except OSError as error:
+            raise UserError(f"{inner} cannot be read: {error.strerror}") from error
+
+
+def _check_entry(entry: os.DirEntry[str]) -> None:
+    if entry.is_symlink():
+        raise UserError(
+            f"{entry.path} is a symbolic link to {os.readlink(entry.path)}, and a run writes there: delete the link, "
+            "or name another folder with --output"
+        )
+    if not (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)):
+        raise UserError(
+            f"{entry.path} is no file, which a run writes there: move it elsewhere, or name another folder with "
+            "--output"
+        )
+
+
 def _check(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"--output {folder.path} is a file: name a folder")
     _check_kinds(folder)
+    if resume:
+        _check_inner_kinds(folder)
     foreign = _foreign_checkpoints(folder)
     if resume and not (folder.can_resume or folder.has_only_begun):
         raise UserError(f"there is no checkpoint in {folder.checkpoints}, so there is nothing to resume")

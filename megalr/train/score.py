@@ -14,8 +14,8 @@ import torch
 from megalr.checkpoint.export.weights import Weights
 from megalr.checkpoint.folders import latest, listed, newest_whole, read_or_offer
 from megalr.checkpoint.manifest import Manifest, check_same
-from megalr.data import DataConfig, load_data, load_tokenizer
-from megalr.data.sources import refuse_configuration, refuse_text_column
+from megalr.data import Data, DataConfig, load_data, load_tokenizer
+from megalr.data.sources import refuse_configuration, refuse_text_column, training_source
 from megalr.data.tokenizer import EMBEDDED_TOKENIZER, digest_of_tokenizer
 from megalr.errors import UserError, in_short, some_of
 from megalr.flags import PlainParser, nonempty, positive
@@ -188,7 +188,7 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
         )
         print(write_results(results, arguments.tasks, _results_folder(folder), found.notes))
         return
-    data = load_data(text, tokenizer, rank=0, barrier=ranks.barrier)
+    data = _load_text(found, text, tokenizer, changes, ranks)
     lines = check_text(found.text, found.trained_on, data, changes, tokenizer, folder) if found.is_run else []
     print("\n".join([*data.description.splitlines()[1:], *lines]))
     model = found.model.to(ranks.device)
@@ -201,6 +201,32 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
         print(f"{kind} perplexity {result.perplexity:,.2f} (loss {result.loss:.4f}, {result.tokens:,} tokens)")
         if arguments.galore_compatible_eval:
             print(f"  as published code computes it {result.galore_compatible:,.2f}")
+
+
+def _load_text(
+    found: Scored, text: DataConfig, tokenizer: PreTrainedTokenizerFast, changes: dict[str, Any], ranks: Ranks
+) -> Data:
+    """The text to be scored; where the run's own is gone, what to write says so."""
+    try:
+        return load_data(text, tokenizer, rank=0, barrier=ranks.barrier)
+    except UserError as error:
+        gone = found.is_run and "dataset" not in changes and _what_is_gone(found.text)
+        if not gone:
+            raise
+        raise UserError(
+            f"the text that the run was trained on cannot be read: {gone}. {_NOT_SCORED}. If it lies elsewhere now, "
+            "name it with --dataset. If there is none any more, write --eval-dataset and the text to be scored, and "
+            "--dataset and any other text: that is scored, with a warning, since the run may have read it"
+        ) from error
+
+
+def _what_is_gone(text: DataConfig) -> str:
+    """Why the training text cannot be found; empty if it can."""
+    try:
+        training_source(text)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _results_folder(folder: Path) -> Path:

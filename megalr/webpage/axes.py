@@ -14,6 +14,7 @@ from megalr.formatting import human_bytes
 Floats = NDArray[np.float64]
 
 STEPS = (1, 2, 5, 10)
+LARGEST = 1e300  # end of an axis: twice as much, and room beside it, is a float
 LARGEST_EXPONENT = 700.0  # the largest loss whose perplexity is a float
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
@@ -67,7 +68,7 @@ def span(values: Iterable[Floats], *, log: bool = False, form: str = "short", ze
         room = max((math.log(high) - math.log(low)) * 0.05, 0.05)
         low, high = math.log(low) - room, math.log(high) + room
         return Axis(math.exp(max(low, -LARGEST_EXPONENT)), math.exp(min(high, LARGEST_EXPONENT)), True, form)
-    low, high = max(low, -1e300), min(high, 1e300)
+    low, high = max(low, -LARGEST), min(high, LARGEST)
     room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     return Axis(0.0 if zero and low >= 0 else low - room, high + room, False, form)
 

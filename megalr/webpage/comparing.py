@@ -57,11 +57,13 @@ def _held_out(runs: Sequence[Run], names: Sequence[str], x: Axis) -> str:
     curves, trained = [], []
     for index, (name, run) in enumerate(zip(names, runs, strict=True)):
         history = run.history
-        losses = history.held_out("eval_loss")
-        curves.append(
-            Curve(name, *thinned(history.held_out("tokens"), losses, 300), index % COLORS, "dots", dash(index))
-        )
-        trained.append(losses[history.held_out("step") > 0])
+        color, dashed = index % COLORS, dash(index)
+        if len(history.samples):  # another text than the whole: no line joins the two
+            points = thinned(history.samples["tokens"], history.samples["eval_loss"], 300)
+            curves.append(Curve(f"{name}, of a sample", *points, color, "dots", dashed))
+        points = thinned(history.evaluations["tokens"], history.evaluations["eval_loss"], 300)
+        curves.append(Curve(name, *points, color, "points" if len(history.samples) else "dots", dashed))
+        trained.append(history.held_out("eval_loss")[history.held_out("step") > 0])
     curves = [curve for curve in curves if not curve.is_empty]
     if not curves:
         return ""
@@ -95,7 +97,10 @@ def _small_charts(runs: Sequence[Run], names: Sequence[str], x: Axis) -> list[st
 
 def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
     results = [run.perplexity for run in runs]
-    best = min((result for result in results if result is not None), default=None)
+    scores = [(result, run.is_of_a_sample) for result, run in zip(results, runs, strict=True) if result is not None]
+    # A sample may be an easier text than the whole: it is no rival.
+    of_samples = all(is_sample for _, is_sample in scores)
+    best = min((result for result, is_sample in scores if is_sample == of_samples), default=None)
     rows = []
     for name, run, result in zip(names, runs, results, strict=True):
         summary, training = run.summary, run.history.training
@@ -103,7 +108,8 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
         speed, peak = finite(summary.get("tokens_per_second")), finite(summary.get("peak_memory_bytes"))
         of_a_sample = '<br><span class="note">of a sample</span>' if run.is_of_a_sample else ""
         held = sum(held_bytes(summary).values())
-        mark = '<span class="tag">best</span> ' if result is not None and result == best else ""
+        is_best = result is not None and result == best and run.is_of_a_sample == of_samples
+        mark = '<span class="tag">best</span> ' if is_best else ""
         rows.append(
             (
                 f'<b>{escaped(name)}</b><br><span class="note">{escaped(method_of(run))}</span>',

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalr.webpage import chart, lanes
-from megalr.webpage.axes import Axis, perplexity, span
+from megalr.webpage.axes import LARGEST, Axis, perplexity, span
 from megalr.webpage.chart import COLORS, Chart, Level, Mark
 from megalr.webpage.curves import FEWEST_TO_SMOOTH, Curve, averaged, dash, smoothed, thinned
 from megalr.webpage.foreign import escaped, finite
@@ -32,7 +32,8 @@ def tokens_axis(histories: Sequence[History]) -> Axis:
     tokens = np.concatenate(found) if found else np.zeros(0)
     high = float(tokens.max()) if len(tokens) else 1.0
     low = min(float(tokens.min()), 0.0) if len(tokens) else 0.0
-    high = high if high > low else low + 1.0
+    low, high = max(low, -LARGEST), min(high, LARGEST)
+    high = high if high > low else low + max(1.0, abs(low))
     room = 0.01 * (high - low)
     return Axis(low - room, high + room)
 

@@ -120,3 +120,18 @@ def test_whoever_asks_for_evaluations_gets_them_of_the_whole_text():
     held_out = text(476)
     found = schedule_evaluations(3, held_out, batch=12, steps=400)
     assert (found.every, found.examples, found.is_sample) == (3, held_out, False)
+
+
+def test_a_run_with_more_steps_goes_on_with_its_sample():
+    held_out = text(40_000)
+    first = schedule_evaluations(None, held_out, batch=12, steps=140)
+    for steps in (140, 2000, 7):
+        found = schedule_evaluations(None, held_out, batch=12, steps=steps, before=len(first.examples))
+        assert found.examples.fingerprint == first.examples.fingerprint and found.is_sample
+        assert len(found.examples) * FORWARD_SHARE <= SHARE * found.every * 12
+    whole = schedule_evaluations(None, text(476), batch=12, steps=140, before=476)
+    assert (len(whole.examples), whole.is_sample) == (476, False) and whole.every * 12 * SHARE >= 476 * FORWARD_SHARE
+    for strange in (0, -12, 7):  # from a file that anybody may have written
+        found = schedule_evaluations(None, held_out, batch=12, steps=140, before=strange)
+        assert len(found.examples) == len(first.examples)
+    assert not schedule_evaluations(3, held_out, batch=12, steps=140, before=12).is_sample

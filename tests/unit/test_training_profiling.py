@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 import torch
@@ -52,6 +53,21 @@ def test_a_trace_that_cannot_be_written_ends_nothing(tmp_path, caplog):
     (tmp_path / "profile").write_text("a file")
     train(Profile(tmp_path / "profile", 1), WARM_UP + 2)
     assert "trace.json.gz cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize("name", [".trace.json.gz.part", ".trace.json", "trace.json.gz"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_nothing_is_written_through_what_lies_in_the_folder(tmp_path, name, kind):
+    folder, victim = tmp_path / "profile", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("precious")
+    if kind == "link":
+        (folder / name).symlink_to(victim)
+    else:
+        os.mkfifo(folder / name)
+    train(Profile(folder, 1), WARM_UP + 2)
+    assert victim.read_text() == "precious" and names(folder).count("forward") == 1
+    assert [path.name for path in folder.iterdir()] == ["trace.json.gz"]
 
 
 def test_an_error_in_a_profiled_update_is_the_users_own(tmp_path):

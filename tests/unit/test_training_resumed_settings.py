@@ -2,7 +2,7 @@
 
 import pytest
 
-from megalr.train.resumed_settings import changed_settings, further_settings
+from megalr.train.resumed_settings import EVALUATED, changed_settings, evaluated_before, further_settings
 
 BEFORE = {
     "train_batch_size": 8,
@@ -50,3 +50,11 @@ def test_layout_reports_and_what_is_switched_off_are_not(changes):
 
 def test_a_checkpoint_of_before_these_were_noted():
     assert changed_settings({"steps": 3}, {"steps": 4, "further": {"prescale_gradients": True}}) == ["steps: 3 -> 4"]
+
+
+def test_what_evaluations_read_is_noted_and_is_no_setting():
+    assert changed_settings({"steps": 3, EVALUATED: 12}, {"steps": 3, "further": {}}) == []
+    assert evaluated_before({EVALUATED: 12}) == 12
+    assert [evaluated_before(each) for each in ({}, {EVALUATED: True}, {EVALUATED: "12"}, {EVALUATED: None})] == [
+        None
+    ] * 4

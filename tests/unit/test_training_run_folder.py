@@ -10,6 +10,7 @@ import pytest
 
 from megalr.errors import UserError
 from megalr.locks import FolderLock
+from megalr.train import run_folder
 from megalr.train.run_folder import RunFolder, take_run_folder, write_json
 from megalr.train.run_settings import is_a_runs, read_settings
 from tests.unprivileged import unprivileged
@@ -149,6 +150,36 @@ def test_a_run_goes_on_only_where_its_folders_are_folders(name):
     folder = make_run("mine", finished=True)
     (folder.path / name).write_text("mine")
     with pytest.raises(UserError, match=f"mine/{name} is no folder"):
+        choose("mine", resume=True)
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/null"), lambda path: path.symlink_to(".")]
+)
+@pytest.mark.parametrize(
+    "name",
+    ["profile/.trace.json.gz.part", "csv_monitor/Train_loss.csv", "tensorboard/deeper/events", "csv_monitor/job"],
+)
+def test_a_run_goes_on_only_where_its_monitors_write_no_links_and_pipes(name, make):
+    folder = make_run("runs/zero2", finished=True)
+    (folder.path / name).parent.mkdir(parents=True)
+    (folder.path / name).with_name("file").touch()
+    assert choose(resume=True) == choose("runs/zero2", resume=True) == folder.path
+    make(folder.path / name)
+    for output in (None, "runs/zero2"):
+        with pytest.raises(UserError, match=f"runs/zero2/{name} is (no file|a symbolic link to .*), (which|and) a run"):
+            choose(output, resume=True)
+    assert choose(overwrite=True) == folder.path  # where all that is deleted
+
+
+def test_the_look_at_what_monitors_wrote_is_bounded(monkeypatch):
+    folder = make_run("mine", finished=True)
+    folder.profile.mkdir()
+    for number in range(3):
+        (folder.profile / str(number)).touch()
+    assert choose("mine", resume=True) == folder.path
+    monkeypatch.setattr(run_folder, "MOST_WRITTEN", 2)
+    with pytest.raises(UserError, match="hold more than 2 files: move them"):
         choose("mine", resume=True)
 
 

@@ -379,8 +379,14 @@ def test_what_was_trained_on_is_not_scored_whichever_flags_say_so(run, novels, t
     for flags in (["--max-eval-tokens", "30"], ["--sequence-length", "32"], ["--test-half"], ["--no-pack"]):
         assert "perplexity" in scored(capsys, run, *flags)
     moved = one.rename(tmp_path / "moved.txt")
-    with pytest.raises(UserError, match="there is no file"):
-        scored(capsys, run)
+    new = numbers(tmp_path / "new.txt", 7)
+    for flags in ([], ["--eval-dataset", new]):
+        with pytest.raises(
+            UserError, match=r"trained on cannot be read: there is no file.*--dataset and any other text"
+        ):
+            scored(capsys, run, *flags)
+    output = scored(capsys, run, "--dataset", novels / "2.txt", "--eval-dataset", new)  # as the message says
+    assert "WARNING: the text that the run was trained on cannot be read" in output and "perplexity" in output
     assert perplexity(scored(capsys, run, "--dataset", moved)) == right
     refused(capsys, run, "--dataset", moved, "--max-eval-tokens", "90")
     output = scored(capsys, run, "--dataset", novels / "2.txt")

@@ -302,6 +302,15 @@ def test_what_is_missing_or_damaged_is_said(folder, tmp_path):
     assert "manifest.json is damaged" in text and "no checkpoint that can be read" in text
 
 
+@pytest.mark.parametrize("text", ["1", "-0.5", "null", "true", "false", '"x"', "NaN"])
+def test_settings_and_results_that_are_one_value(tmp_path, text):
+    write_rows(tmp_path, history(3, new=False))
+    for name in ("run.json", "summary.json"):
+        (tmp_path / name).write_text(text)
+    page = Parsed(page_of(read_run(tmp_path))).text
+    assert "run.json holds no JSON object." in page and "summary.json holds no JSON object." in page
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     for name in ("run.json", "summary.json", "metrics.jsonl", ".writer.json"):
         os.mkfifo(tmp_path / name)
@@ -341,6 +350,30 @@ def test_samples_of_the_held_out_text_are_told_from_the_whole(tmp_path):
     page = Parsed(page_of(run))
     assert "3 300 0.030 4.0000 best 54.60 whole text" in page.text  # a sample is no rival
     assert points(page, "loss", "held-out loss")[1] == pytest.approx([8, 4], abs=0.01)
+
+
+def test_several_runs_tell_samples_from_the_whole(tmp_path):
+    rows = [evaluation(0, 8.0), update(1), sample(1, 7.0), update(2), sample(2, 3.0), update(3)]
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    write_rows(stopped, rows)
+    write_rows(whole, [*rows, sample(3, 2.5), evaluation(3, 4.0)])
+    write_comparison([stopped, whole], tmp_path / "two.html")
+    page = Parsed((tmp_path / "two.html").read_text())
+    assert points(page, "held-out", "whole, of a sample")[1] == pytest.approx([7, 3, 2.5], abs=0.01)
+    assert points(page, "held-out", "whole")[1][-1] == pytest.approx(4, abs=0.01)
+    kinds = [(a["data-curve"], "points" in a["class"]) for _, a in page.elements if "data-curve" in a]
+    assert ("whole", True) in kinds and ("whole, of a sample", False) in kinds
+    assert ("whole, of a sample", True) not in kinds
+    assert "best 54.60" in page.text and page.text.count("best") == 1  # and not a sample's 20.09
+    write_rows(whole, [*rows, sample(3, 2.5)])
+    write_comparison([stopped, whole], tmp_path / "two.html")
+    assert "best 12.18 of a sample" in Parsed((tmp_path / "two.html").read_text()).text
+
+
+@pytest.mark.parametrize("tokens", [(-1e308, 1e308), (-1e308, -1e308), (1e308, 1e308)])
+def test_tokens_at_the_end_of_what_a_float_is(tmp_path, tokens):
+    write_rows(tmp_path, [{**update(step), "tokens": each} for step, each in enumerate(tokens, 1)])
+    assert "training loss" in page_of(read_run(tmp_path))
 
 
 def test_any_rows(tmp_path):
