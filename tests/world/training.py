@@ -130,7 +130,7 @@ def _load_entries(engine: Engine, saved: Sequence[tuple[dict[str, Any], dict[str
             target = whole.setdefault(key, torch.full(entry.shape, torch.nan).to(entry.dtype))
             for piece in entry.pieces:
                 _part(target, piece.offsets, piece.data.shape).copy_(piece.data)
-    assert states.check(optimizer, numbers) == ""
+    assert states.check(optimizer, numbers, {key: each.to("meta") for key, each in whole.items()}) == ""
     states.make_room(optimizer, numbers, {key: value.to("meta") for key, value in whole.items()})
     states.set_rates(optimizer, numbers)
     entries = states.entries_of(optimizer, once=False)
