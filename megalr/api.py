@@ -315,9 +315,12 @@ def consolidated_state_dict(engine: Any) -> dict[str, Tensor] | None:
     # Layers may share a parameter, and each has its own name for it.
     first = {id(parameter): name for name, parameter in named_parameters(module)}
     for name, parameter in named_parameters(module, remove_duplicate=False):
-        if name not in trained and first[id(parameter)] in trained and state is not None:
-            state[name] = state[first[id(parameter)]]
-        if name not in trained and (not parameter.requires_grad or 0 in logical_shape(parameter)):
+        if name in trained:
+            continue
+        if first[id(parameter)] in trained:
+            if state is not None:
+                state[name] = state[first[id(parameter)]]
+        elif not parameter.requires_grad or 0 in logical_shape(parameter):
             with gather([parameter]):
                 whole = whole_frozen(name, parameter)
                 if state is not None:
