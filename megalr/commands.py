@@ -227,7 +227,6 @@ def _launch_parser() -> PlainParser:
 def _check(words: Sequence[str]) -> None:
     """Refuse at once what every process would refuse after all have started."""
     from megalr.config.settings import read_json
-    from megalr.pretrain import with_shipped_config
     from megalr.train.arguments import parse_arguments
 
-    read_json(parse_arguments(with_shipped_config(words)).deepspeed)
+    read_json(parse_arguments(words).deepspeed)

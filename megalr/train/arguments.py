@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megalr import resources
 from megalr.errors import UserError
 from megalr.flags import PlainParser, nonempty, positive, positive_float
 from megalr.train.profiling import WARM_UP
@@ -35,7 +36,7 @@ class Interval:
 class PretrainArguments:
     """What the user asked for. None means: not said, so the JSON or a default decides.
 
-    Attributes are the flags of ``launchers/pretrain.py``; their meaning is in the help texts below.
+    Attributes are the flags of ``megalr pretrain``; their meaning is in the help texts below.
     """
 
     deepspeed: str
@@ -102,6 +103,10 @@ def interval(text: str) -> Interval:
     return found
 
 
+def _config(text: str) -> str:
+    return str(resources.find(nonempty(text), "ds_configs"))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = PlainParser(
         prog="pretrain.py",
@@ -112,10 +117,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--deepspeed",
         "--deepspeed_config",
-        type=nonempty,
+        type=_config,
         required=True,
         metavar="JSON",
-        help="the DeepSpeed configuration, e.g. ds_configs/zero2_lowrank.json",
+        help="the DeepSpeed configuration: a path, or the name of a shipped one, e.g. zero2_lowrank.json",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -135,8 +140,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         "--model",
         type=nonempty,
         metavar="NAME",
-        help="a file under launchers/models (tiny, 9m, 60m, 130m, 350m, 1b, "
-        "7b) or the path of such a JSON (default: tiny, with a GPU 60m)",
+        help="a shipped shape (tiny, 9m, 60m, 130m, 350m, 1b, 7b) or the path of such a JSON (default: tiny, "
+        "with a GPU 60m)",
     )
     group.add_argument(
         "--activation-checkpointing",

@@ -275,8 +275,8 @@ class Loop:
         if data.get(HELD_OUT, self._held_out.fingerprint) != self._held_out.fingerprint:
             raise UserError(
                 "the run was evaluated on another held-out text, and its curve would mix the two. Resume with the "
-                "--eval-dataset, --max-eval-tokens and --test-half it was started with; launchers/evaluate.py scores "
-                "a run on any text"
+                "--eval-dataset, --max-eval-tokens and --test-half it was started with; `megalr evaluate` scores a "
+                "run on any text"
             )
 
     def _what_next(self, request: StopRequest, unsaved: float) -> tuple[str | None, bool]:

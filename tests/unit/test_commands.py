@@ -8,7 +8,7 @@ import pytest
 
 from megalr import commands, resources
 from megalr.flags import PlainParser, typed_as
-from megalr.pretrain import with_shipped_config
+from megalr.train.arguments import parse_arguments
 from tests.processes import ROOT
 from tests.unit.web_runs import write_run
 
@@ -108,21 +108,20 @@ def test_a_shipped_file_has_three_names(installed, monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     shipped = installed / "ds_configs" / "zero2_lowrank.json"
     assert resources.find(name, "ds_configs") == shipped
-    assert with_shipped_config(["--deepspeed", name, "--steps", "4"]) == ["--deepspeed", str(shipped), "--steps", "4"]
-    assert with_shipped_config([f"--deepspeed_config={name}"]) == [f"--deepspeed_config={shipped}"]
+    assert parse_arguments(["--deepspeed", name, "--steps", "4"]).deepspeed == str(shipped)
+    assert parse_arguments([f"--deepspeed_config={name}"]).deepspeed == str(shipped)
 
 
-@pytest.mark.parametrize("name", ["my/zero2_lowrank.json", "zero9.json", "x" * 300, "", "recipes/base.json"])
+@pytest.mark.parametrize("name", ["my/zero2_lowrank.json", "zero9.json", "x" * 300, "recipes/base.json"])
 def test_other_names_stay_as_they_are(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
-    assert with_shipped_config(["--deepspeed", name]) == ["--deepspeed", name]
-    assert with_shipped_config(["--deepspeed"]) == ["--deepspeed"]
+    assert parse_arguments(["--deepspeed", name]).deepspeed == name
 
 
 def test_a_file_of_the_users_comes_first(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "zero2_lowrank.json").write_text("{}")
-    assert with_shipped_config(["--deepspeed", "zero2_lowrank.json"]) == ["--deepspeed", "zero2_lowrank.json"]
+    assert parse_arguments(["--deepspeed", "zero2_lowrank.json"]).deepspeed == "zero2_lowrank.json"
 
 
 def test_plan_knows_shipped_shapes(capsys, installed, monkeypatch, tmp_path):
