@@ -32,24 +32,32 @@ SHARED = "2 and 4 tensor-parallel ranks"
 
 HEAD = """# Maturity
 
-`python -m megalr.maturity > docs/maturity.md` writes this page from the registries and `megalr/maturity.py`.
+This page says how well each feature is tested, and by which tests.
 
-A level is decided by evidence, not by age:
+`python -m megalr.maturity > docs/maturity.md` writes this page from the list of methods and `megalr/maturity.py`.
 
-- **stable**: tests hold it at every layout in its row. For a method this means three things. Every weight after
-  training equals that of a second, plain implementation, at ZeRO stages 0 to 3 on 1 to 4 processes and under tensor
-  parallelism. A resume is exact. The [benchmark](benchmark.md) has trained the method to a perplexity.
-  In fp32 the largest relative error of any tensor is 2.6e-6 for rules, 3.2e-6 for projected layers, 1.0e-5 for low-rank
-  factors and 2.5e-6 for other parametrizations ([equivalence](equivalence.md)).
-- **beta**: tests hold it at every layout in its row, but a part of that evidence is missing. The layouts column ends
-  with the missing part.
-- **experimental**: it cannot be tested here as you would use it, because that takes a GPU, several machines, a queue
-  or the network; or only a single test touches it.
+Evidence decides the level of a feature, not its age:
 
-"GPU: not run" means that no test and no training has run on a GPU. This holds for every row, so all levels are levels
-on the CPU. "Emulated" means that the CUDA kernels compile and link, and run in an emulation on the CPU.
+- **stable**: tests cover every layout in its row (ZeRO stages, processes, tensor-parallel ranks). A method is stable if
+  all of this holds:
+  - After training, every weight equals that of a second, plain implementation, at ZeRO stages 0 to 3 on 1 to 4
+    processes, and under tensor parallelism.
+  - A resumed run equals an uninterrupted run.
+  - The [benchmark](benchmark.md) has trained the method to a perplexity.
+- **beta**: tests cover every layout in its row, but a part of that evidence is missing. The column "layouts" ends with
+  the missing part.
+- **experimental**: a real test needs a GPU, several machines, a queue or the network, which the tests do not have. A
+  few features that have only one small test are experimental as well.
 
-`make test` runs a selection of the layouts in a row, and `make test-all` all of them.
+"Equals" means up to rounding in fp32. [Equivalence](equivalence.md) lists the relative errors of all weights. Without
+tensor parallelism the largest is 2.6e-6 for rules, 3.2e-6 for projected layers, 1.0e-5 for low-rank factors and 2.5e-6
+for other parametrizations. Under tensor parallelism it is 1.3e-5, and 1.8e-3 for Q-GaLore.
+
+"GPU: not run" means that no test and no training has run on a GPU. This holds for every row, so all levels refer to
+CPUs. "Emulated" means that the CUDA kernels compile, link and run in an emulation on the CPU. "gloo" is the CPU backend
+of torch.distributed.
+
+`make test` runs a selection of the layouts in each row, and `make test-all` runs all of them.
 """
 
 
@@ -88,7 +96,7 @@ FEATURES: tuple[Feature, ...] = (
         "`deepspeed.initialize` with `megalr.build_optimizer`",
         "stable",
         "deepspeed/test_ways_in.py",
-        "stages 0-3, 2 processes; under tensor parallelism rules alone",
+        "stages 0-3, 2 processes; under tensor parallelism only rules",
         GLOO,
     ),
     _feature(
@@ -96,7 +104,7 @@ FEATURES: tuple[Feature, ...] = (
         "transformers' Trainer",
         "beta",
         "deepspeed/test_ways_in.py",
-        "stages 0-3, 2 processes; guards see gradients alone",
+        "stages 0-3, 2 processes; guards see only gradients",
     ),
     _feature(
         WAYS,
@@ -118,7 +126,7 @@ FEATURES: tuple[Feature, ...] = (
         "bf16",
         "beta",
         "deepspeed/test_rules.py::test_bf16 deepspeed/test_pretraining.py::test_bf16_stays_close",
-        "stages 0-3, at 1 also with fp32 accumulation; held close to fp32, not equal to a reference",
+        "stages 0-3, at stage 1 also with fp32 accumulation; compared with fp32 runs, not with a reference",
     ),
     _feature(TRAINING, "fp16", "experimental", "", "none: it needs a GPU", "not run"),
     _feature(
@@ -133,21 +141,21 @@ FEATURES: tuple[Feature, ...] = (
         "optimizer and parameters on the CPU (`offload_optimizer`, `offload_param`)",
         "beta",
         "deepspeed/test_features.py::test_trains_as_one_plain_process",
-        "stages 1-3; host and device are one memory here",
+        "stages 1-3; on a CPU, where host and device have the same memory",
     ),
     _feature(
         TRAINING,
         "tensor parallelism by AutoTP",
         "beta",
         "deepspeed/test_tensor_parallel.py",
-        f"stages 0-3, {SHARED}; accumulation and bf16 are spot checks",
+        f"stages 0-3, {SHARED}; only spot checks of accumulation and bf16",
     ),
     _feature(
         TRAINING,
         "tensor parallelism by `mpu`",
         "beta",
         "deepspeed/test_tensor_parallel.py::test_groups_of_the_users_own",
-        "stages 0 and 3, 2 x 2 ranks; never with Megatron-LM itself",
+        "stages 0 and 3, 2 x 2 ranks; not with Megatron-LM itself",
     ),
     _feature(
         TRAINING,
@@ -185,7 +193,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     _feature(
         LAYERS,
-        "updates that are not finite are skipped",
+        "losses and gradients that are not finite: the update is skipped",
         "stable",
         "world/test_skipping.py deepspeed/test_guards.py",
         "stages 0-3, every rule",
@@ -245,13 +253,19 @@ FEATURES: tuple[Feature, ...] = (
         "any",
         "one process",
     ),
-    _feature(CHECKPOINTS, "checkpoints of version 0.1", "stable", "deepspeed/test_old_checkpoints.py", "as written"),
+    _feature(
+        CHECKPOINTS,
+        "checkpoints of version 0.1",
+        "stable",
+        "deepspeed/test_old_checkpoints.py",
+        "as 0.1 wrote them",
+    ),
     _feature(
         CHECKPOINTS,
         "DeepSpeed's own checkpoints, `zero_to_fp32.py`",
         "beta",
         "deepspeed/test_checkpoint_jobs.py::test_deepspeed_converts_its_own_checkpoints",
-        "the layout that wrote them; tensor-parallel parts are not put together",
+        "only the layout that saved them; tensor-parallel parts are not joined",
     ),
     _feature(
         RUNS,
@@ -267,11 +281,16 @@ FEATURES: tuple[Feature, ...] = (
         "end_to_end/test_resume.py end_to_end/test_killed.py",
         "`python`, `deepspeed`, `torchrun`",
     ),
-    _feature(RUNS, "comparison of methods", "stable", "unit/test_comparison_training.py", "one process a run"),
+    _feature(RUNS, "comparison of methods", "stable", "unit/test_comparison_training.py", "one process per run"),
     _feature(RUNS, "memory planning", "stable", "deepspeed/test_memory_formula.py", "stages 0-3", "byte for byte"),
     _feature(RUNS, "local texts and tokenizers", "stable", "unit/test_data_text.py unit/test_data_cache.py", "any"),
     _feature(
-        RUNS, "texts and tokenizers of the hub", "experimental", "unit/test_data_hub.py", "a replaced hub", "no network"
+        RUNS,
+        "texts and tokenizers of the hub",
+        "experimental",
+        "unit/test_data_hub.py",
+        "stand-in for the hub",
+        "no network",
     ),
     _feature(
         RUNS,
@@ -281,16 +300,16 @@ FEATURES: tuple[Feature, ...] = (
         "2 processes",
     ),
     _feature(
-        RUNS, "Weights & Biases, Comet", "beta", "unit/test_training_monitors.py", "offline; no run with their servers"
+        RUNS, "Weights & Biases, Comet", "beta", "unit/test_training_monitors.py", "offline; not with their servers"
     ),
     _feature(
         RUNS,
         "TFLOP/s, MFU, times and memory in the metrics",
         "beta",
         "unit/test_training_flops.py unit/test_training_meter.py",
-        "counts: every parametrization; times and memory: CPU alone",
+        "counts: every parametrization; times and memory: only on CPUs",
     ),
-    _feature(RUNS, "`--profile`", "beta", "unit/test_training_profiling.py", "rank 0, CPU alone"),
+    _feature(RUNS, "`--profile`", "beta", "unit/test_training_profiling.py", "rank 0; only on CPUs"),
     _feature(
         RUNS, "`megalr report`", "stable", "unit/test_webpage.py unit/test_webpage_browser.py", "any run", "Chromium"
     ),
