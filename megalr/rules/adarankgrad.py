@@ -1,4 +1,4 @@
-"""AdaRankGrad: GaLore whose rank falls with that of the gradient, arXiv 2410.17881."""
+"""AdaRankGrad: GaLore with a rank that falls with the rank of the gradient, arXiv 2410.17881."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CAME: Adafactor's second moment, and a step that trusts what is confident, arXiv 2307.02047."""
+"""CAME: Adam with a factored second moment, and smaller steps where updates are unstable, arXiv 2307.02047."""
 
 from __future__ import annotations
 
