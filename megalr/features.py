@@ -15,38 +15,40 @@ HEAD = f"""# DeepSpeed's features
 
 The keys are those of DeepSpeed {VERSION}'s JSON.
 
-- works: a test trains with it. Where no other is named, that is `{TRAINS}`,
+- works: a test trains with it. If the table names no test, it is
+  `{TRAINS}`,
   which compares every weight with those of one plain PyTorch process.
-- refused: a value other than its default is refused by name, before anything is built. `megalr.initialize`,
-  `megalr.build_optimizer`, `megalr.trainer_optimizer` and the launchers refuse it, and so does `deepspeed.initialize`
-  with an optimizer of megalr's.
-- untested: left to DeepSpeed.
+- refused: any value other than the default is an error that names the key, before anything is built. The error comes
+  from `megalr.initialize`, `megalr.build_optimizer`, `megalr.trainer_optimizer` and the launchers, and from
+  `deepspeed.initialize` if the optimizer is megalr's.
+- untested: megalr passes the key on to DeepSpeed and has no test for it.
 
-A key that is not here is refused in a section, and at the top where it resembles one that is or asks for something to
-be enabled; of others at the top a warning is given. Keys that begin with `_`, `#`, `//` or `comment` are yours.
+Inside a section, a key that this page does not list is refused. At the top level, such a key is refused if it resembles
+a listed one or asks for something to be enabled; otherwise you get a warning. Keys that begin with `_`, `#`, `//` or
+`comment` are yours and are not checked.
 """
 TESTS = "tests/deepspeed/test_features.py::"
 CALLS = (
     (
         "`engine.set_train_batch_size`, `engine.set_train_micro_batch_size`",
         "works",
-        "between two updates; within one refused",
+        "between two updates; refused within an update",
         "test_batches_of_another_size",
     ),
     (
         "`engine.load_checkpoint` with `load_module_only=True`, or `load_optimizer_states=False`",
         "works",
-        "loads the weights of the checkpoint that `tag` names; within an update refused",
+        "loads the weights of the checkpoint that `tag` names; refused within an update",
         "test_weights_alone_are_loaded",
     ),
     (
-        "parameters that some ranks use and others do not, as experts in a `ModuleList`",
+        "parameters that only some ranks use, such as experts in a `ModuleList`",
         "works",
         "at stages 0, 1 and, with `leaf_module`, 3; at stage 2, and at stage 1 with `overlap_comm`, refused in the "
-        "first update where ranks differ",
+        "first update in which ranks differ",
         "test_ranks_that_use_different_parameters",
     ),
-    ("layers of `deepspeed.moe`", "refused", "ranks have experts of their own, which megalr takes for copies", ""),
+    ("layers of `deepspeed.moe`", "refused", "each rank has its own experts, which megalr would take for copies", ""),
 )
 
 

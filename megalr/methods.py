@@ -45,30 +45,39 @@ Each method links to its own page, with its equations, state, settings and measu
 
 On these pages W is an m x n weight and G its gradient. r is the rank, η the learning rate, λ the weight decay, ε Adam's
 epsilon, and t the number of the update. Adam(R) is the direction of [Adam](methods/adamw.md) for the gradient R.
+
+- A rule computes the update of a whole matrix from its gradient. Its state is what it keeps between updates, such as
+  Adam's two moments.
+- A parametrization stores the weight of a linear layer in another form, such as two thin factors B and A.
+- A basis spans the subspace in which a rule works: P on the left, with R = Pᵀ G, or Q on the right, with R = G Q. A
+  refresh computes a new basis. The gap is the number of updates between two refreshes of a matrix.
+- Masters are the fp32 copies of the weights, which the optimizer updates.
 """
 RULES_HEAD = """## Rules
 
-`"optimizer": {"type": ..., "params": {...}}` chooses the update of whole weight matrices. AdamW updates all else.
+`"optimizer": {"type": ..., "params": {...}}` chooses the rule for weight matrices. AdamW updates everything else.
 Every rule works at every ZeRO stage and under tensor parallelism.
 
-- factors: which factors of low-rank layers and their kin the rule trains; SLTrain has vectors among them.
-- momentum reset: whether `"momentum_reset"` can reset it; "`moments`" is a key of its own that does so at each refresh.
+- factors: which factors the rule trains if a parametrization has factors. "matrices" excludes SLTrain, whose values are
+  a vector.
+- momentum reset: whether `"momentum_reset"` can reset the rule's moments. "`moments`": the rule's own key
+  `"moments": "reset"` resets them at each refresh.
 - lr: the default learning rate.
 """
 PARAMETRIZATIONS_HEAD = """## Parametrizations
 
 `"megalr": {"parametrization": {"type": ...}}` chooses how the weights of linear layers are represented.
 
-- rules: whether rules that train factors train it; AdamW always does.
+- rules: whether rules that train factors can train the layers. AdamW always can.
 - refactorization, momentum reset: whether these sections of the JSON apply.
-- dense export: whether dense weights compute the same.
+- dense export: whether the layers can be exported as dense weights that compute the same function.
 - tensor parallel: whether `megalr.initialize` splits the layers between ranks.
 """
 OTHERS = """## Other techniques
 
-These sections of "megalr" go together with many of the methods above:
+You can combine these sections of "megalr" with many of the methods above:
 
-- [`"refactorization"`](methods/refactorization.md) balances the factors of low-rank layers and their kin.
+- [`"refactorization"`](methods/refactorization.md) balances the factors of low-rank layers, SLTrain and LoRA.
 - [`"momentum_reset"`](methods/momentum_reset.md) sets moments to zero at an interval.
 - [`"activations"`](methods/velora.md) is VeLoRA, which saves compressed inputs of linear layers.
 """
@@ -198,7 +207,7 @@ def _keys(methods: Mapping[str, tuple[type, Sequence[str]]]) -> str:
         others = [f"`{name}`: {default}" for name, default in of.items() if default != usual]
         whose = "all" if len(of) == len(methods) else ", ".join(f"`{name}`" for name in of)
         lines.append([f"`{key}`", plain(text), "; ".join([usual, *others]), whose])
-    return markdown_table(("key", "meaning", "default (others)", "of"), lines, numbers=False)
+    return markdown_table(("key", "meaning", "default (others)", "used by"), lines, numbers=False)
 
 
 def _fields(kind: type[Parametrization]) -> list[str]:
@@ -212,7 +221,7 @@ def _defaults(method: type) -> dict[str, str]:
         hint = hints[field.name]
         options = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
         others = ", ".join(_text(option) for option in options if option != field.default)
-        default = "needed" if field.default is dataclasses.MISSING else _text(field.default)
+        default = "required" if field.default is dataclasses.MISSING else _text(field.default)
         found[field.name] = f"{default} ({others})" if others else default
     return found
 

@@ -38,8 +38,8 @@ UNCHECKED = "tests/deepspeed/test_guards.py::test_a_bad_update_never_was"
 TENSOR = "tests/deepspeed/test_tensor_parallel.py::test_equals_one_process"
 
 GPU = "needs a GPU"
-LAUNCHED = "of DeepSpeed's command line"
-NVME = "of NVMe, which is refused"
+LAUNCHED = "used only by DeepSpeed's command line"
+NVME = "used only for NVMe, which is refused"
 ON_NVME = 'megalr cannot update what lies there: write "cpu" or leave it out'
 ADAM_ONLY = "DeepSpeed does this for its own Adam on the CPU alone, and megalr's moments and masters are fp32"
 
@@ -118,9 +118,10 @@ FEATURES: tuple[Feature, ...] = (
         works("enable_sanity_checks log_trace_cache_warnings save_muon_momentum_buffer_in_memory", TRAINS),
         works("zero_hpz_partition_size", CONTRACT, "the copies follow frozen weights through merges and loads"),
         untested(
-            "stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save", "of saving only"
+            "stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save",
+            "used only to save a model",
         ),
-        untested("load_from_fp32_weights pipeline_loading_checkpoint", "of `engine.load_checkpoint`"),
+        untested("load_from_fp32_weights pipeline_loading_checkpoint", "used only by `engine.load_checkpoint`"),
         untested("stage3_module_granularity_threshold", "fails in DeepSpeed on a CPU"),
         untested("cpu_offload_param cpu_offload_use_pin_memory", "old names"),
         untested("zero_quantized_gradients", GPU),
@@ -150,7 +151,7 @@ FEATURES: tuple[Feature, ...] = (
         refused("super_offload", f"{ADAM_ONLY}: remove it"),
         untested("pin_memory", GPU),
         untested("nvme_path buffer_count pipeline_read pipeline_write fast_init", NVME),
-        untested("cpuadam_cores_perc", "of SuperOffload, which is refused"),
+        untested("cpuadam_cores_perc", "used only by SuperOffload, which is refused"),
     ),
     *within(
         "zero_optimization.offload_param",
@@ -205,7 +206,7 @@ FEATURES: tuple[Feature, ...] = (
         untested("use_node_local_storage parallel_write checkpoint_serialization writer"),
     ),
     works("csv_monitor", CONTRACT),
-    works("tensorboard wandb comet", MONITORS, "of W&B and Comet the test has stand-ins"),
+    works("tensorboard wandb comet", MONITORS, "the test replaces W&B and Comet by stand-ins"),
     works("flops_profiler", TRAINS),
     *within(
         "flops_profiler",
@@ -219,7 +220,7 @@ FEATURES: tuple[Feature, ...] = (
         "aio",
         works("block_size", TRAINS),
         untested("queue_depth intra_op_parallelism single_submit overlap_events use_gds", NVME),
-        untested("thread_count", "an old name, which Lightning writes; of NVMe, which is refused"),
+        untested("thread_count", "an old name, which Lightning writes; used only for NVMe, which is refused"),
     ),
     refused("hybrid_engine.enabled", "it puts layers for inference into the model: remove it"),
     untested("hybrid_engine"),
@@ -232,10 +233,10 @@ FEATURES: tuple[Feature, ...] = (
     ),
     untested("compile", GPU),
     untested("data_efficiency", "works on batches and layers, which megalr does not touch"),
-    untested("pipeline", "of pipeline engines"),
-    untested("sequence_parallel_size data_parallel_size seq_parallel_communication_data_type", "of Ulysses"),
+    untested("pipeline", "used only by pipeline engines"),
+    untested("sequence_parallel_size data_parallel_size seq_parallel_communication_data_type", "used only by Ulysses"),
     untested("autotuning", LAUNCHED),
-    untested("weight_quantization inference", "of inference"),
+    untested("weight_quantization inference", "used only for inference"),
     untested("datastates_ckpt", "writes DeepSpeed's own checkpoints"),
     untested("msamp", "accelerate's key for MS-AMP"),
     refused(

@@ -1,4 +1,4 @@
-"""MoRA: W = W0 + D M C with a square M and fixed C, D that have no parameters, arXiv 2405.12130."""
+"""MoRA: W = W0 + D M C with a trained square M and fixed C, D without parameters, arXiv 2405.12130."""
 
 from __future__ import annotations
 

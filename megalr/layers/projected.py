@@ -1,4 +1,4 @@
-"""Projected layers: GaLore as W = W0 + R Qᵀ, where all that is trained has rank r, arXiv 2403.03507.
+"""Projected layers: GaLore as W = W0 + R Qᵀ, with gradients and moments of rank r, arXiv 2403.03507.
 
 Between two refreshes GaLore (arXiv 2403.03507) is plain Adam on R in W = W0 + R Qᵀ, with Q fixed. As a layer, R is an
 ordinary parameter: its gradient, the reduction of it, its moments and its master are m x r, and any ZeRO stage cuts it
@@ -51,7 +51,7 @@ class ProjectedConfig(Parametrization):
             x Q. None: share if the basis is on the input's side.
         compute: "low_rank" computes x W0ᵀ + (x Q) Rᵀ. "rematerialized" forms W0 + R Qᵀ for each pass and frees it.
             "auto" chooses the one with fewer operations for the number of tokens. "materialized" forms W0 + R Qᵀ once
-            for both passes: the fastest for more than about r tokens, but m x n elements more are kept in between.
+            for both passes. It is the fastest for more than about r tokens, but keeps m x n more elements in between.
         merge_rounding: how W0 + R Qᵀ is rounded into a 16-bit W0: to "nearest", "stochastic", or to nearest with the
             "remainder" kept in 16 more bits, sharded over the ranks.
     """

@@ -1,4 +1,4 @@
-"""ReLoRA: LoRA that merges s B A into W0 every so many updates, arXiv 2307.05695."""
+"""ReLoRA: LoRA that merges s B A into W0 at an interval, arXiv 2307.05695."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ReloraConfig(LoraConfig):
     Attributes:
         merge_every: updates between two merges.
         restart_warmup_steps: updates after a merge in which the learning rate of the factors rises from 0.001 of the
-            scheduled rate to all of it; below ``merge_every``. In the published code it is that of all parameters.
+            scheduled rate to all of it; below ``merge_every``. The published code warms up all parameters.
         moments: what happens to the moments of the factors. "magnitude" keeps the largest elements of each factor's
             first and second moments, "random" a random set, and both keep the count; "reset" sets all and the count to
             zero; "keep" leaves all. A first moment becomes zero together with its second moment.

@@ -48,9 +48,9 @@ class SLTrainConfig(ScaledParametrization):
 
     Attributes:
         density: the share of W's elements that have a value in S.
-        init: "kaiming_uniform" is the published start, B = 0, A and the values U(-1/sqrt(n), 1/sqrt(n)): W starts with
-            the variance of a dense layer times ``density``. "variance_matched" gives W the dense layer's variance, a
-            share of ``density`` of it in S.
+        init: "kaiming_uniform" is the published start: B = 0; A and the values are U(-1/sqrt(n), 1/sqrt(n)). W then
+            has the variance of a dense layer times ``density``. "variance_matched" gives W the dense layer's variance,
+            of which S has the share ``density``.
     """
 
     parts: ClassVar[frozenset[str]] = frozenset({"B", "A", "values", "support_key"})

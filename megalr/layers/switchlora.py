@@ -1,4 +1,4 @@
-"""SwitchLoRA: W = W0 + s Σ b_i a_iᵀ with single vectors switched for candidates, arXiv 2406.06564."""
+"""SwitchLoRA: W = W0 + s Σ b_i a_iᵀ with single vectors b_i, a_i replaced by candidates, arXiv 2406.06564."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class SwitchLoraConfig(ScaledParametrization):
 
     Attributes:
         switch_interval: number of updates in which each row is switched once, at the start of the run.
-        descent_steps: every this many updates, switches become 0.3 times as frequent; a tenth of the run as published.
-            None: constant.
+        descent_steps: number of updates in which the frequency of switches falls to 0.3 times its value; a tenth of the
+            run in the paper. None: the frequency is constant.
         frozen_steps: number of updates that the counterpart of a switched row rests.
         merge_rounding: how the difference is rounded into a 16-bit W0; as for projected layers.
     """

@@ -1,4 +1,4 @@
-"""AdaRankGrad: GaLore whose rank falls with that of the gradient, arXiv 2410.17881."""
+"""AdaRankGrad: GaLore with a rank that falls with the rank of the gradient, arXiv 2410.17881."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AdaRankGrad(GaLore):
     hold that at its start, so releasing it later would lower no peak; what falls is the rank of the updates.
 
     Attributes:
-        rank: the largest that a basis may have.
+        rank: the maximum rank of a basis.
         energy: η, the share of ‖G‖² that a basis keeps.
     """
 

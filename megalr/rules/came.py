@@ -1,4 +1,4 @@
-"""CAME: Adafactor's second moment, and a step that trusts what is confident, arXiv 2307.02047."""
+"""CAME: Adam with a factored second moment, and smaller steps where updates are unstable, arXiv 2307.02047."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CAME(Rule):
 
     Attributes:
         betas: β1 of the momentum, β2 of the squared gradients.
-        beta3: β3, of the instability.
+        beta3: β3, the decay of the average instability.
         eps1: ε1, added to squared gradients.
         eps2: ε2, added to squared residuals.
         clip_threshold: d, the largest root mean square of U.

@@ -1,4 +1,4 @@
-"""GoLore: GaLore first, random subspaces later, arXiv 2410.11289."""
+"""GoLore: GaLore with random bases late in training, arXiv 2410.11289."""
 
 from __future__ import annotations
 

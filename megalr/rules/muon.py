@@ -24,7 +24,7 @@ class Muon(Rule):
     every scale of the gradient, where published code adds 1e-7 to the norm and so stalls on small gradients.
 
     Attributes:
-        momentum: μ, of the momentum M.
+        momentum: μ, the decay of the momentum M.
         nesterov: use NS((1-μ) G + μ M). False: use NS(M).
         ns_coefficients: a, b, c of X <- a X + (b X Xᵀ + c (X Xᵀ)²) X.
         ns_steps: Newton-Schulz iterations.

@@ -1,4 +1,4 @@
-"""Online Subspace Descent: GaLore whose basis follows an online PCA instead of decompositions, arXiv 2408.12857."""
+"""Online Subspace Descent: GaLore with a basis that is trained instead of decomposed anew, arXiv 2408.12857."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class SCALE(Rule):
     with its momentum of m x n, and the embeddings; otherwise both are AdamW's.
 
     Attributes:
-        momentum: μ, of the output head's momentum.
+        momentum: μ, the decay of the output head's momentum.
     """
 
     type_name: ClassVar[str] = "SCALE"

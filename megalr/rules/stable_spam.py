@@ -38,9 +38,9 @@ class StableSPAM(Rule):
     Attributes:
         betas: Adam's.
         eps: Adam's, and AdaGN's.
-        gamma1: γ1, of the average norm of gradients.
-        gamma2: γ2, of the average of their squared norms.
-        theta: θ, of the average largest entry.
+        gamma1: γ1, the decay of the average gradient norm.
+        gamma2: γ2, the decay of the average squared gradient norm.
+        theta: θ, the decay of the average largest gradient element.
         reset_interval: updates between two momentum resets; 0 for none. The published code calls it
             ``update_proj_gap``.
         total_steps: length of the cosine in updates; write the length of the run. None leaves β1 constant.

@@ -31,55 +31,57 @@ PROJECTED = {
 
 HEAD = """# Equivalence
 
-Each figure is the largest relative error, in the 2-norm, of any of the model's weights against one plain PyTorch
-process: without DeepSpeed, without megalr's optimizer, every method written a second time in `tests/references/`, in
-`tests/reference.py` and beside it. Gradients are clipped, everything is fp32, and shapes are odd, so that partition
-boundaries cut matrices in mid-row. Columns: processes x accumulation steps.
+These tables compare training under DeepSpeed with one plain PyTorch process. That process uses neither DeepSpeed nor
+megalr's optimizer: every method is written a second time, in `tests/references/`, in `tests/reference.py` and beside
+it. Each figure is the largest relative error, in the 2-norm, of any weight of the model. Gradients are clipped and
+everything is fp32. Shapes are odd, so that partition boundaries cut matrices in the middle of a row. The columns are
+processes x accumulation steps.
 
-`python -m tests.deepspeed.equivalence docs/equivalence.md` makes the tables. `make test` holds every line but those of
-tensor parallelism below 1e-4 with ranks that are threads of one process (`tests/world`), and selections of them under
-DeepSpeed. `make test-all` holds all that they show: `tests/deepspeed/test_rules.py`, `test_projected.py`,
-`test_factors.py`, `test_velora.py`, `test_tensor_parallel.py` and `test_training.py`.
+`python -m tests.deepspeed.equivalence docs/equivalence.md` makes the tables. `make test` checks that every line except
+those of tensor parallelism stays below 1e-4, with ranks that are threads of one process (`tests/world`). It also checks
+a selection of lines under DeepSpeed. `make test-all` checks all of them: `tests/deepspeed/test_rules.py`,
+`test_projected.py`, `test_factors.py`, `test_velora.py`, `test_tensor_parallel.py` and `test_training.py`.
 """
 RULES_HEAD = """
 ## Rules on dense matrices
 
-Twelve updates, in which every basis is refreshed at least twice. The model has wide, tall and square matrices, one with
-a single row, two that are smaller than the rank, and a stack of three (`tests/odd_model.py`).
+Each run has twelve updates, in which every basis is refreshed at least twice. The model has wide, tall and square
+matrices, one with a single row, two that are smaller than the rank, and a stack of three (`tests/odd_model.py`).
 """
 PROJECTED_HEAD = """
 ## Projected layers
 
-Twelve updates, in which every basis is refreshed at least twice, on the wide, tall and square matrices of the same
-model; and on a LLaMA whose layers share bases. The reference is `tests/plain_projected.py`, which sees whole weights
-and whole gradients.
+Each run has twelve updates, in which every basis is refreshed at least twice. The models are the one above, of which
+the wide, tall and square matrices are replaced, and a LLaMA whose layers share bases. The reference is
+`tests/plain_projected.py`, which computes with whole weights and whole gradients.
 """
 LAYERS_HEAD = """
 ## Other parametrizations
 
-Twelve updates, with at least two events of its kind, on the same matrices as projected layers: refactorizations and
-momentum resets ("restarts"), merges, exact steps, or switches; with AdamW, but where the line names another rule. The
-references are `tests/references/parametrizations/` and `tests/plain_factors.py`, which form whole weights and leave
-gradients to autograd.
+Each run has twelve updates, on the same matrices as projected layers, with AdamW unless the line names another rule. It
+has at least two events of its method: refactorizations and momentum resets ("restarts"), merges, exact steps, or
+switches. The references are `tests/references/parametrizations/` and `tests/plain_factors.py`. They form whole weights
+and leave gradients to autograd.
 """
 VELORA_HEAD = """
 ## Compressed activations
 
-Twelve updates of a rule, with VeLoRA on the tall and on the square matrix of the same model. The reference is
-`tests/plain_velora.py`, whose weights have the compressed gradient by autograd.
+Each run has twelve updates of a rule, with VeLoRA on the tall and the square matrix of the same model. The reference is
+`tests/plain_velora.py`, in which autograd computes the compressed gradient.
 """
 TENSOR_HEAD = """
 ## Tensor parallelism
 
-Columns: tensor-parallel x data-parallel ranks. A LLaMA of which AutoTP cuts the dense layers; twelve updates with at
-least two refreshes, of low-rank and SLTrain layers twenty with two refactorizations and two momentum resets. Q-GaLore
-keeps eight bits of a moment, which turn over where a sum in another order lies on the other side of a half.
+The columns are tensor-parallel x data-parallel ranks. The model is a LLaMA whose dense layers AutoTP cuts. Each run has
+twelve updates with at least two refreshes. Runs with low-rank and SLTrain layers have twenty updates, with two
+refactorizations and two momentum resets. Q-GaLore has larger errors: it rounds moments to eight bits, and a sum in
+another order can round to another value.
 """
 FACTORS_HEAD = """
 ## Low-rank factors
 
-Twenty updates of AdamW on a low-rank LLaMA, with two refactorizations and two momentum resets in them. Factors are
-compared as their product, because singular vectors have no sign of their own.
+Each run has twenty updates of AdamW on a low-rank LLaMA, with two refactorizations and two momentum resets. The
+products of the factors are compared, because the sign of singular vectors is arbitrary.
 """
 
 
