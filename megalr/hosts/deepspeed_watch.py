@@ -1,7 +1,7 @@
 """What DeepSpeed's engine would do wrongly, without a word, with our optimizer in it.
 
 A job may call ``deepspeed.initialize`` itself, or leave that to a Trainer, so there is no engine to look at when our
-optimizer is built. Six methods of DeepSpeed's class of engines are wrapped instead, once for a process. They do more
+optimizer is built. Seven methods of DeepSpeed's class of engines are wrapped instead, once for a process. They do more
 for an engine whose optimizer :func:`watch` was given; any other engine is left as it is.
 """
 
@@ -32,6 +32,7 @@ INTERNALS = {
     ENGINES: ("DeepSpeedEngine", WEIGHTS_OF_STAGE_3),
     ENGINE: (
         "_is_gradient_accumulation_boundary",
+        "_take_model_step",
         "backward",
         "basic_optimizer",
         "global_steps",
@@ -84,6 +85,7 @@ def watch(optimizer: Any) -> None:
         "__init__": _made,
         "backward": _passed,
         "step": _stepped,
+        "_take_model_step": _updated,
         "load_checkpoint": _loading,
         "set_train_batch_size": _resized,
         "set_train_micro_batch_size": _resized,
@@ -161,6 +163,18 @@ def _stepped(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(engine, *args, **kwargs)
 
     return step
+
+
+def _updated(original: Callable[..., None]) -> Callable[..., None]:
+    """An update is over, made or not: DeepSpeed tells its optimizer nothing of those that it skips itself."""
+
+    @functools.wraps(original)
+    def take_step(engine: Any, *args: Any, **kwargs: Any) -> None:
+        original(engine, *args, **kwargs)
+        if _is_ours(engine):
+            engine.basic_optimizer.begin_update()
+
+    return take_step
 
 
 def _wants_one_pass(engine: Any) -> bool:

@@ -93,7 +93,7 @@ def load(optimizer: MegalrOptimizer, state_dict: Mapping[str, Any]) -> Loaded:
     optimizer.updates = saved["updates"]
     optimizer.clocks = {name: Clock(**values) for name, values in saved["clocks"].items()}
     load_event_numbers(optimizer, saved["events"])
-    _fill_events([event for event in optimizer.events if not event.needs_layout], saved["tensors"])
+    _fill_events(optimizer.events, saved["tensors"], needs_layout=False)
     return Loaded(saved["matrices"], saved["tensors"])
 
 
@@ -106,7 +106,9 @@ def fill(optimizer: MegalrOptimizer, loaded: Loaded) -> None:
     if optimizer.matrices is not None:
         optimizer.matrices.make_room(loaded.matrices, {})
     rules = {} if optimizer.matrices is None else optimizer.matrices.entries()
-    known = rules.keys() | _fill_events(optimizer.events, loaded.tensors)
+    early = [event for event in optimizer.events if not event.needs_layout]  # filled by load, and used since
+    known = rules.keys() | {key for event in early for key in event.entries()}
+    known |= _fill_events(optimizer.events, loaded.tensors, needs_layout=True)
     unknown = (loaded.matrices.keys() - optimizer.matrix_states.keys()) | (loaded.tensors.keys() - known)
     if unknown:
         raise UserError(
@@ -116,10 +118,10 @@ def fill(optimizer: MegalrOptimizer, loaded: Loaded) -> None:
     _fill_entries(rules, loaded.tensors)
 
 
-def _fill_events(events: Sequence[Event], tensors: Mapping[str, Sequence[Tensor]]) -> set[str]:
-    """Read into events what is theirs; the keys of that."""
+def _fill_events(events: Sequence[Event], tensors: Mapping[str, Sequence[Tensor]], *, needs_layout: bool) -> set[str]:
+    """Read into the events of one kind what is theirs; the keys of that."""
     keys: set[str] = set()
-    for event in events:
+    for event in (event for event in events if event.needs_layout is needs_layout):
         event.make_room(tensors)
         entries = event.entries()
         _fill_entries(entries, tensors)

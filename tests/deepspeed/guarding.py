@@ -184,6 +184,34 @@ def go_on(stage: int) -> list[Any]:
     return found
 
 
+def unguarded(stage: int, section: dict[str, Any], bad: int) -> tuple[list[str], int]:
+    """A job of its own, without a guard, where activations are no numbers once: what differs from one without that.
+
+    Args:
+        stage: of ZeRO.
+        section: the JSON's "megalr".
+        bad: in which update, on the last rank.
+    """
+    config = rule_training.rule_configuration(stage, "AdamW", 2, megalr=section)
+    data = rule_training.batches(5)
+    seen = []
+    for batches in (data, [*data[:bad], *data[bad + 1 :]]):
+        model = odd_model()
+        megalr.parametrize(model, config)
+        optimizer = megalr.build_optimizer(model, config)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_section(config))
+        run_steps(engine, batches[:bad])
+        active = batches is data and dist.get_rank() == dist.get_world_size() - 1
+        hook = engine.module.embed_tokens.register_forward_hook(lambda _, __, x: x * NAN) if active else None
+        run_steps(engine, data[bad : bad + 1] if batches is data else [])
+        if hook is not None:
+            hook.remove()
+        run_steps(engine, data[bad + 1 :])
+        seen.append(rule_training.everything(engine))
+        engine.destroy()
+    return [key for key, held in seen[1].items() if not same(held, seen[0][key])], seen[0]["counts"][0]
+
+
 def boundaries_of_the_user() -> tuple[int, int, float | None]:
     """Three passes and one step, where the user says which is the last; updates, losses seen in the end, their mean."""
     engine, data = engine_and_data("Muon", 2)
