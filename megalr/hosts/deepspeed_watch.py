@@ -32,12 +32,14 @@ INTERNALS = {
     ENGINES: ("DeepSpeedEngine", WEIGHTS_OF_STAGE_3),
     ENGINE: (
         "_is_gradient_accumulation_boundary",
+        "_step_applied",
         "_take_model_step",
         "backward",
         "basic_optimizer",
         "global_steps",
         "gradient_accumulation_steps",
         "load_checkpoint",
+        "lr_scheduler",
         "managed_gradient_accumulation",
         "micro_steps",
         "module",
@@ -45,6 +47,7 @@ INTERNALS = {
         "pipeline_parallelism",
         "set_train_batch_size",
         "set_train_micro_batch_size",
+        "skipped_steps",
         "step",
         "zero_optimization_stage",
     ),
@@ -166,15 +169,45 @@ def _stepped(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _updated(original: Callable[..., None]) -> Callable[..., None]:
-    """An update is over, made or not: DeepSpeed tells its optimizer nothing of those that it skips itself."""
+    """An update is over, made or not: whoever skips it, the others are told, and its schedule stays where it was.
+
+    DeepSpeed tells its optimizer nothing of updates that it skips itself, and knows nothing of those that the optimizer
+    skips.
+    """
 
     @functools.wraps(original)
     def take_step(engine: Any, *args: Any, **kwargs: Any) -> None:
-        original(engine, *args, **kwargs)
-        if _is_ours(engine):
-            engine.basic_optimizer.begin_update()
+        if not _is_ours(engine):
+            return original(engine, *args, **kwargs)
+        optimizer, schedule = engine.basic_optimizer, engine.lr_scheduler
+        before = optimizer.updates
+        if schedule is not None:
+            engine.lr_scheduler = _OfUpdates(schedule, optimizer)
+        try:
+            original(engine, *args, **kwargs)
+        finally:
+            engine.lr_scheduler = schedule
+        if optimizer.updates == before and engine._step_applied:
+            engine._step_applied = False
+            engine.skipped_steps += 1
+        optimizer.begin_update()
+        return None
 
     return take_step
+
+
+class _OfUpdates:
+    """A schedule that makes its step only if the optimizer has made an update."""
+
+    def __init__(self, schedule: Any, optimizer: Any) -> None:
+        self._schedule, self._optimizer, self._before = schedule, optimizer, optimizer.updates
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        if self._optimizer.updates > self._before:
+            self._schedule.step(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._schedule, name)
 
 
 def _wants_one_pass(engine: Any) -> bool:

@@ -24,7 +24,7 @@ from megalr.train.pretrain import pretrain
 from megalr.train.ranks import AgreedError, start_ranks
 from tests.deepspeed import projecting, rule_training, tensor_training, training
 from tests.deepspeed.pretraining import MODELS
-from tests.deepspeed.training import run_steps, same
+from tests.deepspeed.training import WARMUP_COSINE, run_steps, same
 from tests.odd_model import odd_model
 
 NAN = float("nan")
@@ -40,6 +40,7 @@ ILLS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def engine_and_data(method: str, stage: int, accumulation: int = 1, **changes: Any) -> tuple[Any, list[Tensor]]:
     """A fresh engine of a method, and five batches for it."""
+    changes["scheduler"] = WARMUP_COSINE
     guards = changes.pop("guards", GUARDS)
     if method == "low_rank":
         config = training.configuration(stage, accumulation, **changes)
@@ -95,6 +96,7 @@ def skip(method: str, stage: int, kind: str, good: int = 3, **changes: Any) -> d
         "reason": guard.last_reason,
         "counts": (guard.skipped, guard.skipped_in_a_row),
         "events": engine.basic_optimizer.last_events,
+        "skipped": (engine.skipped_steps, engine.was_step_applied()),
     }
     run_steps(engine, data[4:])
     found["counts after"] = (guard.skipped, guard.skipped_in_a_row)
@@ -192,7 +194,7 @@ def unguarded(stage: int, section: dict[str, Any], bad: int) -> tuple[list[str],
         section: the JSON's "megalr".
         bad: in which update, on the last rank.
     """
-    config = rule_training.rule_configuration(stage, "AdamW", 2, megalr=section)
+    config = rule_training.rule_configuration(stage, "AdamW", 2, megalr=section, scheduler=WARMUP_COSINE)
     data = rule_training.batches(5)
     seen = []
     for batches in (data, [*data[:bad], *data[bad + 1 :]]):
