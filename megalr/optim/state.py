@@ -13,6 +13,7 @@ from megalr.optim.clock import Clock
 from megalr.optim.events.base import LayerEvents
 from megalr.optim.forms import changed_settings, in_words, layer_form, logical_form, rule_form, rule_settings
 from megalr.optim.loading import MOMENTS, check_counts, check_matrices, check_moments
+from megalr.rules.states import is_of_megalr
 
 if TYPE_CHECKING:
     from megalr.optim.optimizer import MegalrOptimizer
@@ -112,7 +113,7 @@ def check(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Mapping
             f"the checkpoint's optimizer updated {some} by another rule than the configuration has for them: resume "
             "with the target_modules, head and embeddings of optimizer.params that it was written with"
         )
-    check_counts(numbers)
+    check_counts(numbers, own=_of_own_rules(optimizer))
     check_moments(optimizer.prepare().layout, saved)
     if optimizer.matrices is not None:
         converts = numbers["rule"] != rule_form(optimizer.config)
@@ -181,6 +182,12 @@ def _of_layers(optimizer: MegalrOptimizer) -> list[LayerEvents]:
 def _by_rule(optimizer: MegalrOptimizer) -> list[str]:
     """Names of the parameters that the rule updates, also of those that have no state now."""
     return [] if optimizer.matrices is None else sorted(optimizer.matrices.parameters)
+
+
+def _of_own_rules(optimizer: MegalrOptimizer) -> set[str]:
+    """The matrices that a user's rule updates."""
+    matrices = optimizer.matrices.matrices if optimizer.matrices is not None else []
+    return {matrix.name for matrix in matrices if not is_of_megalr(matrix.rule)}
 
 
 def _refuse_parts(optimizer: MegalrOptimizer) -> None:
