@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+KINDS = ("rule", "remainders", "waiting", "directions")  # of this package's entries beside moments
 COMMON = ("updates", "clocks", "form", "matrices")  # everything else that version 0.1 wrote is of an event
 
 
@@ -112,6 +113,12 @@ def fill(optimizer: MegalrOptimizer, loaded: Loaded) -> None:
     known = rules.keys() | _fill_events(optimizer.events, loaded.tensors)
     unknown = (loaded.matrices.keys() - optimizer.matrix_states.keys()) | (loaded.tensors.keys() - known)
     if unknown:
+        kind, slash, _ = min(unknown).partition("/")
+        if slash and kind not in KINDS:
+            raise UserError(
+                f"the checkpoint holds {min(unknown)}, for which the layers' events prepare nothing: make_room() has "
+                "to allocate every tensor that entries() returns"
+            )
         raise UserError(
             f"the checkpoint holds the state of {min(unknown)}, which this rank does not own: resume with the ZeRO "
             "stage, number of processes and optimizer settings that it was written with"

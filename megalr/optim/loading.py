@@ -4,7 +4,7 @@ that it fits. Torch reads what overlaps, so that a tensor of another shape would
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from megalr.errors import UserError, some_of
 from megalr.layout.rectangles import folded
 from megalr.rules.base import State, tensors_of
-from megalr.rules.states import check_numbers
+from megalr.rules.states import NUMBERS, check_numbers
 
 if TYPE_CHECKING:
     from megalr.layout.layout import Layout
@@ -37,6 +37,26 @@ def check_counts(numbers: Mapping[str, Any], *, own: Collection[str] = ()) -> No
     for where, value in _counts(numbers, own):
         if type(value) is not int or value < 0:  # true is no number
             raise UserError(f"the checkpoint's {where} is {value!r}, expected a whole number of at least 0: {ADVICE}")
+
+
+def changed_by_json(value: Any, where: str = "") -> str:
+    """What of a value JSON would not give back, in words; empty if nothing. Of a tuple it makes a list.
+
+    Args:
+        value: of any type.
+        where: it lies, for the words.
+    """
+    inner: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, dict):
+        odd = [key for key in value if not isinstance(key, str)]
+        if odd:
+            return f"the key {odd[0]!r}{where and f' in {where}'}"
+        inner = ((f"{where}.{key}".lstrip("."), each) for key, each in value.items())
+    elif isinstance(value, list | tuple):
+        inner = ((f"{where}[{index}]", each) for index, each in enumerate(value))
+    elif value is not None and not isinstance(value, (str, *NUMBERS)):
+        return f"a {type(value).__qualname__}{where and f' as {where}'}"
+    return next(filter(None, (changed_by_json(each, place) for place, each in inner)), "")
 
 
 def check_moments(layout: Layout, saved: Mapping[str, Tensor]) -> None:

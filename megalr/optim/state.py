@@ -12,7 +12,7 @@ from megalr.layout.rectangles import Entry, entry_of
 from megalr.optim.clock import Clock
 from megalr.optim.events.base import LayerEvents
 from megalr.optim.forms import changed_settings, in_words, layer_form, logical_form, rule_form, rule_settings
-from megalr.optim.loading import MOMENTS, check_counts, check_matrices, check_moments
+from megalr.optim.loading import MOMENTS, changed_by_json, check_counts, check_matrices, check_moments
 from megalr.rules.states import is_of_megalr
 
 if TYPE_CHECKING:
@@ -70,8 +70,21 @@ def kept_entries(optimizer: MegalrOptimizer) -> dict[str, Entry]:
 
 
 def event_numbers(optimizer: MegalrOptimizer) -> dict[str, Any]:
-    """The counts of the events that layers have."""
-    return {events.key: events.numbers() for events in _of_layers(optimizer)}
+    """The counts of the events that layers have.
+
+    Raises:
+        UserError: they are not what JSON can hold.
+    """
+    found = {events.key: events.numbers() for events in _of_layers(optimizer)}
+    for events in _of_layers(optimizer):
+        changed = changed_by_json(found[events.key])
+        if changed:
+            raise UserError(
+                f"{type(events).__name__}.numbers() returns {changed}, which a checkpoint would give back as something "
+                "else, or not at all: return dictionaries with strings as keys, lists, strings, int, float, bool and "
+                "None; tensors belong into entries()"
+            )
+    return found
 
 
 def load_event_numbers(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> None:
