@@ -27,6 +27,7 @@ from megalr.optim.inspection import Inspection
 from megalr.optim.model_check import ModelCheck
 from megalr.optim.progress import Progress
 from megalr.optim.sharded import Sharded
+from megalr.optim.state import event_numbers
 from megalr.timing import Stopwatch, span
 
 
@@ -272,6 +273,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
                 self._balance.matrices = self._sharded.matrices
             for event in self.events:
                 event.attach(self._sharded.shard, self._sharded.exchange, self.moments)
+            event_numbers(self)  # what no checkpoint could hold is refused before the first update
             self._fill()
         return self._sharded
 

@@ -102,7 +102,7 @@ class Event(ABC):
     # calls load_numbers(), make_room(), reads into entries(), and calls settle().
 
     def numbers(self) -> dict[str, Any]:
-        """Return counts as JSON values, the same on every rank."""
+        """Return counts as JSON values, the same on every rank: keys are strings, and tuples come back as lists."""
         return {}
 
     def load_numbers(self, numbers: Mapping[str, Any]) -> None:  # noqa: B027
@@ -113,7 +113,10 @@ class Event(ABC):
         return {}
 
     def make_room(self, saved: Collection[str]) -> None:  # noqa: B027
-        """Allocate exactly the tensors with these keys of :meth:`entries`, to be read into."""
+        """Allocate exactly the tensors with these keys of :meth:`entries`, to be read into.
+
+        A load refuses keys for which no rank has a place; begin yours with a word of your own, "mine/name".
+        """
 
     def settle(self) -> None:  # noqa: B027
         """Use what was read since :meth:`make_room`."""
