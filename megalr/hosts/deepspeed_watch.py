@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,22 @@ import torch
 
 from megalr.errors import UserError
 from megalr.hosts import zero_layouts
-from megalr.hosts.deepspeed import ACCUMULATING, ENGINE, PASSED, STAGES_1_AND_2, UNFUSED, DeepSpeedEngine
+from megalr.hosts.deepspeed import (
+    ACCUMULATING,
+    ENGINE,
+    PASSED,
+    STAGES_1_AND_2,
+    UNFUSED,
+    DeepSpeedEngine,
+    refuse_scalars,
+)
 from megalr.hosts.deepspeed_config import refuse_unsupported
 from megalr.hosts.deepspeed_gradients import forget_old_gradients
 from megalr.hosts.deepspeed_monitors import outlive_monitors
+from megalr.naming import named_parameters
 
 ENGINES = "deepspeed.runtime.engine"
+METRIC = "metrics"  # the argument by which torch's ReduceLROnPlateau gets one
 WEIGHTS_OF_STAGE_3 = "get_fp32_state_dict_from_zero_checkpoint"
 
 # What this file reads and writes of DeepSpeed; held by tests/deepspeed/test_contract.py.
@@ -110,6 +120,7 @@ def _made(original: Callable[..., None]) -> Callable[..., None]:
         content = getattr(given.get("config_class"), "_param_dict", None)
         if content is not None and given.get("optimizer") in _watched:
             refuse_unsupported(content)
+            refuse_scalars(dict(named_parameters(given["model"])))
         original(engine, *args, **kwargs)
         if _is_ours(engine):
             if content is not None:  # a callable has made the optimizer only now
@@ -161,6 +172,8 @@ def _stepped(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def step(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_ours(engine):
+            _refuse_no_metric(engine.lr_scheduler, *args, **kwargs)
         if hasattr(engine, PASSED):
             setattr(engine, PASSED, False)
         return original(engine, *args, **kwargs)
@@ -208,6 +221,23 @@ class _OfUpdates:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._schedule, name)
+
+
+def _refuse_no_metric(schedule: Any, lr_kwargs: Mapping[str, Any] | None = None) -> None:
+    """Refuse a step of a schedule that looks at a metric, without one: DeepSpeed hands it the batch size instead."""
+    if schedule is not None and _wants_metric(type(schedule)) and METRIC not in (lr_kwargs or {}):
+        raise UserError(
+            f"the schedule {type(schedule).__name__} looks at a metric after each update, and DeepSpeed would give it "
+            f'the batch size: call engine.step(lr_kwargs={{"{METRIC}": loss}}), with a number that all ranks share, or '
+            "give another lr_scheduler"
+        )
+
+
+def _wants_metric(schedule: type) -> bool:
+    """Whether the ``step`` of a class of schedules needs one, as that of ReduceLROnPlateau."""
+    step = getattr(schedule, "step", None)
+    wanted = inspect.signature(step).parameters.get(METRIC) if callable(step) else None
+    return wanted is not None and wanted.default is inspect.Parameter.empty
 
 
 def _wants_one_pass(engine: Any) -> bool:

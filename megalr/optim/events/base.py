@@ -131,6 +131,8 @@ class LayerEvents(Event):
     Attributes:
         parametrization: the parametrization, for classes of this package; register yours.
         key: key of its numbers among the optimizer's.
+        rewrites: what rewrites both factors of a layer, for the error about a layer of which one is frozen, with the
+            type of the layers that train one alone; empty if one may be frozen.
         group: group of parameters that it updates itself; empty to have AdamW do it.
         remainders: what this rank keeps of frozen weights beside the model's, by layer; see
             :class:`~megalr.optim.frozen_weights.FrozenWeights`.
@@ -139,6 +141,7 @@ class LayerEvents(Event):
 
     parametrization: ClassVar[type[Parametrization]]
     key: ClassVar[str] = "layers"
+    rewrites: ClassVar[str] = ""
     group: ClassVar[str] = ""
 
     remainders: dict[str, Tensor]
@@ -170,6 +173,10 @@ class LayerEvents(Event):
     def merged(self) -> Mapping[str, Tensor]:
         """Return the frozen weights that :attr:`remainders` belong to, by layer."""
         return {}
+
+    def written(self) -> Mapping[str, Tensor]:
+        """Return the frozen parameters that the events change, by qualified name; nothing else may train them."""
+        return {f"{name}.weight": weight for name, weight in self.merged().items()}
 
     def entries(self) -> dict[str, Entry]:
         weights = self._with_remainder()
