@@ -3,7 +3,7 @@
 PYTHON ?= python3
 CONFIG ?= ds_configs/zero2_lowrank.json
 ARGS ?=
-PORT ?= 29500
+PORT ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -25,9 +25,9 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with the versions of requirements.txt
 
-pretrain: $(STAMP) ## pretrain the default model; ARGS="--steps 100 ..." adds flags, CONFIG=... takes another JSON, PORT=... another port
+pretrain: $(STAMP) ## pretrain the default model; ARGS="--steps 100 ..." adds flags, CONFIG=... takes another JSON, PORT=... a port (default: a free one)
 	$(info deepspeed launchers/pretrain.py --deepspeed $(CONFIG) $(ARGS))
-	@$(ON_CPU) $(DEEPSPEED) --master_port $(PORT) launchers/pretrain.py --deepspeed "$(CONFIG)" $(ARGS)
+	@$(ON_CPU) $(DEEPSPEED) --master_port $(FREE_PORT) launchers/pretrain.py --deepspeed "$(CONFIG)" $(ARGS)
 
 # Two workers, each of which takes the next file, in the order of tests/conftest.py; a test may have four processes itself.
 PYTEST = $(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
@@ -80,6 +80,8 @@ format: $(STAMP) ## rewrite the code as ruff would have it
 clean: ## remove .venv, .venv-cuda and every cache; runs/ stays
 	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+FREE_PORT = $(or $(PORT),$(shell $(PY) -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"))
 
 # The same as the `deepspeed` command, whose first line cannot name an interpreter in a folder with spaces.
 DEEPSPEED = PATH="$$PWD/$(VENV)/bin:$$PATH" $(PY) -m deepspeed.launcher.runner
