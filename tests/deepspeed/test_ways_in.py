@@ -76,10 +76,12 @@ def test_what_a_user_sees(ranks, model, stage):
     assert all(len(set(rates.values())) == 1 for rates in first["rates"])
     rates = [rates["matrices"] for rates in first["rates"]]
     assert rates == pytest.approx([0, 2.31e-4, 3.67e-4], rel=2e-3)
-    if stage == 2:
-        stock = ranks(2).run(f"{WORKER}:plugged_in", model, stage, as_stock=True)[0]
-        assert "untested optimizer" in stock["log"] and "before it has started" in stock["log"]
-        assert [each["matrices"] for each in stock["rates"]] == [0, 0, rates[1]]
+    moves = {"before": (False, (-1,)), "as it is": (True, None), "ahead": (True, ())}
+    for name in ("before",) if stage == 3 else ("as it is", "ahead"):
+        as_stock, move = moves[name]
+        found = ranks(2).run(f"{WORKER}:plugged_in", model, stage, as_stock=as_stock, move=move)[0]
+        assert ("untested optimizer" in found["log"]) == ("before it has started" in found["log"]) == as_stock
+        assert [each["matrices"] for each in found["rates"]] == (rates if name == "ahead" else [0, 0, rates[1]])
 
 
 @every(["GaLore", "low rank", "projected"], [("projected", 0), ("GaLore", 3)])

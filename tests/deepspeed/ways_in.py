@@ -50,8 +50,12 @@ def trainer(model: str, steps: int, stage: int, optimizer: Json, megalr_section:
     return _finish(job.model_wrapped)
 
 
-def plugged_in(model: str, stage: int, *, as_stock: bool) -> Json:
-    """What a user sees who gives all parameters, a model under zero.Init and a schedule that sets all rates."""
+def plugged_in(model: str, stage: int, *, as_stock: bool, move: tuple[int, ...] | None = None) -> Json:
+    """What a user sees who gives all parameters, a model under zero.Init and a schedule that sets all rates.
+
+    Args:
+        move: arguments of a step of the schedule before training.
+    """
     scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 20}}
     optimizer = {"type": "GaLoreAdamW", "params": {**SETTINGS, "rank": 5}}
     config = configuration(stage, ACCUMULATION, optimizer=optimizer, scheduler=scheduler)
@@ -76,6 +80,8 @@ def plugged_in(model: str, stage: int, *, as_stock: bool) -> Json:
         engine = megalr.initialize(model=net, model_parameters=net.parameters(), config=config)[0]
     for each in loggers:
         each.removeHandler(handler)
+    if move is not None:
+        engine.lr_scheduler.step(*move)
     rates = []
     for ids in batches(3):
         rates.append(engine.basic_optimizer.learning_rates())
