@@ -71,14 +71,14 @@ def common_rate(content: Json) -> tuple[str, float, bool] | None:
 
     Returns:
         Its key in "scheduler.params", its value, and whether that is the schedule's default; None if the schedule
-        multiplies each group's own rate, or has one number per group.
+        multiplies each group's own rate, or has a number for each group.
     """
-    from deepspeed.runtime import lr_schedules  # noqa: PLC0415
-
     section = content.get("scheduler") or {}
     name, params = section.get("type"), section.get("params") or {}
     if not isinstance(name, str) or name not in COMMON_RATES:
         return None
+    from deepspeed.runtime import lr_schedules  # noqa: PLC0415
+
     key = COMMON_RATES[name]
     kind = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name)
     value = params.get(key, inspect.signature(kind).parameters[key].default)
