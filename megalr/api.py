@@ -28,7 +28,7 @@ from megalr.hosts.autotp import (
     start_tensor_parallel,
     tensor_parallel_size,
 )
-from megalr.hosts.deepspeed import refuse_experts
+from megalr.hosts.deepspeed import refuse_experts, refuse_scalars
 from megalr.hosts.deepspeed_config import check_deepspeed_config, refuse_compiled, refuse_unsupported
 from megalr.hosts.deepspeed_pipeline import check_pipeline, check_rules, check_stages, has_stages
 from megalr.hosts.deepspeed_start import check_arguments, join_before_engine, start_engine
@@ -42,16 +42,17 @@ from megalr.hosts.tensor_parallel import (
     whole_frozen,
 )
 from megalr.layers import parametrize as _parametrize
-from megalr.layers.replacement import check_made_by, check_whole, factor_pairs, replaced_layers
+from megalr.layers.replacement import check_made_by, check_whole, replaced_layers
 from megalr.layers.tensor_parallel.cutting import cut_layers
 from megalr.layers.velora import compress_activations, compressed_layers
 from megalr.naming import named_buffers, named_parameters, plain_name
 from megalr.optim.advice import advise
+from megalr.optim.events.refactorization import refactorized_pairs
 from megalr.optim.events.registry import layer_events
 from megalr.optim.events.velora import Directions
 from megalr.optim.facts import facts_of
 from megalr.optim.foreign import attend, needs, watch
-from megalr.optim.groups import check_names, parameter_groups
+from megalr.optim.groups import check_names, parameter_groups, refuse_complex
 from megalr.optim.optimizer import MegalrOptimizer
 
 logger = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ def _build_optimizer(model: nn.Module, content: Json) -> MegalrOptimizer:
     optimizer = MegalrOptimizer(
         groups,
         parsed,
-        pairs=list(factor_pairs(model)),
+        pairs=refactorized_pairs(model, parsed),
         events=layer_events(parsed.parametrization, layers, parsed.seed),
         activations=Directions(compressed) if compressed else None,
         sections={key: content[key] for key in ("optimizer", "megalr") if key in content},
@@ -215,7 +216,10 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     join_before_engine(kwargs)
     content = _read_together(model, config)
     check_deepspeed_config(content, _data_size(model, content, kwargs))
-    refuse_experts(dict(named_parameters(model)))
+    parameters = dict(named_parameters(model))
+    refuse_experts(parameters)
+    refuse_scalars(parameters)
+    refuse_complex(parameters)
     refuse_compiled(model, content)
     check_earlier_groups(max(tensor_parallel_size(content), ranks_that_share(kwargs.get("mpu"))))
     parametrize(model, content)

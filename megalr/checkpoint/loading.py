@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,14 @@ from megalr.checkpoint.publishing import find
 from megalr.checkpoint.reading import outlines, read_tensor
 from megalr.checkpoint.saving import Saver
 from megalr.checkpoint.storage import FolderReader
-from megalr.errors import UserError
+from megalr.checkpoint.values import FROZEN, TRAINED
+from megalr.errors import UserError, some_of
 from megalr.layout.rectangles import Entry
 from megalr.optim.loading import check_shapes
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+KINDS = frozenset({*TRAINED, FROZEN, "buffers", "random"})  # of what this package keeps
 PARTLY = "A part has been loaded: do not go on training before another load has succeeded"
 
 
@@ -101,6 +103,7 @@ def load_whole(engine: Any, manifest: Manifest) -> Loaded:
 
     dropped = _together(saver.group, check, "Nothing was loaded")
     _together(saver.group, partial(_taken, manifest, lambda: _make_room(contents, manifest, saved)), PARTLY)
+    _refuse_untaken(contents, saved, saver.group)
     read_entries(manifest, contents.targets(), saver.group)
     _taken(manifest, lambda: contents.settle(numbers))
     notes = [f"dropped of {manifest.folder}, to begin anew: {dropped}"] if dropped else []
@@ -153,6 +156,20 @@ def _make_room(contents: Contents, manifest: Manifest, saved: Mapping[str, Tenso
         raise UserError(f"{manifest.folder} lacks {', '.join(missing[:3])}: another version of megalr has written it")
     # Of what layers keep, which is only known now; moments and states were looked at before anything was changed.
     check_shapes({key: entry.shape for key, entry in contents.targets().items()}, saved)
+
+
+def _refuse_untaken(contents: Contents, saved: Iterable[str], group: dist.ProcessGroup | None) -> None:
+    """Refuse what events of a user's layers have saved and no process prepares a place for; on all ranks alike."""
+    left = {key for key in saved if key.partition("/")[0] not in KINDS} - contents.targets().keys()
+    if group is not None:
+        every: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(every, left, group=group)
+        left = set.intersection(*every)
+    if left:
+        raise UserError(
+            f"the checkpoint has {some_of(sorted(left))}, for which the layers' events prepare nothing: make_room() "
+            f"has to allocate every tensor that entries() returns. {PARTLY}"
+        )
 
 
 def _taken(manifest: Manifest, act: Callable[[], T]) -> T:

@@ -110,8 +110,6 @@ class Guard:
             optimizer.skip_update()
         before = optimizer.updates
         result = self._engine_step(*args, **kwargs)
-        # DeepSpeed tells the optimizer nothing of updates that it skips itself.
-        optimizer.begin_update()
         if optimizer.updates > before:
             self._accept()
         else:

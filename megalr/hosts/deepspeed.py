@@ -290,6 +290,20 @@ def refuse_experts(parameters: Mapping[str, Tensor]) -> None:
         )
 
 
+def refuse_scalars(parameters: Mapping[str, Tensor]) -> None:
+    """Raise a UserError for a parameter without dimensions, trained or not, which no engine of DeepSpeed takes.
+
+    DeepSpeed sends the first rank's values as bytes, with one process as with many, and torch cannot view a tensor
+    without dimensions as elements of another size.
+    """
+    scalar = next((n for n, p in parameters.items() if not zero_layouts.shape_of(p) and p.element_size() > 1), None)
+    if scalar is not None:
+        raise UserError(
+            f"{scalar} has no dimensions, its shape is (), and DeepSpeed takes no such parameter: make it one of shape "
+            "(1,), as in torch.nn.Parameter(p.detach().reshape(1)), or a buffer if it is not trained"
+        )
+
+
 def _is_expert(parameter: Tensor) -> bool:
     """DeepSpeed's mark of an expert, of which ranks have different ones."""
     return not getattr(parameter, "allreduce", True)

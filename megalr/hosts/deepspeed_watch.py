@@ -1,7 +1,7 @@
 """What DeepSpeed's engine would do wrongly, without a word, with our optimizer in it.
 
 A job may call ``deepspeed.initialize`` itself, or leave that to a Trainer, so there is no engine to look at when our
-optimizer is built. Six methods of DeepSpeed's class of engines are wrapped instead, once for a process. They do more
+optimizer is built. Seven methods of DeepSpeed's class of engines are wrapped instead, once for a process. They do more
 for an engine whose optimizer :func:`watch` was given; any other engine is left as it is.
 """
 
@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,22 @@ import torch
 
 from megalr.errors import UserError
 from megalr.hosts import zero_layouts
-from megalr.hosts.deepspeed import ACCUMULATING, ENGINE, PASSED, STAGES_1_AND_2, UNFUSED, DeepSpeedEngine
+from megalr.hosts.deepspeed import (
+    ACCUMULATING,
+    ENGINE,
+    PASSED,
+    STAGES_1_AND_2,
+    UNFUSED,
+    DeepSpeedEngine,
+    refuse_scalars,
+)
 from megalr.hosts.deepspeed_config import refuse_unsupported
 from megalr.hosts.deepspeed_gradients import forget_old_gradients
 from megalr.hosts.deepspeed_monitors import outlive_monitors
+from megalr.naming import named_parameters
 
 ENGINES = "deepspeed.runtime.engine"
+METRIC = "metrics"  # the argument by which torch's ReduceLROnPlateau gets one
 WEIGHTS_OF_STAGE_3 = "get_fp32_state_dict_from_zero_checkpoint"
 
 # What this file reads and writes of DeepSpeed; held by tests/deepspeed/test_contract.py.
@@ -32,11 +42,14 @@ INTERNALS = {
     ENGINES: ("DeepSpeedEngine", WEIGHTS_OF_STAGE_3),
     ENGINE: (
         "_is_gradient_accumulation_boundary",
+        "_step_applied",
+        "_take_model_step",
         "backward",
         "basic_optimizer",
         "global_steps",
         "gradient_accumulation_steps",
         "load_checkpoint",
+        "lr_scheduler",
         "managed_gradient_accumulation",
         "micro_steps",
         "module",
@@ -44,6 +57,7 @@ INTERNALS = {
         "pipeline_parallelism",
         "set_train_batch_size",
         "set_train_micro_batch_size",
+        "skipped_steps",
         "step",
         "zero_optimization_stage",
     ),
@@ -84,6 +98,7 @@ def watch(optimizer: Any) -> None:
         "__init__": _made,
         "backward": _passed,
         "step": _stepped,
+        "_take_model_step": _updated,
         "load_checkpoint": _loading,
         "set_train_batch_size": _resized,
         "set_train_micro_batch_size": _resized,
@@ -105,6 +120,7 @@ def _made(original: Callable[..., None]) -> Callable[..., None]:
         content = getattr(given.get("config_class"), "_param_dict", None)
         if content is not None and given.get("optimizer") in _watched:
             refuse_unsupported(content)
+            refuse_scalars(dict(named_parameters(given["model"])))
         original(engine, *args, **kwargs)
         if _is_ours(engine):
             if content is not None:  # a callable has made the optimizer only now
@@ -156,11 +172,72 @@ def _stepped(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def step(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_ours(engine):
+            _refuse_no_metric(engine.lr_scheduler, *args, **kwargs)
         if hasattr(engine, PASSED):
             setattr(engine, PASSED, False)
         return original(engine, *args, **kwargs)
 
     return step
+
+
+def _updated(original: Callable[..., None]) -> Callable[..., None]:
+    """An update is over, made or not: whoever skips it, the others are told, and its schedule stays where it was.
+
+    DeepSpeed tells its optimizer nothing of updates that it skips itself, and knows nothing of those that the optimizer
+    skips.
+    """
+
+    @functools.wraps(original)
+    def take_step(engine: Any, *args: Any, **kwargs: Any) -> None:
+        if not _is_ours(engine):
+            return original(engine, *args, **kwargs)
+        optimizer, schedule = engine.basic_optimizer, engine.lr_scheduler
+        before = optimizer.updates
+        if schedule is not None:
+            engine.lr_scheduler = _OfUpdates(schedule, optimizer)
+        try:
+            original(engine, *args, **kwargs)
+        finally:
+            engine.lr_scheduler = schedule
+        if optimizer.updates == before and engine._step_applied:
+            engine._step_applied = False
+            engine.skipped_steps += 1
+        optimizer.begin_update()
+        return None
+
+    return take_step
+
+
+class _OfUpdates:
+    """A schedule that makes its step only if the optimizer has made an update."""
+
+    def __init__(self, schedule: Any, optimizer: Any) -> None:
+        self._schedule, self._optimizer, self._before = schedule, optimizer, optimizer.updates
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        if self._optimizer.updates > self._before:
+            self._schedule.step(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._schedule, name)
+
+
+def _refuse_no_metric(schedule: Any, lr_kwargs: Mapping[str, Any] | None = None) -> None:
+    """Refuse a step of a schedule that looks at a metric, without one: DeepSpeed hands it the batch size instead."""
+    if schedule is not None and _wants_metric(type(schedule)) and METRIC not in (lr_kwargs or {}):
+        raise UserError(
+            f"the schedule {type(schedule).__name__} looks at a metric after each update, and DeepSpeed would give it "
+            f'the batch size: call engine.step(lr_kwargs={{"{METRIC}": loss}}), with a number that all ranks share, or '
+            "give another lr_scheduler"
+        )
+
+
+def _wants_metric(schedule: type) -> bool:
+    """Whether the ``step`` of a class of schedules needs one, as that of ReduceLROnPlateau."""
+    step = getattr(schedule, "step", None)
+    wanted = inspect.signature(step).parameters.get(METRIC) if callable(step) else None
+    return wanted is not None and wanted.default is inspect.Parameter.empty
 
 
 def _wants_one_pass(engine: Any) -> bool:

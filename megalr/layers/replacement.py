@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 
 from torch import nn
@@ -103,11 +103,29 @@ def check_made_by(model: nn.Module, config: ParametrizationConfig) -> None:
 
 
 def factor_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """The qualified names of every low-rank pair of the model, as (B, A)."""
+    """The qualified names of every low-rank pair of the model that is trained, both of it, as (B, A)."""
     for name, module in named_modules(model):
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LowRankLinear) and module.B.requires_grad and module.A.requires_grad:
             prefix = f"{name}." if name else ""
             yield f"{prefix}B", f"{prefix}A"
+
+
+def half_frozen(layers: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
+    """The layers with factors B and A of which one is trained and the other is frozen.
+
+    Args:
+        layers: the replaced ones by qualified name.
+
+    Returns:
+        By layer the last names of the frozen factor and of the trained one.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for name, layer in layers.items():
+        factors = {key: p for key, p in layer.named_parameters(recurse=False) if key in ("B", "A")}
+        trained = [key for key, p in factors.items() if p.requires_grad]
+        if len(factors) == 2 and len(trained) == 1:
+            found[name] = ("A" if trained == ["B"] else "B", trained[0])
+    return found
 
 
 def factor_names(model: nn.Module) -> Iterator[str]:

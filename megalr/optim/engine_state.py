@@ -20,13 +20,16 @@ from megalr.layout.rectangles import Entry
 from megalr.optim.clock import Clock
 from megalr.optim.events.base import Event
 from megalr.optim.forms import changed_settings, in_words, layer_form, rule_form, rule_settings
+from megalr.optim.loading import check_keys
 from megalr.optim.state import event_numbers, kept_entries, load_event_numbers
 
 if TYPE_CHECKING:
+    from megalr.optim.matrices import MatrixUpdater
     from megalr.optim.optimizer import MegalrOptimizer
 
 logger = logging.getLogger(__name__)
 
+KINDS = ("rule", "remainders", "waiting", "directions")  # of this package's entries beside moments
 COMMON = ("updates", "clocks", "form", "matrices")  # everything else that version 0.1 wrote is of an event
 
 
@@ -35,11 +38,11 @@ class Loaded:
     """What was loaded, until it is known what lies where.
 
     Attributes:
-        matrices: the counts in the rule's states, by matrix.
+        matrices: the numbers in the rule's states, by matrix.
         tensors: this rank's, by the keys of entries: one for each of an entry's pieces, or all in one flat tensor.
     """
 
-    matrices: Mapping[str, Mapping[str, int]]
+    matrices: Mapping[str, Mapping[str, float]]
     tensors: Mapping[str, Sequence[Tensor]]
 
 
@@ -93,7 +96,7 @@ def load(optimizer: MegalrOptimizer, state_dict: Mapping[str, Any]) -> Loaded:
     optimizer.updates = saved["updates"]
     optimizer.clocks = {name: Clock(**values) for name, values in saved["clocks"].items()}
     load_event_numbers(optimizer, saved["events"])
-    _fill_events([event for event in optimizer.events if not event.needs_layout], saved["tensors"])
+    _fill_events(optimizer.events, saved["tensors"], needs_layout=False)
     return Loaded(saved["matrices"], saved["tensors"])
 
 
@@ -101,14 +104,23 @@ def fill(optimizer: MegalrOptimizer, loaded: Loaded) -> None:
     """Take over tensors that were loaded, once it is known what lies where.
 
     Raises:
-        UserError: they belong to another rule, rank or layout.
+        UserError: they belong to another rule, rank or layout, or the rule has no place for all of them.
     """
     if optimizer.matrices is not None:
         optimizer.matrices.make_room(loaded.matrices, {})
+        _check_keys(optimizer.matrices, loaded)
     rules = {} if optimizer.matrices is None else optimizer.matrices.entries()
-    known = rules.keys() | _fill_events(optimizer.events, loaded.tensors)
+    early = [event for event in optimizer.events if not event.needs_layout]  # filled by load, and used since
+    known = rules.keys() | {key for event in early for key in event.entries()}
+    known |= _fill_events(optimizer.events, loaded.tensors, needs_layout=True)
     unknown = (loaded.matrices.keys() - optimizer.matrix_states.keys()) | (loaded.tensors.keys() - known)
     if unknown:
+        kind, slash, _ = min(unknown).partition("/")
+        if slash and kind not in KINDS:
+            raise UserError(
+                f"the checkpoint holds {min(unknown)}, for which the layers' events prepare nothing: make_room() has "
+                "to allocate every tensor that entries() returns"
+            )
         raise UserError(
             f"the checkpoint holds the state of {min(unknown)}, which this rank does not own: resume with the ZeRO "
             "stage, number of processes and optimizer settings that it was written with"
@@ -116,10 +128,23 @@ def fill(optimizer: MegalrOptimizer, loaded: Loaded) -> None:
     _fill_entries(rules, loaded.tensors)
 
 
-def _fill_events(events: Sequence[Event], tensors: Mapping[str, Sequence[Tensor]]) -> set[str]:
-    """Read into events what is theirs; the keys of that."""
+def _check_keys(updater: MatrixUpdater, loaded: Loaded) -> None:
+    """Make sure that nothing is lost of the states that this rank keeps."""
+    saved: dict[str, set[str]] = {}
+    for entry in loaded.tensors:
+        kind, _, place = entry.partition("/")
+        if kind == "rule":
+            name, _, key = place.rpartition("/")
+            saved.setdefault(name, set()).add(key)
+    for matrix in updater.matrices:
+        if matrix.name in updater.states:
+            check_keys(matrix, loaded.matrices[matrix.name], saved.get(matrix.name, ()), updater.states[matrix.name])
+
+
+def _fill_events(events: Sequence[Event], tensors: Mapping[str, Sequence[Tensor]], *, needs_layout: bool) -> set[str]:
+    """Read into the events of one kind what is theirs; the keys of that."""
     keys: set[str] = set()
-    for event in events:
+    for event in (event for event in events if event.needs_layout is needs_layout):
         event.make_room(tensors)
         entries = event.entries()
         _fill_entries(entries, tensors)
@@ -148,7 +173,7 @@ def _fill_entries(entries: Mapping[str, Entry], tensors: Mapping[str, Sequence[T
 def _from_version_0_1(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The same in today's form. Version 0.1 kept each state as a dictionary of tensors and numbers, by its owner."""
     tensors: dict[str, list[Tensor]] = {}
-    matrices: dict[str, dict[str, int]] = {}
+    matrices: dict[str, dict[str, float]] = {}
     for name, state in saved.get("matrices", {}).items():
         matrices[name] = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
         tensors |= {f"rule/{name}/{key}": [value] for key, value in state.items() if isinstance(value, Tensor)}

@@ -46,7 +46,10 @@ class ParameterGroup:
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGroup]:
-    """Sort a model's trainable parameters into groups; every parameter into exactly one, empty groups left out.
+    """Sort a model's trainable parameters into groups; every parameter into exactly one.
+
+    Groups without elements are left out, with the parameters of shapes such as (0, 8) in them: an engine makes no
+    buffer of them. Other groups keep theirs.
 
     - factors: what low-rank layers and their kin train, with the trunk's settings; the optimizer's rule updates them,
       if it has one. A group of their own, so that a reset of the factors covers whole flat buffers.
@@ -59,11 +62,12 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
     - trunk: the rest.
 
     Raises:
-        UserError: there are no such parameters, the rule would get nothing, or no head or embeddings where it is to
-            have them, or a pattern of ``target_modules`` matches nothing.
+        UserError: there are no such parameters, or one is complex, the rule would get nothing, or no head or embeddings
+            where it is to have them, or a pattern of ``target_modules`` matches nothing.
     """
     found, parameters = roles(model), dict(named_parameters(model))
-    if not found:
+    refuse_complex(parameters)
+    if all(_is_empty(parameters[name]) for name in found):
         raise UserError(
             "the model trains nothing: requires_grad is False for all of its parameters, or it has none. Call "
             "requires_grad_() on what is to be trained"
@@ -75,7 +79,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
     rest = main
     if config.rule is not None:
         chosen = _matrices(found, config.target_modules, needed=next(factor_names(model), None) is None)
-        chosen = {name for name in chosen if 0 not in logical_shape(parameters[name])}  # nothing to update
+        chosen = {name for name in chosen if not _is_empty(parameters[name])}  # nothing to update
         members["matrices"] = {n: p for n, p in members["trunk"].items() if n in chosen}
         members["trunk"] = {n: p for n, p in members["trunk"].items() if n not in chosen}
         rest = _override(main, config.adamw)
@@ -91,7 +95,18 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
         "norm": _override(replace(rest, weight_decay=0.0), config.norm),
     }
     rules = _rules(config, set(found.values()))
-    return [ParameterGroup(name, chosen, settings[name], rules.get(name)) for name, chosen in members.items() if chosen]
+    filled = {name: chosen for name, chosen in members.items() if not all(map(_is_empty, chosen.values()))}
+    return [ParameterGroup(name, chosen, settings[name], rules.get(name)) for name, chosen in filled.items()]
+
+
+def refuse_complex(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise a UserError for a trained parameter with complex elements, of which neither AdamW nor rules know."""
+    name = next((name for name, p in parameters.items() if p.requires_grad and p.is_complex()), None)
+    if name is not None:
+        raise UserError(
+            f"{name} is complex, and the optimizer updates real numbers: make it a real parameter with a last "
+            "dimension of 2, of which the model takes torch.view_as_complex, or freeze it"
+        )
 
 
 def check_names(groups: Iterable[ParameterGroup], module: nn.Module) -> None:
@@ -129,6 +144,11 @@ def check_settings(groups: Iterable[ParameterGroup], param_groups: Iterable[Mapp
                     f"{group.rule.name}, goes on with {given}: leave {key} of this group as it was, or write another "
                     f'"{key}" in optimizer.params and build the optimizer again'
                 )
+
+
+def _is_empty(parameter: nn.Parameter) -> bool:
+    """Whether a parameter has no elements, so that there is nothing to train."""
+    return 0 in logical_shape(parameter)
 
 
 def _group_of(role: Role, config: OptimizerConfig) -> GroupName:

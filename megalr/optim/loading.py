@@ -4,14 +4,15 @@ that it fits. Torch reads what overlaps, so that a tensor of another shape would
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from megalr.errors import UserError, some_of
 from megalr.layout.rectangles import folded
-from megalr.rules.base import tensors_of
+from megalr.rules.base import State, tensors_of
+from megalr.rules.states import NUMBERS, check_numbers
 
 if TYPE_CHECKING:
     from megalr.layout.layout import Layout
@@ -23,18 +24,39 @@ ADVICE = "megalr did not write it so: load another checkpoint"
 Shapes = dict[str, tuple[int, ...]]
 
 
-def check_counts(numbers: Mapping[str, Any]) -> None:
+def check_counts(numbers: Mapping[str, Any], *, own: Collection[str] = ()) -> None:
     """Make sure that what counts updates is a whole number, and not negative.
 
     Args:
         numbers: of the optimizer, with "clocks" and the "matrices" of all ranks.
+        own: matrices that a user's rule updates, whose numbers need not count anything.
 
     Raises:
         UserError: some count is something else.
     """
-    for where, value in _counts(numbers):
+    for where, value in _counts(numbers, own):
         if type(value) is not int or value < 0:  # true is no number
             raise UserError(f"the checkpoint's {where} is {value!r}, expected a whole number of at least 0: {ADVICE}")
+
+
+def changed_by_json(value: Any, where: str = "") -> str:
+    """What of a value JSON would not give back, in words; empty if nothing. Of a tuple it makes a list.
+
+    Args:
+        value: of any type.
+        where: it lies, for the words.
+    """
+    inner: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, dict):
+        odd = [key for key in value if not isinstance(key, str)]
+        if odd:
+            return f"the key {odd[0]!r}{where and f' in {where}'}"
+        inner = ((f"{where}.{key}".lstrip("."), each) for key, each in value.items())
+    elif isinstance(value, list | tuple):
+        inner = ((f"{where}[{index}]", each) for index, each in enumerate(value))
+    elif value is not None and not isinstance(value, (str, *NUMBERS)):
+        return f"a {type(value).__qualname__}{where and f' as {where}'}"
+    return next(filter(None, (changed_by_json(each, place) for place, each in inner)), "")
 
 
 def check_moments(layout: Layout, saved: Mapping[str, Tensor]) -> None:
@@ -56,7 +78,7 @@ def check_moments(layout: Layout, saved: Mapping[str, Tensor]) -> None:
 
 
 def check_matrices(
-    updater: MatrixUpdater, numbers: Mapping[str, Mapping[str, int]], saved: Mapping[str, Tensor], *, converts: bool
+    updater: MatrixUpdater, numbers: Mapping[str, Mapping[str, float]], saved: Mapping[str, Tensor], *, converts: bool
 ) -> None:
     """Make sure that the states of rules are complete, and of the shapes that the rules keep; those of all ranks.
 
@@ -90,9 +112,39 @@ def check_matrices(
             _check_conversion(matrix, own, found.get(matrix.name, {}))
         else:
             room = matrix.rule.room(own, matrix.shape, "meta")
+            check_keys(matrix, own, found.get(matrix.name, {}), room)
             outlines = tensors_of(room).items()
             expected |= {f"rule/{matrix.name}/{key}": folded(tuple(each.shape)) for key, each in outlines}
     check_shapes(expected, saved)
+
+
+def check_keys(matrix: Matrix, numbers: Mapping[str, float], tensors: Collection[str], room: State) -> None:
+    """Make sure that a rule takes up all of a matrix's saved state, and begins with nothing of its own.
+
+    Args:
+        matrix: that has the state.
+        numbers: the saved ones.
+        tensors: keys of the saved ones; those that are missing are for :func:`check_shapes` to say.
+        room: of the rule, for these numbers.
+
+    Raises:
+        UserError: the rule has no place for a tensor, a number is missing, or is none.
+    """
+    check_numbers(matrix.rule, matrix.name, dict(numbers))
+    unknown = sorted(set(tensors) - tensors_of(room).keys())
+    if unknown:
+        raise UserError(
+            f"the checkpoint has rule/{matrix.name}/{unknown[0]}, for which the rule {matrix.rule.name} has no place: "
+            "its init_state has to make every key of the state. Load it with the rule that wrote it, or another "
+            "checkpoint"
+        )
+    missing = [key for key, value in room.items() if not isinstance(value, Tensor) and key not in numbers]
+    if missing:
+        raise UserError(
+            f'the checkpoint lacks "{missing[0]}" in the state of {matrix.name}, which the rule {matrix.rule.name} '
+            "would begin anew: another version of the rule wrote it, or one of megalr that kept only whole numbers. "
+            "Load another checkpoint, or override room() of the rule to leave out the key and have update() make it"
+        )
 
 
 def check_shapes(expected: Shapes, saved: Mapping[str, Tensor]) -> None:
@@ -111,7 +163,7 @@ def check_shapes(expected: Shapes, saved: Mapping[str, Tensor]) -> None:
         )
 
 
-def _check_conversion(matrix: Matrix, numbers: Mapping[str, int], found: Mapping[str, Tensor]) -> None:
+def _check_conversion(matrix: Matrix, numbers: Mapping[str, float], found: Mapping[str, Tensor]) -> None:
     """Convert outlines: what the rule makes of them has to have the shapes of its own states."""
     try:
         made = tensors_of(matrix.rule.convert({**numbers, **found}, matrix.shape))
@@ -128,10 +180,12 @@ def _check_conversion(matrix: Matrix, numbers: Mapping[str, int], found: Mapping
     check_shapes(own, {f"rule/{matrix.name}/{key}": each for key, each in made.items()})
 
 
-def _counts(numbers: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _counts(numbers: Mapping[str, Any], own: Collection[str]) -> Iterator[tuple[str, Any]]:
     for name, clock in numbers["clocks"].items():
         for key, value in clock.items():
             if key != "since_reset" or value is not None:
                 yield f"clocks.{name}.{key}", value
     for name, state in numbers["matrices"].items():
+        if name in own:
+            continue
         yield from ((f"matrices.{name}.{key}", value) for key, value in state.items())

@@ -15,6 +15,7 @@ from megalr.layout.rectangles import Entry
 from megalr.layout.rounds import Rounds
 from megalr.layout.shard import Shard
 from megalr.rules.base import Basis, Rule, Shape, State, tensor, tensors_of
+from megalr.rules.states import Outline, check_finite, check_rule, check_updated, is_of_megalr, outline_of
 from megalr.timing import span
 
 
@@ -127,6 +128,9 @@ class MatrixUpdater:
             device: where messages live; see :class:`megalr.layout.exchange.Exchange`.
             bucket_bytes: maximum temporary memory for communication.
             seed: random seed of bases.
+
+        Raises:
+            UserError: a rule keeps what checkpoints cannot hold; see :func:`megalr.rules.states.check_rule`.
         """
         self.calls = 0
         self._shard = shard
@@ -144,6 +148,9 @@ class MatrixUpdater:
         self._by_name = {m.name: m for m in self.matrices}
         self._whole = {m.name for m in self.matrices if all(f.rank == m.owner for f in self._layout.of(m.name))}
         self.states: dict[str, State] = {}
+        self._outlines: dict[str, Outline] = {}  # of the states, as they were made or loaded
+        for rule, shape in {(id(m.rule), m.shape): (m.rule, m.shape) for m in self.matrices}.values():
+            check_rule(rule, shape)
 
     def update(
         self,
@@ -163,6 +170,9 @@ class MatrixUpdater:
             lr, weight_decay: W -= lr (update + λ W).
             updates: made so far.
             schedule: the learning rate over that of the JSON.
+
+        Raises:
+            UserError: a rule has left a state that no checkpoint would give back; on the ranks that ran it.
         """
         masters = self._shard.buffers
         resting = self._resting(updates)
@@ -186,6 +196,7 @@ class MatrixUpdater:
             grad, weight = (self._view(field, fragment, matrix.shape) for field in (gradients, masters))
             basis = self._begin(matrix, grad, sent, updates)
             matrix.rule.scheduled(schedule).apply(weight, grad, self._state(matrix), basis, lr=lr)
+            self._check_updated(matrix)
         rounds.run(compute, [apply], like=masters[0])
 
     def reset(self, parameters: Iterable[str]) -> None:
@@ -209,10 +220,10 @@ class MatrixUpdater:
                 old = tensor(state, key)
                 old.copy_(turn.to(old) @ old if left else old @ turn.to(old))
 
-    def numbers(self) -> dict[str, dict[str, int]]:
-        """The numbers in the states of this rank's matrices."""
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """The numbers in the states of this rank's matrices: int, float and bool."""
         return {
-            name: {key: value for key, value in state.items() if isinstance(value, int)}
+            name: {key: value for key, value in state.items() if not isinstance(value, Tensor)}
             for name, state in self.states.items()
         }
 
@@ -224,7 +235,7 @@ class MatrixUpdater:
             for key, value in tensors_of(state).items()
         }
 
-    def make_room(self, numbers: Mapping[str, Mapping[str, int]], saved: Mapping[str, Tensor]) -> None:
+    def make_room(self, numbers: Mapping[str, Mapping[str, float]], saved: Mapping[str, Tensor]) -> None:
         """Prepare the states of exactly those matrices that are among all ranks' numbers; tensors are to be read into.
 
         Args:
@@ -243,12 +254,14 @@ class MatrixUpdater:
             name, _, key = place.rpartition("/")
             if kind == "rule" and name in mine:
                 self.states[name][key] = torch.empty_like(outline, device=device)
+        self._outlines = {name: outline_of(state) for name, state in self.states.items()}
 
     def convert(self) -> None:
         """Convert states that were read to the form that these rules keep."""
         for m in self.matrices:
             if m.name in self.states:
                 self.states[m.name] = m.rule.convert(self.states[m.name], m.shape)
+                self._outlines[m.name] = outline_of(self.states[m.name])
 
     @property
     def parameters(self) -> set[str]:
@@ -356,7 +369,13 @@ class MatrixUpdater:
     def _run(self, name: str, grad: Tensor, updates: int, schedule: float) -> Tensor:
         matrix = self._by_name[name]
         basis = self._begin(matrix, grad, None, updates)
-        return matrix.rule.scheduled(schedule).update(grad, self._state(matrix), basis)
+        update = matrix.rule.scheduled(schedule).update(grad, self._state(matrix), basis)
+        self._check_updated(matrix)
+        return update
+
+    def _check_updated(self, matrix: Matrix) -> None:
+        """At every update: what comes late is lost as well, and a look at a few keys costs less than one operation."""
+        check_updated(matrix.rule, matrix.name, self._outlines[matrix.name], self.states[matrix.name])
 
     def _begin(self, matrix: Matrix, grad: Tensor, sent: Basis | None, updates: int) -> Basis | None:
         """Count a call of the rule; compute the basis where one is due and none was sent."""
@@ -375,7 +394,10 @@ class MatrixUpdater:
 
     def _state(self, matrix: Matrix) -> State:
         if matrix.name not in self.states:
-            self.states[matrix.name] = matrix.rule.init_state(matrix.shape, self._shard.buffers[0].device)
+            state = matrix.rule.init_state(matrix.shape, self._shard.buffers[0].device)
+            if not is_of_megalr(matrix.rule):  # which begin with zeros
+                check_finite(matrix.rule, state)
+            self.states[matrix.name], self._outlines[matrix.name] = state, outline_of(state)
         return self.states[matrix.name]
 
     @staticmethod

@@ -27,6 +27,7 @@ from megalr.optim.inspection import Inspection
 from megalr.optim.model_check import ModelCheck
 from megalr.optim.progress import Progress
 from megalr.optim.sharded import Sharded
+from megalr.optim.state import event_numbers
 from megalr.timing import Stopwatch, span
 
 
@@ -144,14 +145,23 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         self._progress.skip_asked = True
 
     def begin_update(self) -> None:
-        """Forget what backward passes have left in layers for an update that was skipped, and that it was to be.
+        """Forget what backward passes have left for an update that was skipped, and that it was to be.
 
-        To be called before the first backward pass of an update where somebody else skips updates, as DeepSpeed does;
-        without it a refresh that meets such remains is put off by one update.
+        To be called before the first backward pass of an update where somebody else skips updates, as DeepSpeed does.
         """
         self._progress.skip_asked = False
+        self._arrivals.forget()
         for event in self.events:
             event.forget_gradients()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, and what the backward passes that made them have left in layers.
+
+        Args:
+            set_to_none: as torch has it.
+        """
+        super().zero_grad(set_to_none)
+        self.begin_update()
 
     def agree_first(self, facts: Mapping[str, str]) -> None:
         """Have all ranks compare facts before the first update, which they all make together.
@@ -164,7 +174,6 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
     def forget_update(self) -> None:
         """Forget an update that has begun, or the gradients for one: another state is to be loaded."""
         self._progress.forget()
-        self._arrivals.forget()
         self._loaded = None
         self.begin_update()
 
@@ -264,6 +273,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
                 self._balance.matrices = self._sharded.matrices
             for event in self.events:
                 event.attach(self._sharded.shard, self._sharded.exchange, self.moments)
+            event_numbers(self)  # what no checkpoint could hold is refused before the first update
             self._fill()
         return self._sharded
 

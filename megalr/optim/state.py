@@ -12,7 +12,8 @@ from megalr.layout.rectangles import Entry, entry_of
 from megalr.optim.clock import Clock
 from megalr.optim.events.base import LayerEvents
 from megalr.optim.forms import changed_settings, in_words, layer_form, logical_form, rule_form, rule_settings
-from megalr.optim.loading import MOMENTS, check_counts, check_matrices, check_moments
+from megalr.optim.loading import MOMENTS, changed_by_json, check_counts, check_matrices, check_moments
+from megalr.rules.states import is_of_megalr
 
 if TYPE_CHECKING:
     from megalr.optim.optimizer import MegalrOptimizer
@@ -69,8 +70,21 @@ def kept_entries(optimizer: MegalrOptimizer) -> dict[str, Entry]:
 
 
 def event_numbers(optimizer: MegalrOptimizer) -> dict[str, Any]:
-    """The counts of the events that layers have."""
-    return {events.key: events.numbers() for events in _of_layers(optimizer)}
+    """The counts of the events that layers have.
+
+    Raises:
+        UserError: they are not what JSON can hold.
+    """
+    found = {events.key: events.numbers() for events in _of_layers(optimizer)}
+    for events in _of_layers(optimizer):
+        changed = changed_by_json(found[events.key])
+        if changed:
+            raise UserError(
+                f"{type(events).__name__}.numbers() returns {changed}, which a checkpoint would give back as something "
+                "else, or not at all: return dictionaries with strings as keys, lists, strings, int, float, bool and "
+                "None; tensors belong into entries()"
+            )
+    return found
 
 
 def load_event_numbers(optimizer: MegalrOptimizer, numbers: Mapping[str, Any]) -> None:
@@ -112,7 +126,7 @@ def check(optimizer: MegalrOptimizer, numbers: Mapping[str, Any], saved: Mapping
             f"the checkpoint's optimizer updated {some} by another rule than the configuration has for them: resume "
             "with the target_modules, head and embeddings of optimizer.params that it was written with"
         )
-    check_counts(numbers)
+    check_counts(numbers, own=_of_own_rules(optimizer))
     check_moments(optimizer.prepare().layout, saved)
     if optimizer.matrices is not None:
         converts = numbers["rule"] != rule_form(optimizer.config)
@@ -181,6 +195,12 @@ def _of_layers(optimizer: MegalrOptimizer) -> list[LayerEvents]:
 def _by_rule(optimizer: MegalrOptimizer) -> list[str]:
     """Names of the parameters that the rule updates, also of those that have no state now."""
     return [] if optimizer.matrices is None else sorted(optimizer.matrices.parameters)
+
+
+def _of_own_rules(optimizer: MegalrOptimizer) -> set[str]:
+    """The matrices that a user's rule updates."""
+    matrices = optimizer.matrices.matrices if optimizer.matrices is not None else []
+    return {matrix.name for matrix in matrices if not is_of_megalr(matrix.rule)}
 
 
 def _refuse_parts(optimizer: MegalrOptimizer) -> None:

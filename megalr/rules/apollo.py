@@ -53,7 +53,7 @@ class Apollo(ProjectedRule):
     def init_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
         return {"version": 2, **super().init_state(shape, device), "norm": torch.zeros((), device=device)}
 
-    def room(self, numbers: Mapping[str, int], shape: Shape, device: torch.device | str) -> State:
+    def room(self, numbers: Mapping[str, float], shape: Shape, device: torch.device | str) -> State:
         state = self.init_state(shape, device)
         del state["version"]  # as the numbers have it
         return state | dict(numbers)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 #: The shape (m, n) of a matrix.
 Shape = tuple[int, int]
-#: A rule's state of one matrix: tensors and integers by key.
-State = dict[str, Tensor | int]
+#: A rule's state of one matrix: tensors and numbers (int, float, bool) by key.
+State = dict[str, Tensor | float]
 #: The tensors of a state that a refresh replaces, by key.
 Basis = dict[str, Tensor]
 
@@ -72,13 +72,18 @@ class Rule(ABC):
 
     @abstractmethod
     def init_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
-        """Return the state of an m x n matrix before its first update."""
+        """Return the state of an m x n matrix before its first update.
 
-    def room(self, numbers: Mapping[str, int], shape: Shape, device: torch.device | str) -> State:
+        It has every key that there will be, since checkpoints are loaded into it: tensors with the shapes and dtypes
+        that they keep, and numbers, which may be int, float (not NaN) or bool. Keys are names without a slash. The
+        device may be "meta", to learn shapes.
+        """
+
+    def room(self, numbers: Mapping[str, float], shape: Shape, device: torch.device | str) -> State:
         """Return a state to read saved tensors into. Override it if earlier versions had tensors of other shapes.
 
         Args:
-            numbers: the integers of the saved state, by key.
+            numbers: the numbers of the saved state, by key.
             shape: (m, n).
             device: device of the tensors.
         """
@@ -111,7 +116,7 @@ class Rule(ABC):
         """Reset the momentum in place: set the entries of :attr:`reset_keys` to zero and leave the others."""
         for key in self.reset_keys:
             value = state[key]
-            state[key] = value.zero_() if isinstance(value, Tensor) else 0
+            state[key] = value.zero_() if isinstance(value, Tensor) else type(value)(0)
 
     @abstractmethod
     def state_numel(self, shape: Shape) -> int:

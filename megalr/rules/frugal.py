@@ -79,7 +79,7 @@ class FRUGAL(ProjectedRule):
     def basis_keys(self, shape: Shape) -> tuple[str, ...]:
         return ("columns",) if self._has_columns else super().basis_keys(shape)
 
-    def room(self, numbers: Mapping[str, int], shape: Shape, device: torch.device | str) -> State:
+    def room(self, numbers: Mapping[str, float], shape: Shape, device: torch.device | str) -> State:
         state = replace(self, former_ranks="version" not in numbers).init_state(shape, device)
         del state["version"]  # as the numbers have it
         return state | dict(numbers)

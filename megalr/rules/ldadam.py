@@ -62,7 +62,7 @@ class LDAdam(ProjectedRule):
     def basis_keys_of(self, state: State, shape: Shape) -> tuple[str, ...]:
         return (_side(state),)
 
-    def room(self, numbers: Mapping[str, int], shape: Shape, device: torch.device | str) -> State:
+    def room(self, numbers: Mapping[str, float], shape: Shape, device: torch.device | str) -> State:
         # States without a version are of a time when square matrices were projected on the right.
         square = shape[0] == shape[1] and self.proj_type == "std" and "version" not in numbers
         state = (replace(self, proj_type="right") if square else self).init_state(shape, device)

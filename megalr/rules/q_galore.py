@@ -76,7 +76,7 @@ class QGaLore(ProjectedRule):
     def convert(self, state: State, shape: Shape) -> State:
         (side,) = self.sides(shape)
         own, plain = self.init_state(shape, tensor(state, side).device), fp32_state(self, state, shape)
-        own |= {key: value for key, value in state.items() if isinstance(value, int)}
+        own |= {key: value for key, value in state.items() if not isinstance(value, Tensor)}
         self._keep_moments(own, plain)
         packed = state if f"{side}_step" in state else packed_basis(side, tensor(plain, side))
         own |= {key: packed[key] for key in (side, f"{side}_step", f"{side}_zero")}

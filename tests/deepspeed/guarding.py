@@ -24,7 +24,7 @@ from megalr.train.pretrain import pretrain
 from megalr.train.ranks import AgreedError, start_ranks
 from tests.deepspeed import projecting, rule_training, tensor_training, training
 from tests.deepspeed.pretraining import MODELS
-from tests.deepspeed.training import run_steps, same
+from tests.deepspeed.training import WARMUP_COSINE, run_steps, same
 from tests.odd_model import odd_model
 
 NAN = float("nan")
@@ -40,6 +40,7 @@ ILLS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def engine_and_data(method: str, stage: int, accumulation: int = 1, **changes: Any) -> tuple[Any, list[Tensor]]:
     """A fresh engine of a method, and five batches for it."""
+    changes["scheduler"] = WARMUP_COSINE
     guards = changes.pop("guards", GUARDS)
     if method == "low_rank":
         config = training.configuration(stage, accumulation, **changes)
@@ -95,6 +96,7 @@ def skip(method: str, stage: int, kind: str, good: int = 3, **changes: Any) -> d
         "reason": guard.last_reason,
         "counts": (guard.skipped, guard.skipped_in_a_row),
         "events": engine.basic_optimizer.last_events,
+        "skipped": (engine.skipped_steps, engine.was_step_applied()),
     }
     run_steps(engine, data[4:])
     found["counts after"] = (guard.skipped, guard.skipped_in_a_row)
@@ -182,6 +184,34 @@ def go_on(stage: int) -> list[Any]:
     found.append([each._window.objection(1e6) for each in (first, second)])
     engine.destroy()
     return found
+
+
+def unguarded(stage: int, section: dict[str, Any], bad: int) -> tuple[list[str], int]:
+    """A job of its own, without a guard, where activations are no numbers once: what differs from one without that.
+
+    Args:
+        stage: of ZeRO.
+        section: the JSON's "megalr".
+        bad: in which update, on the last rank.
+    """
+    config = rule_training.rule_configuration(stage, "AdamW", 2, megalr=section, scheduler=WARMUP_COSINE)
+    data = rule_training.batches(5)
+    seen = []
+    for batches in (data, [*data[:bad], *data[bad + 1 :]]):
+        model = odd_model()
+        megalr.parametrize(model, config)
+        optimizer = megalr.build_optimizer(model, config)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_section(config))
+        run_steps(engine, batches[:bad])
+        active = batches is data and dist.get_rank() == dist.get_world_size() - 1
+        hook = engine.module.embed_tokens.register_forward_hook(lambda _, __, x: x * NAN) if active else None
+        run_steps(engine, data[bad : bad + 1] if batches is data else [])
+        if hook is not None:
+            hook.remove()
+        run_steps(engine, data[bad + 1 :])
+        seen.append(rule_training.everything(engine))
+        engine.destroy()
+    return [key for key, held in seen[1].items() if not same(held, seen[0][key])], seen[0]["counts"][0]
 
 
 def boundaries_of_the_user() -> tuple[int, int, float | None]:

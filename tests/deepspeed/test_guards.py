@@ -10,7 +10,9 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
+from tests.deepspeed import projecting
 from tests.end_to_end.commands import SMALL_MODEL, metrics, small_run, write_config
+from tests.references.parametrizations import velora
 
 pytestmark = pytest.mark.distributed
 GUARDING = "tests.deepspeed.guarding"
@@ -49,6 +51,7 @@ def test_a_bad_update_never_was(ranks, method, stage, world_size, kind, changes)
     for found in ranks(world_size).run(f"{GUARDING}:skip", method, stage, kind, **changes):
         assert found["changed"] == []
         assert found["events"] == ["skipped"]
+        assert found["skipped"] == (1, False)  # as DeepSpeed counts
         assert (found["counts"], found["counts after"]) == ((1, 1), (1, 0))
         assert found["reason"].startswith(
             {"gradient": "gradient is not finite", "spike": "loss "}.get(kind, "loss is nan")
@@ -115,6 +118,13 @@ def test_a_resumed_guard_decides_alike(ranks):
         assert equal
         assert (known, skipped, in_a_row) == (3, 1, 1)
         assert first == second is not None
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("section", [{"activations": velora.SECTION}, {"parametrization": projecting.ODD}])
+@pytest.mark.parametrize("bad", [0, 2])
+def test_without_a_guard_an_update_that_deepspeed_skips_never_was(ranks, stage, section, bad):
+    assert ranks(2).run(f"{GUARDING}:unguarded", stage, section, bad) == [([], 4)] * 2
 
 
 def test_an_update_ends_where_the_user_says(ranks):

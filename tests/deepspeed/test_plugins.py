@@ -55,6 +55,16 @@ def test_a_rule_of_ones_own_resumes(ranks, tmp_path, stage):
         assert lost == []
 
 
+def test_numbers_of_a_rule_of_ones_own_come_back(ranks, tmp_path):
+    """Floats, truth values, negative and infinite numbers: by both kinds of checkpoints, also in another layout."""
+    results = ranks(2).run("tests.deepspeed.plugging:keep_numbers", 2, 3, str(tmp_path))
+    for saved, same_layout, _ in results:
+        assert same_layout == saved
+    before, after = ({k: v for result in results for k, v in result[which].items()} for which in (0, 2))
+    assert before == after and len(before) == 4 * MATRICES
+    assert {*map(type, after.values())} == {float, bool, int}
+
+
 @pytest.mark.parametrize(("rule", "lr"), [("AdamW", 3e-3), ("Muon", 1e-2)])
 def test_layers_of_ones_own_train_the_same_however_cut(ranks, rule, lr):
     optimizer = {"type": rule, "params": {"lr": lr}}

@@ -145,9 +145,9 @@ RUNS = [
         ),
         (
             "a skipped update leaves its gradients in the layers",
-            GUARD,
-            "        optimizer.begin_update()\n        if optimizer.updates > before:",
-            "        if optimizer.updates > before:",
+            "megalr/hosts/deepspeed_watch.py",
+            "            engine.basic_optimizer.begin_update()\n",
+            "            pass\n",
             NEVER_WAS,
         ),
         (
@@ -341,8 +341,8 @@ RUNS = [
         (
             "the update after a skipped one is skipped as well",
             OPTIMIZER,
-            "        self._progress.skip_asked = False\n        for event in self.events:",
-            "        for event in self.events:",
+            "        self._progress.skip_asked = False\n        self._arrivals.forget()\n",
+            "        self._arrivals.forget()\n",
             "tests/deepspeed/test_guards.py -k test_a_bad_update_never_was",
         ),
     ),

@@ -40,6 +40,7 @@ NOT_INSTALLED = ("benchmarks", "launchers", "tests")
 
 # Attributes of engines that others have, too. Of these only what is asked of a variable called "engine" counts.
 COMMON_WORDS = {"convert", "device", "initialize", "module", "monitor", "optimizer", "replicated", "shape", "topology"}
+COMMON_WORDS |= {"zero_grad"}
 
 
 def internal_names() -> set[str]:

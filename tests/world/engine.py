@@ -95,7 +95,7 @@ class Engine:
                 self._gradient.mul_(1.0 / torch.clamp((norm + 1e-6) / self._clip, min=1.0))
             self._step()
         self._gradient.zero_()
-        self.basic_optimizer.begin_update()  # as megalr's guard does after every update
+        self.basic_optimizer.begin_update()  # as hosts.watch has DeepSpeed do after every update
 
     def publish(self, buffer: int) -> None:
         """Cast one buffer's masters to the weights of this rank's part."""

@@ -102,7 +102,7 @@ class Event(ABC):
     # calls load_numbers(), make_room(), reads into entries(), and calls settle().
 
     def numbers(self) -> dict[str, Any]:
-        """Return counts as JSON values, the same on every rank."""
+        """Return counts as JSON values, the same on every rank: keys are strings, and tuples come back as lists."""
         return {}
 
     def load_numbers(self, numbers: Mapping[str, Any]) -> None:  # noqa: B027
@@ -113,7 +113,10 @@ class Event(ABC):
         return {}
 
     def make_room(self, saved: Collection[str]) -> None:  # noqa: B027
-        """Allocate exactly the tensors with these keys of :meth:`entries`, to be read into."""
+        """Allocate exactly the tensors with these keys of :meth:`entries`, to be read into.
+
+        A load refuses keys for which no rank has a place; begin yours with a word of your own, "mine/name".
+        """
 
     def settle(self) -> None:  # noqa: B027
         """Use what was read since :meth:`make_room`."""
@@ -128,6 +131,8 @@ class LayerEvents(Event):
     Attributes:
         parametrization: the parametrization, for classes of this package; register yours.
         key: key of its numbers among the optimizer's.
+        rewrites: what rewrites both factors of a layer, for the error about a layer of which one is frozen, with the
+            type of the layers that train one alone; empty if one may be frozen.
         group: group of parameters that it updates itself; empty to have AdamW do it.
         remainders: what this rank keeps of frozen weights beside the model's, by layer; see
             :class:`~megalr.optim.frozen_weights.FrozenWeights`.
@@ -136,6 +141,7 @@ class LayerEvents(Event):
 
     parametrization: ClassVar[type[Parametrization]]
     key: ClassVar[str] = "layers"
+    rewrites: ClassVar[str] = ""
     group: ClassVar[str] = ""
 
     remainders: dict[str, Tensor]
@@ -167,6 +173,10 @@ class LayerEvents(Event):
     def merged(self) -> Mapping[str, Tensor]:
         """Return the frozen weights that :attr:`remainders` belong to, by layer."""
         return {}
+
+    def written(self) -> Mapping[str, Tensor]:
+        """Return the frozen parameters that the events change, by qualified name; nothing else may train them."""
+        return {f"{name}.weight": weight for name, weight in self.merged().items()}
 
     def entries(self) -> dict[str, Entry]:
         weights = self._with_remainder()

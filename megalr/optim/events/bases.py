@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megalr.errors import UserError
 from megalr.layers.projected import FullGradientSum, ProjectedConfig, ProjectedLinear
 from megalr.rules.bases import Projector, Side
 
@@ -110,11 +111,22 @@ class BasisSchedule:
 
 
 def bases_of(layers: Mapping[str, ProjectedLinear]) -> list[Basis]:
-    """The bases of layers by qualified name, of which some share one; layers whose R is not trained have none."""
+    """The bases of layers by qualified name, of which some share one; layers whose R is not trained have none.
+
+    Raises:
+        UserError: layers share a basis, and R is frozen in some of them alone.
+    """
     found: dict[int, Basis] = {}
+    frozen = {id(layer.basis): name for name, layer in layers.items() if not layer.R.requires_grad}
     for name, layer in layers.items():
         if not layer.R.requires_grad:
             continue
+        if id(layer.basis) in frozen:
+            raise UserError(
+                f"{frozen[id(layer.basis)]}.R is frozen (requires_grad is False), and {name}.R is trained, but the two "
+                "layers share one basis, whose refreshes would change what the frozen one computes: freeze both or "
+                'train both, or write "share_basis": false in megalr.parametrization'
+            )
         if id(layer.basis) in found:
             found[id(layer.basis)].layers[name] = layer
         else:

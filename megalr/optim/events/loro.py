@@ -34,6 +34,7 @@ class RiemannianSteps(LayerEvents):
     """The updates of a model's LORO layers; exact steps of all after the same updates."""
 
     parametrization: ClassVar[type[Parametrization]] = LoroConfig
+    rewrites: ClassVar[str] = 'an exact step of LORO moves both together; "type": "low_rank" makes no such steps'
     group: ClassVar[str] = "factors"
 
     def __init__(self, layers: Mapping[str, Any], config: LoroConfig, seed: int) -> None:

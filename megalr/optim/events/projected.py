@@ -174,6 +174,10 @@ class Projections(LayerEvents):
     def merged(self) -> dict[str, Tensor]:
         return {name: layer.frozen_weight for basis in self.schedule.bases for name, layer in basis.layers.items()}
 
+    def written(self) -> Mapping[str, Tensor]:
+        bases = {name: layer.basis for basis in self.schedule.bases for name, layer in basis.layers.items()}
+        return {**super().written(), **{f"{name}.basis": basis for name, basis in bases.items()}}
+
     def _refresh_from_gradients(
         self, due: Sequence[Basis], which: Sequence[int], gradients: Field, updates: int
     ) -> None:

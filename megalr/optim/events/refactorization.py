@@ -8,9 +8,12 @@ from itertools import chain
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from megalr.config.settings import RefactorizationConfig
+from megalr.config.settings import MegalrConfig, RefactorizationConfig
+from megalr.errors import UserError, some_of
+from megalr.layers.replacement import factor_pairs, half_frozen, replaced_layers
 from megalr.layout.exchange import Exchange, Field, copy_into
 from megalr.layout.layout import Layout
 from megalr.layout.placement import Unit, assign_owners
@@ -89,6 +92,34 @@ class Refactorization(Event):
 
     def routes(self) -> dict[str, tuple[int | None, int | None]]:
         return {name: (None, unit.owner) for unit in self._units for name in unit.names}
+
+
+def refactorized_pairs(model: nn.Module, config: MegalrConfig) -> list[tuple[str, str]]:
+    """The pairs of a model that refactorizations balance, as (B, A): those of which both are trained.
+
+    A pair with a frozen factor has no other with the same product and that factor, unless its rank is lower. It is
+    left as it is, and the log says so.
+
+    Args:
+        model: with its replaced layers.
+        config: with or without a "refactorization" section.
+
+    Raises:
+        UserError: there is such a section, and of every layer that is trained one factor is frozen.
+    """
+    pairs = list(factor_pairs(model))
+    halves = half_frozen(replaced_layers(model)) if config.refactorization else {}
+    if not halves:
+        return pairs
+    some = some_of([f"{name}.{frozen}" for name, (frozen, _) in halves.items()])
+    if not pairs:
+        raise UserError(
+            f"megalr.refactorization rewrites both factors of a layer, and one factor of each trained layer is frozen "
+            f"(requires_grad is False): {some}. Remove megalr.refactorization, or train both factors"
+        )
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+        logger.warning("refactorization leaves layers of which one factor is frozen as they are: %s", some)
+    return pairs
 
 
 def pair_units(pairs: Sequence[tuple[str, str]], layout: Layout) -> list[Unit]:

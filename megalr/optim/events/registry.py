@@ -15,6 +15,7 @@ import megalr.optim.events
 from megalr.discovery import declared_classes
 from megalr.errors import UserError
 from megalr.layers.base import Parametrization, ParametrizationConfig
+from megalr.layers.replacement import half_frozen
 from megalr.optim.events.base import LayerEvents
 
 EVENTS: dict[type, type[LayerEvents]] = {}
@@ -67,17 +68,42 @@ def layer_events(config: ParametrizationConfig, layers: Mapping[str, nn.Module],
         config: the "parametrization" section.
         layers: the replaced layers by qualified name.
         seed: key of random numbers.
+
+    Raises:
+        UserError: the events would change a frozen tensor, or one that the optimizer trains besides.
     """
     chosen = _events_of(config)
     if chosen is None or not layers:
         return None
+    if chosen.rewrites:
+        _refuse_half_frozen(layers, chosen.rewrites)
     create: Callable[..., LayerEvents] = chosen  # each declares the class of its own configuration
-    return create(layers, config, seed)
+    events = create(layers, config, seed)
+    _refuse_trained_twice(events)
+    return events
 
 
 def has_events(config: ParametrizationConfig) -> bool:
     """Whether the layers of a parametrization need events."""
     return _events_of(config) is not None
+
+
+def _refuse_half_frozen(layers: Mapping[str, nn.Module], rewrites: str) -> None:
+    for name, (frozen, trained) in half_frozen(layers).items():
+        raise UserError(
+            f"{name}.{frozen} is frozen (requires_grad is False), and {name}.{trained} is trained, but {rewrites}. "
+            "Freeze both factors, which then stay as they are, or train both"
+        )
+
+
+def _refuse_trained_twice(events: LayerEvents) -> None:
+    """Refuse what events write and the optimizer trains: an engine would overwrite the one with the other."""
+    for name, tensor in events.written().items():
+        if tensor.requires_grad:
+            raise UserError(
+                f"{name} is trained (requires_grad is True), and {type(events).__name__.lower()} of the layer write it "
+                "themselves: call requires_grad_(False) on it, as megalr.parametrize has left it"
+            )
 
 
 def _events_of(config: ParametrizationConfig) -> type[LayerEvents] | None:

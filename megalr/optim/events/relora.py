@@ -24,6 +24,7 @@ class Merges(LayerEvents):
     """The merges of a model's ReLoRA layers, all after the same updates."""
 
     parametrization: ClassVar[type[Parametrization]] = ReloraConfig
+    rewrites: ClassVar[str] = 'a merge of ReLoRA sets B to zero and draws A anew; "type": "lora" makes no merges'
 
     def __init__(self, layers: Mapping[str, Any], config: ReloraConfig, seed: int) -> None:
         """

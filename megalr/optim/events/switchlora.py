@@ -51,6 +51,7 @@ class Switches(LayerEvents):
     """The switches of a model's SwitchLoRA layers."""
 
     parametrization: ClassVar[type[Parametrization]] = SwitchLoraConfig
+    rewrites: ClassVar[str] = 'SwitchLoRA switches rows of both in turn; "type": "lora" switches none'
     group: ClassVar[str] = "factors"
 
     def __init__(self, layers: Mapping[str, Any], config: SwitchLoraConfig, seed: int) -> None:

@@ -36,7 +36,7 @@ class Directions(LayerEvents):
                 size = layer.in_features // layer.groups
                 own = torch.zeros(size, device=self._device()) if layer.total is None else layer.total
                 total, layer.total = self._exchange.sum(own), None
-                if total.any():  # else it waits for the first update in which there is one
+                if total.any() and total.isfinite().all():  # else it waits for the first update in which there is one
                     layer.direction = functional.normalize(total, dim=0)
         return []
 
