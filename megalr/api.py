@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from megalr.layers.replacement import check_made_by, check_whole, replaced_layer
 from megalr.layers.tensor_parallel.cutting import cut_layers
 from megalr.layers.velora import compress_activations, compressed_layers
 from megalr.naming import named_buffers, named_parameters, plain_name
+from megalr.optim.advice import advise
 from megalr.optim.events.refactorization import refactorized_pairs
 from megalr.optim.events.registry import layer_events
 from megalr.optim.events.velora import Directions
@@ -52,6 +54,8 @@ from megalr.optim.facts import facts_of
 from megalr.optim.foreign import attend, needs, watch
 from megalr.optim.groups import check_names, parameter_groups, refuse_complex
 from megalr.optim.optimizer import MegalrOptimizer
+
+logger = logging.getLogger(__name__)
 
 UNSHARED = "compressed activations cannot be shared by tensor-parallel ranks: remove megalr.activations"
 
@@ -120,6 +124,7 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
     if size > 1 or any(map(is_marked, model.parameters())):
         mark_gradients(model.parameters(), content)
     optimizer.agree_first(facts_of(model, content))
+    advise(model, optimizer.config, optimizer.groups, content)
     return optimizer
 
 
@@ -188,13 +193,15 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     """Call ``deepspeed.initialize`` for a dense model and a JSON with a "megalr" section.
 
     This replaces layers in place, builds the optimizer and passes both to DeepSpeed. A DeepSpeed schedule starts at its
-    first iteration; otherwise its first update would have a learning rate of zero.
+    first iteration, one update earlier than with ``deepspeed.initialize``, which makes the first update before it. Rank
+    0 logs at INFO what is trained by what, as ``optimizer.summary()``.
 
     Args:
         model: a dense model, the same on every rank.
         config: the DeepSpeed JSON, as a path or a dictionary; not modified.
         **kwargs: passed to ``deepspeed.initialize``, e.g. ``training_data``, or ``lr_scheduler``, a function of the
-            optimizer.
+            optimizer. ``model_parameters`` may be the model's parameters, all or all with ``requires_grad``, which are
+            trained anyway.
 
     Returns:
         ``(engine, optimizer, dataloader, scheduler)``, as ``deepspeed.initialize``. The
@@ -205,7 +212,7 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
         UserError: the configuration cannot work, or ranks have different ones; raised before anything is built.
     """
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    check_arguments(kwargs)
+    check_arguments(model, kwargs)
     join_before_engine(kwargs)
     content = _read_together(model, config)
     check_deepspeed_config(content, _data_size(model, content, kwargs))
@@ -217,9 +224,13 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     check_earlier_groups(max(tensor_parallel_size(content), ranks_that_share(kwargs.get("mpu"))))
     parametrize(model, content)
     optimizer = _build_optimizer(model, content)
+    scheduled = content if "lr_scheduler" not in kwargs else {**content, "scheduler": None}  # which then is not used
+    advise(model, optimizer.config, optimizer.groups, scheduled)
     _cut(model, content, kwargs)
     results = start_engine(model, optimizer, content, **kwargs)
     optimizer.prepare()
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.info("megalr trains\n%s", optimizer.summary())
     if not host_of(results[0]).has_stages:
         attach_guard(results[0])
     return results

@@ -7,6 +7,8 @@ from typing import Literal
 from torch import nn
 
 from megalr.hosts import logical_shape
+from megalr.layers.base import FactorizedLinear
+from megalr.layers.projected import ProjectedLinear
 from megalr.layers.replacement import factor_names, projected_layers
 from megalr.naming import named_modules, named_parameters, unwrapped
 
@@ -49,6 +51,31 @@ def roles(model: nn.Module) -> dict[str, Role]:
     return {name: role(name, parameter) for name, parameter in named_parameters(model) if parameter.requires_grad}
 
 
+def possible_heads(model: nn.Module) -> dict[str, str]:
+    """Layers that may be the output head of a model that does not tell, with the embedding that speaks for it.
+
+    They are linear or stand in the place of a linear layer, have as many outputs as the embedding has rows, do not
+    share its weight, and stand outside of any stack of layers, in whose names there are numbers.
+
+    Returns:
+        Qualified names, in the model's order; none if the head is known.
+    """
+    if _head_module(model) is not None:
+        return {}
+    embeddings = {name: module for name, module in named_modules(model) if isinstance(module, nn.Embedding)}
+    shared = {id(module.weight) for module in embeddings.values()}
+    rows = {module.num_embeddings: name for name, module in reversed(embeddings.items())}
+    found = {}
+    for name, module in named_modules(model):
+        is_linear = isinstance(module, nn.Linear) and id(module.weight) not in shared
+        if not (is_linear or isinstance(module, FactorizedLinear | ProjectedLinear)):
+            continue
+        outputs = getattr(module, "out_features", None)  # a user's own layer may have none
+        if outputs in rows and not any(part.isdigit() for part in name.split(".")):
+            found[name] = rows[outputs]
+    return found
+
+
 def _by_dimensions(dimensions: int) -> Role:
     if dimensions < 2:
         return "vector"
@@ -57,10 +84,14 @@ def _by_dimensions(dimensions: int) -> Role:
 
 def _head(model: nn.Module) -> nn.Parameter | None:
     """The weight of the output head, if the model has one that can be told."""
+    weight = getattr(_head_module(model), "weight", None)
+    return weight if isinstance(weight, nn.Parameter) else None
+
+
+def _head_module(model: nn.Module) -> nn.Module | None:
     # Hugging Face models name their head; elsewhere the customary name is the only sign.
     get_head = getattr(unwrapped(model), "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     if head is None:
         head = next((m for n, m in named_modules(model) if n.rpartition(".")[2] == "lm_head"), None)
-    weight = getattr(head, "weight", None)
-    return weight if isinstance(weight, nn.Parameter) else None
+    return head

@@ -80,7 +80,8 @@ class OptimizerConfig:
             A list has substrings of qualified names; a string is a regular expression for the whole name. Either
             selects among the parameters of two or three dimensions, embeddings and output head excluded. A
             three-dimensional parameter, such as batched experts, is a stack of matrices.
-        head: whether the rule also updates the output head, which may be tied to the embedding.
+        head: whether the rule also updates the output head, which may be tied to the embedding. The head is what the
+            model's ``get_output_embeddings()`` returns, or else a module called ``lm_head``.
         embeddings: whether the rule also updates the embeddings.
         adamw: overrides for the parameters that the rule does not update; needs a rule.
         embedding: further overrides for embeddings and output head. If the rule updates them, these override the

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +23,19 @@ from megalr.schema import Json
 CONFIG = "deepspeed.runtime.config"
 BATCH = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
 SCHEDULES = "deepspeed.runtime.lr_schedules"
+# A warning of DeepSpeed's for every schedule that is made, which says nothing of one that is started at once.
+NOT_STARTED = "Attempting to get learning rate from scheduler before it has started"
+
+# Schedules that set the rate of all groups, and where it is: what they warm up to, the peak of a cycle, where a range
+# test starts. The first takes each group's own rate where there is no such key.
+COMMON_RATES = {
+    "WarmupLR": "warmup_max_lr",
+    "WarmupDecayLR": "warmup_max_lr",
+    "OneCycle": "cycle_max_lr",
+    "LRRangeTest": "lr_range_test_min_lr",
+    "OneCycleLR": "max_lr",
+    "CyclicLR": "max_lr",
+}
 
 # What this file reads of DeepSpeed; held by tests/deepspeed/test_contract.py.
 INTERNALS = {CONFIG: ("DeepSpeedConfig", "DtypeEnum"), SCHEDULES: ("VALID_LR_SCHEDULES",)}
@@ -49,6 +64,41 @@ def refuse_unsupported(content: Json) -> None:
         )
     if (content.get("fp16") or {}).get("enabled") not in (None, False, "auto") and not torch.cuda.is_available():
         raise UserError('fp16 needs a GPU: write "fp16": {"enabled": false} and "bf16": {"enabled": "auto"}')
+
+
+def common_rate(content: Json) -> tuple[str, float, bool] | None:
+    """The learning rate that the JSON's schedule gives to all groups of parameters, whatever their own are.
+
+    Returns:
+        Its key in "scheduler.params", its value, and whether that is the schedule's default; None if the schedule
+        multiplies each group's own rate, or has a number for each group.
+    """
+    section = content.get("scheduler") or {}
+    name, params = section.get("type"), section.get("params") or {}
+    if not isinstance(name, str) or name not in COMMON_RATES:
+        return None
+    from deepspeed.runtime import lr_schedules  # noqa: PLC0415
+
+    key = COMMON_RATES[name]
+    kind = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name)
+    value = params.get(key, inspect.signature(kind).parameters[key].default)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return (key, float(value), key not in params) if is_number else None
+
+
+@contextmanager
+def without_warnings(*parts: str) -> Iterator[None]:
+    """Keep messages that contain one of these parts out of DeepSpeed's log."""
+
+    def shown(record: logging.LogRecord) -> bool:
+        return not any(part in record.getMessage() for part in parts)
+
+    log = logging.getLogger("DeepSpeed")
+    log.addFilter(shown)
+    try:
+        yield
+    finally:
+        log.removeFilter(shown)
 
 
 def _refuse_cycled_betas(section: Any) -> None:
@@ -180,6 +230,7 @@ def _check_scheduler(section: Mapping[str, Any]) -> None:
     if any(isinstance(value, list) for value in params.values()):
         return  # of a value for each group of parameters, which are not known yet
     try:
-        kind(torch.optim.Adam([torch.zeros(1)], lr=1.0), **params)
+        with without_warnings(NOT_STARTED):
+            kind(torch.optim.Adam([torch.zeros(1)], lr=1.0), **params)
     except Exception as error:  # whatever it thinks of the values
         raise UserError(f"scheduler.params cannot be those of {name}: {error}") from error

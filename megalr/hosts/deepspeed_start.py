@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from os import environ
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from megalr.errors import UserError
 from megalr.hosts.deepspeed import POSITION
-from megalr.hosts.deepspeed_config import deepspeed_section
+from megalr.hosts.deepspeed_config import NOT_STARTED, deepspeed_section, without_warnings
 from megalr.hosts.deepspeed_watch import watch
 from megalr.schema import Json, nearest
 
@@ -24,6 +24,9 @@ INTERNALS = {
     "deepspeed.ops": ("__compatible_ops__",),
     "deepspeed.runtime.engine.DeepSpeedEngine": ("_common_checkpoint_state", "zero_optimization_stage"),
 }
+
+# A warning of DeepSpeed's for every optimizer but its own.
+UNTESTED = "ZeRO with an untested optimizer"
 
 # Arguments of deepspeed.initialize, what may be given, and how to say it. A schedule that is made belongs to another
 # optimizer than the one that megalr.initialize makes.
@@ -62,23 +65,26 @@ def join_processes(timeout: timedelta | None) -> None:
     deepspeed.comm.init_distributed(verbose=False, **({} if timeout is None else {"timeout": timeout}))
 
 
-def check_arguments(kwargs: Mapping[str, Any]) -> None:
+def check_arguments(model: nn.Module, kwargs: dict[str, Any]) -> None:
     """Refuse what ``deepspeed.initialize`` would refuse, or overlook, when the model has been changed.
 
     Args:
-        kwargs: for it, beside the model and the JSON; none of them is None.
+        model: what the user gave as one.
+        kwargs: for it, beside the model and the JSON; none of them is None. ``model_parameters`` is removed if it is
+            what megalr trains anyway.
 
     Raises:
         UserError: names the argument and says what to give.
     """
     import deepspeed  # noqa: PLC0415  (slow to import)
 
-    for taken in ("optimizer", "model_parameters"):
-        if taken in kwargs:
-            raise UserError(
-                f"megalr.initialize builds the optimizer itself and takes no {taken}=; to pass your own, use "
-                "megalr.parametrize, megalr.build_optimizer and deepspeed.initialize"
-            )
+    if "optimizer" in kwargs:
+        raise UserError(
+            "megalr.initialize builds the optimizer itself and takes no optimizer=; to pass your own, use "
+            "megalr.parametrize, megalr.build_optimizer and deepspeed.initialize"
+        )
+    if "model_parameters" in kwargs:
+        _check_parameters(model, kwargs.pop("model_parameters"))
     known = dict.fromkeys(inspect.signature(deepspeed.initialize).parameters)
     for key in ("model", "config", "optimizer", "model_parameters", "config_params"):
         del known[key]
@@ -90,6 +96,19 @@ def check_arguments(kwargs: Mapping[str, Any]) -> None:
     for key, (holds, words) in ARGUMENTS.items():
         if key in kwargs and not holds(kwargs[key]):
             raise UserError(f"{key} is {kwargs[key]!r:.60}: give {words}")
+
+
+def _check_parameters(model: Any, given: Any) -> None:
+    """Refuse other parameters than the model's own, all of them or all that are trained: these megalr finds itself."""
+    own = list(model.parameters()) if isinstance(model, nn.Module) else []
+    given = list(given) if isinstance(given, Iterable) and not isinstance(given, Tensor | Mapping) else [given]
+    wholes = [{id(p) for p in own}, {id(p) for p in own if p.requires_grad}]
+    if not given or {id(p) for p in given} not in wholes:
+        raise UserError(
+            "megalr.initialize trains all parameters with requires_grad, and takes no model_parameters= but "
+            "model.parameters(): set requires_grad to False for what is not to be trained, and write settings of "
+            'groups into "optimizer" of the JSON'
+        )
 
 
 def join_before_engine(kwargs: Mapping[str, Any]) -> None:
@@ -107,8 +126,9 @@ def join_before_engine(kwargs: Mapping[str, Any]) -> None:
 def start_engine(model: nn.Module, optimizer: Any, content: Json, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize``, without what it would get wrong for us.
 
-    A schedule of DeepSpeed's is put at its first iteration; left alone it would spend the first update on a learning
-    rate of zero.
+    A schedule of DeepSpeed's is put at its first iteration; left alone it would spend the first update on the rate
+    before it, zero or the lowest. DeepSpeed's warnings of an untested optimizer and of a schedule that has not started
+    are not shown.
 
     Args:
         model, optimizer: as DeepSpeed takes them.
@@ -121,7 +141,8 @@ def start_engine(model: nn.Module, optimizer: Any, content: Json, **kwargs: Any)
     import deepspeed  # noqa: PLC0415  (slow to import, and `import megalr` is cheap)
 
     watch(optimizer)
-    results = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_section(content), **kwargs)
+    with without_warnings(UNTESTED, NOT_STARTED):
+        results = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_section(content), **kwargs)
     engine, wrapped, loader, schedule = results
     if getattr(schedule, POSITION, None) == -1:
         schedule.step()

@@ -49,13 +49,27 @@ def routing_table(
     return "\n".join(lines)
 
 
-def summary(layout: Layout, events: Sequence[Event], matrices: MatrixUpdater | None) -> str:
-    """One line for each rule: how many parameters or matrices it updates, and with how many elements.
+def summary(
+    groups: Sequence[ParameterGroup],
+    layout: Layout,
+    events: Sequence[Event],
+    matrices: MatrixUpdater | None,
+    parametrization: str,
+) -> str:
+    """One line for the replaced layers, and one for each rule: how many parameters or matrices, how many elements.
 
     Args:
-        layout, events, matrices: as in :func:`routing_table`.
+        groups, layout, events, matrices: as in :func:`routing_table`.
+        parametrization: the type of the layers that have factors.
     """
     lines, owned = [], set()
+    factors = [
+        name for group in groups if group.name == "factors" for name in group.parameters if name in layout.shapes
+    ]
+    if factors:
+        layers = {name.rpartition(".")[0] for name in factors}
+        size = sum(map(layout.numel, factors))
+        lines.append(f"{parametrization}: {len(layers)} layers, whose factors have {size:,} elements")
     if matrices is not None:
         owned = matrices.parameters
         ranks = sorted({rank for m in matrices.matrices if (rank := m.rule.rank_of(m.shape)) is not None})

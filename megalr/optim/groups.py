@@ -172,7 +172,8 @@ def _rules(config: OptimizerConfig, trained: set[Role]) -> dict[GroupName, Rule]
         return {}
     for key, found in (("head", {"head", "tied"}), ("embeddings", {"embedding", "tied"})):
         if getattr(config, key) and trained.isdisjoint(found):
-            raise UserError(f'the model trains no {key}: remove "{key}" from optimizer.params')
+            known = " that get_output_embeddings() or the name lm_head tells" if key == "head" else ""
+            raise UserError(f'the model trains no {key}{known}: remove "{key}" from optimizer.params')
     rules: dict[GroupName, Rule] = {"matrices": config.rule, "factors": config.rule}
     if config.head:
         rules["head"] = config.rule.for_head()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from megalr.config.settings import MegalrConfig
 from megalr.layout.exchange import Exchange
 from megalr.layout.rounds import gather_at
 from megalr.optim import describe
@@ -17,6 +18,7 @@ from megalr.rules.base import State
 class Inspection:
     """Reads, changes nothing. What needs to know what lies where prepares the optimizer."""
 
+    config: MegalrConfig
     groups: list[ParameterGroup]
     events: list[Event]
     layer_events: LayerEvents | None
@@ -52,7 +54,8 @@ class Inspection:
 
     def summary(self) -> str:
         """See :func:`megalr.optim.describe.summary`."""
-        return describe.summary(self._prepared.shard.layout, self.events, self.matrices)
+        layout, kind = self._prepared.shard.layout, self.config.parametrization.type
+        return describe.summary(self.groups, layout, self.events, self.matrices, kind)
 
     @property
     def matrix_parameters(self) -> list[nn.Parameter]:

@@ -65,6 +65,25 @@ def test_the_three_ways_train_the_same_weights(ranks, model, name, stage):
             assert error <= tolerance, f"{way}, {tensor}: {error:.1e}"
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_a_user_sees(ranks, model, stage):
+    """All parameters may be given, the schedule starts an update earlier than DeepSpeed's, and the log tells of us."""
+    first, other = ranks(2).run(f"{WORKER}:plugged_in", model, stage, as_stock=False)
+    assert "untested optimizer" not in first["log"] and "before it has started" not in first["log"]
+    assert "galore: 14 matrices with" in first["summary"] and f"megalr trains\n{first['summary']}" in first["log"]
+    assert '"lr": 0.003 in optimizer.params is never used' in first["log"]
+    assert "megalr" not in other["log"] and "never used" not in other["log"]
+    assert all(len(set(rates.values())) == 1 for rates in first["rates"])
+    rates = [rates["matrices"] for rates in first["rates"]]
+    assert rates == pytest.approx([0, 2.31e-4, 3.67e-4], rel=2e-3)
+    moves = {"before": (False, (-1,)), "as it is": (True, None), "ahead": (True, ())}
+    for name in ("before",) if stage == 3 else ("as it is", "ahead"):
+        as_stock, move = moves[name]
+        found = ranks(2).run(f"{WORKER}:plugged_in", model, stage, as_stock=as_stock, move=move)[0]
+        assert ("untested optimizer" in found["log"]) == ("before it has started" in found["log"]) == as_stock
+        assert [each["matrices"] for each in found["rates"]] == (rates if name == "ahead" else [0, 0, rates[1]])
+
+
 @every(["GaLore", "low rank", "projected"], [("projected", 0), ("GaLore", 3)])
 def test_trainer_resumes_bitwise_and_evaluation_changes_nothing(ranks, model, tmp_path, name, stage):
     run = ranks(2).run(f"{WORKER}:trainer_resume", model, str(tmp_path), stage, *OPTIMIZERS[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import megalr
+from megalr.optim import advice
 from megalr.optim.state import kept_entries
 from tests.deepspeed.training import CLIPPING, SEQUENCES, batches, configuration, run_steps
+from tests.small_llama import small_llama
 
 ACCUMULATION = 2
 SETTINGS = {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-7, "weight_decay": 0.1}
@@ -45,6 +48,47 @@ def trainer(model: str, steps: int, stage: int, optimizer: Json, megalr_section:
     job = make_trainer(model, Path(model).parent, stage, optimizer, megalr_section, max_steps=steps)
     job.train()
     return _finish(job.model_wrapped)
+
+
+def plugged_in(model: str, stage: int, *, as_stock: bool, move: tuple[int, ...] | None = None) -> Json:
+    """What a user sees who gives all parameters, a model under zero.Init and a schedule that sets all rates.
+
+    Args:
+        move: arguments of a step of the schedule before training.
+    """
+    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 20}}
+    optimizer = {"type": "GaLoreAdamW", "params": {**SETTINGS, "rank": 5}}
+    config = configuration(stage, ACCUMULATION, optimizer=optimizer, scheduler=scheduler)
+    config["megalr"] = {}
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": SEQUENCES}, enabled=stage == 3):
+        net = LlamaForCausalLM(small_llama().config)
+    advice._warn.cache_clear()  # a process says a thing once
+    log: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: log.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("megalr", "DeepSpeed")]
+    loggers[0].setLevel(logging.INFO)
+    for each in loggers:
+        each.addHandler(handler)
+    if as_stock:
+        config["megalr"] = {"optimizer": config.pop("optimizer")}
+        given = megalr.build_optimizer(net, config)
+        engine = deepspeed.initialize(
+            model=net, optimizer=given, config={**config, "zero_allow_untested_optimizer": True}
+        )[0]
+    else:
+        engine = megalr.initialize(model=net, model_parameters=net.parameters(), config=config)[0]
+    for each in loggers:
+        each.removeHandler(handler)
+    if move is not None:
+        engine.lr_scheduler.step(*move)
+    rates = []
+    for ids in batches(3):
+        rates.append(engine.basic_optimizer.learning_rates())
+        run_steps(engine, [ids])
+    summary = engine.basic_optimizer.summary()
+    _release(engine)
+    return {"log": "\n".join(log), "rates": rates, "summary": summary}
 
 
 def make_trainer(

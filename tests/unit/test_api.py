@@ -84,7 +84,8 @@ def test_optimizer_of_a_plain_loop_trains():
             'offload_param.device is "nvme"',
         ),
         ({}, {"optimizer": object()}, "takes no optimizer="),
-        ({}, {"model_parameters": []}, "takes no model_parameters="),
+        ({}, {"model_parameters": []}, "takes no model_parameters= but model.parameters"),
+        ({}, {"model_parameters": 5}, "takes no model_parameters= but model.parameters"),
         ({}, {"config_params": {}}, "config_params is another name of config"),
         ({}, {"colate_fn": list}, 'no argument "colate_fn"; did you mean "collate_fn"'),
         ({}, {"training_data": 5}, "training_data is 5: give a torch.utils.data.Dataset"),
@@ -135,6 +136,44 @@ def test_arguments_that_are_none_are_left_to_deepspeed(monkeypatch):
     with pytest.raises(KeyError) as passed:
         megalr.initialize(model(), LOW_RANK, optimizer=None, lr_scheduler=None, training_data=[1])
     assert passed.value.args == ("training_data",)
+
+
+@pytest.mark.parametrize(
+    ("given", "is_taken"),
+    [
+        (lambda net: net.parameters(), True),
+        (lambda net: list(net.parameters()), True),
+        (lambda net: (p for p in net.parameters() if p.requires_grad), True),
+        (lambda net: {p for p in net.parameters() if p.requires_grad}, True),
+        (lambda net: net[0].parameters(), False),
+        (lambda net: [{"params": list(net.parameters())}], False),
+        (lambda net: dict(net.named_parameters()), False),
+        (lambda net: net.named_parameters(), False),
+        (lambda net: [*net.parameters(), nn.Parameter(torch.zeros(1))], False),
+        (lambda net: model().parameters(), False),
+        (lambda net: net[0].weight, False),
+    ],
+)
+def test_the_models_own_parameters_may_be_given(monkeypatch, given, is_taken):
+    """Most jobs pass them; they are trained anyway, and DeepSpeed does not get to see what layers have replaced."""
+
+    def start(model, optimizer, content, **kwargs):
+        raise KeyError(*kwargs)
+
+    monkeypatch.setattr("megalr.api.start_engine", start)
+    net = model()
+    net[1].bias.requires_grad_(False)
+    with pytest.raises(
+        KeyError if is_taken else UserError, match=None if is_taken else "but model.parameters"
+    ) as found:
+        megalr.initialize(model=net, model_parameters=given(net), config=LOW_RANK)
+    assert is_taken == (found.value.args == ()) == (not isinstance(net[0], nn.Linear))
+
+
+@pytest.mark.parametrize("net", [None, [nn.Linear(6, 4).weight]])
+def test_parameters_do_not_hide_what_the_model_is(net):
+    with pytest.raises(UserError, match="takes no model_parameters="):
+        megalr.initialize(net, LOW_RANK, model_parameters=model().parameters())
 
 
 def test_batches_that_no_number_of_processes_can_share():

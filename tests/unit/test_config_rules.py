@@ -170,7 +170,7 @@ def test_head_and_embeddings_where_the_rule_has_them():
     assert by(head=True, embeddings=True) == {"embedding": (embed, True, 0.02), "head": (head, True, 0.02)}
     assert groups(head=True, embedding={"lr": 0.5})["head"].settings.lr == 0.5
     for key in ("head", "embeddings"):
-        with pytest.raises(megalr.UserError, match=f'trains no {key}: remove "{key}"'):
+        with pytest.raises(megalr.UserError, match=f'trains no {key}.*: remove "{key}"'):
             parameter_groups(nn.Sequential(nn.Linear(5, 4)), config(rank=4, **{key: True}).optimizer)
 
 
@@ -182,7 +182,7 @@ def test_a_rank_above_every_matrix_is_refused():
 def test_a_matrix_without_elements_is_left_alone():
     net = nn.Sequential(nn.Linear(0, 3), nn.Linear(5, 4))
     found = {g.name: list(g.parameters) for g in parameter_groups(net, config(rank=4).optimizer)}
-    assert found["matrices"] == ["1.weight"] and found["trunk"] == ["0.weight"]
+    assert found["matrices"] == ["1.weight"] and "trunk" not in found
 
 
 def test_a_model_without_linear_layers_is_refused():

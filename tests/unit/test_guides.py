@@ -24,6 +24,10 @@ NOT_OURS = (
     "No such file or directory",
     "You are using ZeRO with an untested optimizer",
     "Setting accelerator to CPU",
+    "Attempting to get learning rate from scheduler before it has started",
+    "address already in use",
+    "DEPRECATION: ...",
+    "deepspeed",
 )
 
 

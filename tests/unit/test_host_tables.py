@@ -98,7 +98,7 @@ def _known_names() -> set[str]:
         json,
         inspect,
     ]
-    objects += [inspect.Signature, inspect.BoundArguments, weakref, logging, logging.Logger]
+    objects += [inspect.Signature, inspect.BoundArguments, weakref, logging, logging.Logger, logging.LogRecord]
     names = {name for each in objects for name in dir(each)}
     for module in sources():
         names |= set(module.name.split("."))
