@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from megalr.errors import UserError
+from megalr.train.interruption import end_with_launcher
 from megalr.train.quiet import quieten
 from megalr.train.ranks import AgreedError, Ranks, start_ranks, stop_ranks, world_size_from_environment
 
@@ -31,6 +32,7 @@ def run_program(
     Returns:
         The exit code: that one, or 0, or 2 after a UserError, whose message alone is printed, once.
     """
+    end_with_launcher()
     # Until there is something worth saving, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     ranks: Ranks | None = None

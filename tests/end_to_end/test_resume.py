@@ -184,3 +184,16 @@ def test_a_killed_launcher_leaves_a_checkpoint(tmp_path):
     assert tag == f"step{metrics(tmp_path / 'stopped')[-1]['step']}"
     shards = [file.name for file in (tmp_path / "stopped/checkpoints" / tag).glob("*.safetensors")]
     assert len(shards) == 2
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_while_ranks_start_leaves_none(tmp_path):
+    """They end with the code of a run that was stopped, and the other process of the launcher with them."""
+    flags = ["--deepspeed", CONFIGS / "zero2_lowrank.json", *small_run(tmp_path), "--steps", "200", "--output", "none"]
+    with started([*deepspeed(2), PRETRAIN, *flags], tmp_path) as process:
+        process.read_until("spawned with command")
+        stop_launcher(process)
+        stopped = process.wait()
+
+    assert "exits with return code = 75" in stopped.output
+    assert not (tmp_path / "none/checkpoints").exists()
