@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +23,7 @@ from megalr.train.evaluation import IGNORED, Evaluation, Schedule, evaluate, pre
 from megalr.train.interruption import StopRequest, agreed_reason
 from megalr.train.meter import Meter, Work
 from megalr.train.metrics import MetricsLog
-from megalr.train.monitors import monitor_numbers
+from megalr.train.monitors import OURS_ALONE, continue_files, monitor_numbers
 from megalr.train.profiling import Profile
 from megalr.train.ranks import AgreedError, Ranks
 from megalr.train.run_folder import RunFolder
@@ -96,6 +97,7 @@ class Loop:
         """
         self.engine = engine
         self._host = host_of(engine)
+        self._host.report_alone(OURS_ALONE)
         self.step = 0
         self.tokens = 0
         self.meter = Meter(work, ranks.device)
@@ -129,6 +131,7 @@ class Loop:
         self.check_folder()
         with self._ranks.together():
             self.metrics.cut(notes.step)
+            self._host.go_on_reporting(lambda place, read: continue_files(Path(place), read, self._folder.path))
         if self._ranks.from_first(lambda: self.metrics.is_evaluated(notes.step)):
             self._evaluated_step = notes.step
 
