@@ -23,7 +23,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -108,7 +108,12 @@ class StopRequest:
     ignored to the end: launchers repeat them rank by rank, and ranks that were asked to stop end with their own code.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None] = lambda reason: None) -> None:
+        """
+        Args:
+            tell: called once, with the reason, when a request is noticed: in a signal's handler, that is anywhere.
+        """
+        self._tell = tell
         self._reason: str | None = None
         self._first_interrupt: float | None = None
         self._previous: dict[int, Any] = {}
@@ -121,6 +126,7 @@ class StopRequest:
         """Why this process should stop, such as "SIGTERM", or None."""
         if self._reason is None and _is_gone(self._launchers):
             self._reason = "the launcher is gone"
+            self._tell(self._reason)
         return self._reason
 
     def __enter__(self) -> StopRequest:
@@ -148,7 +154,9 @@ class StopRequest:
                 self._first_interrupt = now
             elif now - self._first_interrupt > _SAME_REQUEST:
                 os._exit(130)
-        self._reason = self._reason or signal.Signals(number).name
+        if self._reason is None:
+            self._reason = signal.Signals(number).name
+            self._tell(self._reason)
 
 
 def exit_code(reason: str) -> int:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from megalr.errors import UserError
 from megalr.train.interruption import end_with_launcher
-from megalr.train.quiet import quieten
+from megalr.train.quiet import quieten, show_builds
 from megalr.train.ranks import AgreedError, Ranks, start_ranks, stop_ranks, world_size_from_environment
 
 T = TypeVar("T")
@@ -42,6 +42,8 @@ def run_program(
             raise error
         if not getattr(arguments, "verbose", False):
             quieten(first=os.environ.get("RANK", "0") == "0")
+        if os.environ.get("RANK", "0") == "0":
+            show_builds()
         ranks = start_ranks()
         with ranks.together():
             if error is not None:

@@ -20,6 +20,23 @@ def _handlers_as_before():
         signal.signal(number, handler)
 
 
+def test_a_request_is_told_once_and_at_once():
+    told = []
+    with StopRequest(told.append):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert told == ["SIGINT"]
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert told == ["SIGINT"]
+
+
+def test_a_launcher_that_is_gone_is_told_once(monkeypatch):
+    told = []
+    monkeypatch.setattr(interruption, "_launchers", lambda: [(os.getpid(), os.getppid() + 1)])
+    request = StopRequest(told.append)
+    assert request.reason == request.reason == "the launcher is gone"
+    assert told == ["the launcher is gone"]
+
+
 @pytest.mark.parametrize("number", REQUESTS)
 def test_a_signal_is_a_request(number):
     with StopRequest() as request:
