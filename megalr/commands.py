@@ -86,6 +86,7 @@ def pretrain(words: Sequence[str]) -> int:
     """
     from megalr.pretrain import main as pretrain_main
     from megalr.train.arguments import parse_arguments
+    from megalr.train.interruption import LAUNCHER
 
     if any(name in os.environ for name in OF_A_LAUNCHER):
         sys.argv = ["megalr", "pretrain", *words]  # a run's folder and messages repeat the command line
@@ -100,6 +101,7 @@ def pretrain(words: Sequence[str]) -> int:
     command = launcher_command(rest, flags.processes, flags.port)
     print(shlex.join(["deepspeed", *command[3:]]), flush=True)
     os.environ.update(launcher_environment(os.environ, flags.processes))
+    os.environ[LAUNCHER] = str(os.getpid())
     os.execv(command[0], command)  # signals and the exit code are then the launcher's own
 
 

@@ -11,7 +11,7 @@ and may call it to run the model. Everything else of an engine object is named i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -284,3 +284,16 @@ class RunningHost(Host):
     @abstractmethod
     def report(self, numbers: Mapping[str, float]) -> None:
         """Hand numbers to the engine's monitors, by name, against the sequences read so far."""
+
+    @abstractmethod
+    def report_alone(self, names: Collection[str]) -> None:
+        """Have the engine itself hand its monitors no numbers by these names, which :meth:`report` then gives them."""
+
+    @abstractmethod
+    def go_on_reporting(self, headed: Callable[[str, int], Collection[str]]) -> None:
+        """Have monitors go on after the sequences read so far, beyond which an interrupted run may have come.
+
+        Args:
+            headed: makes CSV files ready, where such are written: called with their folder and the sequences read so
+                far, it returns the names of those that need no header, without ".csv".
+        """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -40,6 +40,7 @@ COUNTS = ("global_steps", "global_samples", "skipped_steps")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 SCALER_HOLDERS = ("loss_scaler", "loss_scale_config")  # what ZeRO's wrappers call it, and the one of stage 0
 PASSED = "megalr_passed"  # our mark of an engine that has made a backward pass since its last step
+UNFILTERED = "megalr_write_events"  # our attribute of monitors that get some numbers from here alone
 POSITION = "last_batch_iteration"  # of DeepSpeed's own schedules: their attribute, and all of their state
 # What engine.save_checkpoint writes: model states, ZeRO's states, layers of a pipeline.
 CHECKPOINT_FILES = ("mp_rank_*_model_states.pt", "*zero_pp_rank_*_states.pt", "layer_*-model_*.pt")
@@ -265,8 +266,19 @@ class DeepSpeedEngine(DeepSpeed, RunningHost):
         return None if norm is None else float(norm)
 
     def report(self, numbers: Mapping[str, float]) -> None:
-        samples = self._engine.global_samples
-        self._engine.monitor.write_events([(name, number, samples) for name, number in numbers.items()])
+        samples, monitors = self._engine.global_samples, self._engine.monitor
+        write = getattr(monitors, UNFILTERED, monitors.write_events)
+        write([(name, number, samples) for name, number in numbers.items()])
+
+    def report_alone(self, names: Collection[str]) -> None:
+        from megalr.hosts.deepspeed_monitors import leave_out  # noqa: PLC0415  (it needs this module)
+
+        leave_out(self._engine.monitor, names)
+
+    def go_on_reporting(self, headed: Callable[[str, int], Collection[str]]) -> None:
+        from megalr.hosts.deepspeed_monitors import go_on  # noqa: PLC0415  (it needs this module)
+
+        go_on(self._engine.monitor, self._engine.global_samples, headed)
 
     def _counts_micro_batches(self) -> bool:
         """Whether the engine says where an update ends; otherwise each step is an update."""

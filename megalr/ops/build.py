@@ -90,6 +90,8 @@ def build(kind: str, *, broken: Sequence[Library] = ()) -> Library:
         raise BuildError(missing)
     folder, name = _writable_cache(), _name(kind)
     failure = folder / f"{name}.failed"
+    if os.environ.get("RANK", "0") == "0":  # which compiles them, or waits for the rank that does
+        logger.info("compiling the ops for %s tensors, once, into %s (a minute)", kind, folder)
     useless, old_failure = [(one.path, _written(one.path)) for one in broken], _written(failure)
     with _lock(folder / f"{name}.lock") as locked:
         for path in _trusted(folder, name):
@@ -124,7 +126,6 @@ def compile_library(kind: str, folder: Path) -> Path:
         BuildError: a compiler failed.
     """
     start, name = time.monotonic(), _name(kind)
-    logger.info("compiling the ops for %s tensors, once for this machine and torch (a minute)", kind)
     with tempfile.TemporaryDirectory(prefix=f"{name}{_SCRATCH}", dir=folder) as scratch:
         sources = _sources(kind)
         objects = [Path(scratch, f"{i}-{source.stem}.o") for i, source in enumerate(sources)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from typing import Any
 
@@ -27,12 +29,20 @@ class Screen:
             return
         try:
             if self._bar is None:
-                print(text, flush=True)
+                print(f"{text}\n", end="", flush=True)  # one write, which say_at_once does not come into
             else:
                 self._bar.write(text, file=sys.stdout)
                 sys.stdout.flush()
         except (OSError, ValueError):
             self._give_up()
+
+    def say_at_once(self, text: str) -> None:
+        """Print a line from the handler of a signal, which may have interrupted this object's printing."""
+        if not self._enabled:
+            return
+        line = f"{text}\n" if self._bar is None else f"\n{text}\n"
+        with contextlib.suppress(OSError, ValueError):
+            os.write(sys.stdout.fileno(), line.encode(errors="replace"))
 
     def start_bar(self, done: int, total: int) -> None:
         """Show a bar of ``total`` steps, ``done`` of which lie behind."""
@@ -43,12 +53,16 @@ class Screen:
 
     def advance(self, *, loss: float | None, tokens_per_second: float, lr: float) -> None:
         """One step further; ``loss`` is None where there was nothing to predict."""
+        shown = "none" if loss is None else f"{loss:.3f}"
+        self.advance_by(1, f"loss {shown}, {tokens_per_second:,.0f} tokens/s, lr {lr:.2e}")
+
+    def advance_by(self, count: int, text: str = "") -> None:
+        """Some steps further; the text stands behind the bar."""
         if self._bar is None:
             return
         try:
-            shown = "none" if loss is None else f"{loss:.3f}"
-            self._bar.set_postfix_str(f"loss {shown}, {tokens_per_second:,.0f} tokens/s, lr {lr:.2e}", refresh=False)
-            self._bar.update()
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(count)
         except (OSError, ValueError):
             self._give_up()
 

@@ -96,6 +96,7 @@ def evaluate(
     micro_batch_size: int,
     ranks: Ranks,
     give_up: Callable[[], bool] = lambda: False,
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> Evaluation | None:
     """Score the whole of ``examples``, shared among the ranks. Collective.
 
@@ -105,6 +106,7 @@ def evaluate(
         micro_batch_size: sequences at a time on one rank; the perplexity does not depend on it.
         ranks: this process among the others.
         give_up: asked before every batch; must say the same on all ranks.
+        advance: told after every batch how many tokens this rank has predicted.
 
     Returns:
         None where ``give_up`` said so.
@@ -127,6 +129,7 @@ def evaluate(
         loss = output.loss.double()
         if tokens:
             sums += torch.stack([loss, loss.new_tensor(tokens), loss / tokens, loss.new_tensor(1)])
+        advance(tokens)
     model.train(training)
     loss_sum, tokens_sum, means, count = ranks.sum_of_data(sums.tolist())
     return Evaluation(

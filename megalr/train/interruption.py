@@ -8,7 +8,8 @@ code 75, "try again"; after Ctrl-C with 0. What happens around a rank, with Deep
   launcher on top. Under ``torchrun`` they have sessions of their own and get one SIGINT from it. So a SIGTERM
   after a SIGINT is the same request, and so is a SIGINT that follows another within moments.
 - Launchers kill ranks that are still there 30 seconds later.
-- ``kill`` of the ``deepspeed`` command itself is passed on to nobody: the ranks notice that it is gone.
+- ``kill`` of the ``deepspeed`` command itself is passed on to nobody: the ranks notice that it is gone, also where it
+  went before they were there to see it.
 - SIGUSR1 ends ``deepspeed`` and ``torchrun`` themselves, at once, unless they were started with it ignored
   (``trap '' USR1``), which ranks undo for themselves, or ``torchrun`` with ``--signals-to-handle`` naming it.
 - What a shell sees in the end: of plain ``python`` the rank's code; of ``deepspeed`` the code of the rank that ended
@@ -22,7 +23,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -35,6 +36,14 @@ _REQUESTS = tuple(
     if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
 )
 _SAME_REQUEST = 1.0  # seconds
+LAUNCHER = "MEGALR_LAUNCHER"  # the variable in which `megalr pretrain` tells ranks its process id, which it keeps
+_LOOK_SECONDS = 1.0
+_OF_DEEPSPEED = ("CROSS_RANK", "CROSS_SIZE")  # variables that its launcher sets, and torchrun does not
+_RUNNERS = ("deepspeed", "ds", "deepspeed.launcher.runner")  # what its command is called
+_NOBODY = -1  # no process has this parent
+
+_launchers_at_start: list[tuple[int, int]] = []
+_may_end_at_once = threading.Event()  # cleared while there is something to save
 
 
 def end_at_once_when_asked() -> None:
@@ -74,6 +83,24 @@ def _forget_requests() -> None:
     _let_requests()
 
 
+def end_with_launcher() -> None:
+    """Have the end of the launcher end this process with "try again" until there is something worth saving.
+
+    To be called as early as can be: which processes belong to the launcher is seen only while they live.
+    """
+    _launchers_at_start[:] = _launchers()
+    os.environ.pop(LAUNCHER, None)  # programs that this one starts have launchers of their own
+    if _launchers_at_start:
+        _may_end_at_once.set()
+        threading.Thread(target=_end_when_left, daemon=True, name="megalr-launcher").start()
+
+
+def _end_when_left() -> None:
+    while not (_may_end_at_once.is_set() and _is_gone(_launchers_at_start)):
+        time.sleep(_LOOK_SECONDS)
+    os._exit(TRY_AGAIN)
+
+
 class StopRequest:
     """Notes a request to stop. A context manager: handlers are installed inside and put back afterwards.
 
@@ -81,21 +108,30 @@ class StopRequest:
     ignored to the end: launchers repeat them rank by rank, and ranks that were asked to stop end with their own code.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None] = lambda reason: None) -> None:
+        """
+        Args:
+            tell: called once, with the reason, when a request is noticed: in a signal's handler, that is anywhere.
+        """
+        self._tell = tell
         self._reason: str | None = None
         self._first_interrupt: float | None = None
         self._previous: dict[int, Any] = {}
         self._wakeup = -1
-        self._launchers = _launchers()
+        self._launchers = _launchers_at_start or _launchers()
+        self._at_once = False  # whether a launcher's end would end this process outside
 
     @property
     def reason(self) -> str | None:
         """Why this process should stop, such as "SIGTERM", or None."""
-        if self._reason is None and any(not _is_child(child, parent) for child, parent in self._launchers):
+        if self._reason is None and _is_gone(self._launchers):
             self._reason = "the launcher is gone"
+            self._tell(self._reason)
         return self._reason
 
     def __enter__(self) -> StopRequest:
+        self._at_once = _may_end_at_once.is_set()
+        _may_end_at_once.clear()
         for number in (*_REQUESTS, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._note)
         self._wakeup = signal.set_wakeup_fd(-1)  # see end_at_once_when_asked
@@ -107,6 +143,8 @@ class StopRequest:
         if self._reason is not None:
             for number in _REQUESTS:
                 signal.signal(number, signal.SIG_IGN)
+        elif self._at_once:
+            _may_end_at_once.set()
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -116,7 +154,9 @@ class StopRequest:
                 self._first_interrupt = now
             elif now - self._first_interrupt > _SAME_REQUEST:
                 os._exit(130)
-        self._reason = self._reason or signal.Signals(number).name
+        if self._reason is None:
+            self._reason = signal.Signals(number).name
+            self._tell(self._reason)
 
 
 def exit_code(reason: str) -> int:
@@ -133,20 +173,46 @@ def agreed_reason(reasons: Iterable[str | None]) -> str | None:
 def _launchers() -> list[tuple[int, int]]:
     """Pairs (child, parent) of process ids that stay so while the launcher lives; empty without a launcher.
 
-    A parent that is a shell doesn't count: it may end and leave the run behind on purpose (nohup).
+    A parent that is a shell doesn't count: it may end and leave the run behind on purpose (nohup). Of a launcher that
+    is gone already there is a pair that never was.
     """
     me = os.getpid()
     parent = os.getppid()
     words = _command(parent)
-    if "deepspeed.launcher.launch" in words:
-        pairs = [(me, parent)]
-        runner = _parent(parent)
-        if any(os.path.basename(word) in ("deepspeed", "ds", "deepspeed.launcher.runner") for word in _command(runner)):
-            pairs.append((parent, runner))
-        return pairs
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return [(me, parent)]
-    return []
+    if "deepspeed.launcher.launch" in words[:4]:
+        return [(me, parent), *_runner_of(parent, words)]
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if (by_torchrun or all(name in os.environ for name in _OF_DEEPSPEED)) and _takes_in_orphans(parent, words):
+        return [(me, _NOBODY)]
+    return [(me, parent)] if by_torchrun else []
+
+
+def _runner_of(launch: int, words: list[str]) -> list[tuple[int, int]]:
+    """DeepSpeed's process on this node, and the command that has started it, where that is on this node as well."""
+    is_local = not any(word.startswith("--node_rank") for word in words)
+    told = os.environ.get(LAUNCHER, "")
+    if is_local and told.isdecimal():
+        return [(launch, int(told))]
+    runner = _parent(launch)
+    command = _command(runner)
+    if any(os.path.basename(word) in _RUNNERS for word in command[:4]):
+        return [(launch, runner)]
+    return [(launch, _NOBODY)] if is_local and _takes_in_orphans(runner, command) else []
+
+
+def _takes_in_orphans(process: int, words: list[str]) -> bool:
+    """Whether this is who becomes the parent of processes that have lost theirs; a container's first may be a launcher.
+
+    Args:
+        process: its id.
+        words: its command line.
+    """
+    program = os.path.basename(words[0]) if words else ""
+    return program == "systemd" or (process == 1 and not program.startswith("python"))
+
+
+def _is_gone(pairs: list[tuple[int, int]]) -> bool:
+    return any(not _is_child(child, parent) for child, parent in pairs)
 
 
 def _is_child(child: int, parent: int) -> bool:
@@ -162,6 +228,6 @@ def _parent(process: int) -> int:
 
 def _command(process: int) -> list[str]:
     try:
-        return list(psutil.Process(process).cmdline()[:4])
+        return list(psutil.Process(process).cmdline())
     except psutil.Error:
         return []

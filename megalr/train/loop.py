@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +23,7 @@ from megalr.train.evaluation import IGNORED, Evaluation, Schedule, evaluate, pre
 from megalr.train.interruption import StopRequest, agreed_reason
 from megalr.train.meter import Meter, Work
 from megalr.train.metrics import MetricsLog
-from megalr.train.monitors import monitor_numbers
+from megalr.train.monitors import OURS_ALONE, continue_files, monitor_numbers
 from megalr.train.profiling import Profile
 from megalr.train.ranks import AgreedError, Ranks
 from megalr.train.run_folder import RunFolder
@@ -60,6 +61,7 @@ class Loop:
 
     Attributes:
         step: updates made.
+        began_at: updates that were made before the run was resumed, if it was; else 0.
         tokens: training tokens read, pads not counted.
         meter: times this process's updates; evaluations and checkpoints are not counted.
         last_evaluation: the latest of the whole held-out text.
@@ -96,7 +98,8 @@ class Loop:
         """
         self.engine = engine
         self._host = host_of(engine)
-        self.step = 0
+        self._host.report_alone(OURS_ALONE)
+        self.step = self.began_at = 0
         self.tokens = 0
         self.meter = Meter(work, ranks.device)
         self.last_evaluation: Evaluation | None = None
@@ -114,6 +117,8 @@ class Loop:
         self._written_step: int | None = None
         self._evaluated_step: int | None = None
         self._scored_step: int | None = None  # on the whole held-out text
+        self._stop_is_told = False
+        self._evaluates = False
         self._profile = Profile(folder.profile, settings.profile if ranks.is_first else 0)
         self._bytes_moved = self._host.optimizer.bytes_moved
 
@@ -125,10 +130,12 @@ class Loop:
             self._batches.load_state_dict(data)
             self._check_held_out(data)
         self.step, self.tokens = notes.step, notes.tokens
+        self.began_at = notes.step
         self._saved_step = self._written_step = notes.step
         self.check_folder()
         with self._ranks.together():
             self.metrics.cut(notes.step)
+            self._host.go_on_reporting(lambda place, read: continue_files(Path(place), read, self._folder.path))
         if self._ranks.from_first(lambda: self.metrics.is_evaluated(notes.step)):
             self._evaluated_step = notes.step
 
@@ -146,7 +153,7 @@ class Loop:
         reason: str | None = None
         saved_at = time.monotonic()
         self._host.optimizer.measure_exchange(self.meter.stopwatch)
-        with StopRequest() as request, self._profile:
+        with StopRequest(self._tell_stop) as request, self._profile:
             self._screen.start_bar(self.step, settings.steps)
             if self.step and self._evaluation_is_due():  # the run was stopped before it had made it
                 reason = self.evaluate(request, settings.evaluations)
@@ -191,13 +198,15 @@ class Loop:
             reason = None if request is None else self._what_next(request, 0.0)[0]
             return reason is not None
 
+        examples = self._held_out if schedule is None else schedule.examples
+        if schedule is None:
+            which = f"model after {self.step:,} steps" if self.step else "untrained model"
+            self._screen.say(f"scoring the {which} on {examples.tokens:,} tokens")
+        self._evaluates = True
         found = evaluate(
-            self.engine,
-            self._held_out if schedule is None else schedule.examples,
-            micro_batch_size=self._settings.batch.micro,
-            ranks=self._ranks,
-            give_up=give_up,
+            self.engine, examples, micro_batch_size=self._settings.batch.micro, ranks=self._ranks, give_up=give_up
         )
+        self._evaluates = False
         if found is None:
             return reason
         self._evaluated_step = self.step
@@ -289,7 +298,19 @@ class Loop:
         mine = request.reason
         due = self._ranks.is_first and self._settings.save_every.is_over(self.step, unsaved)
         asked, save = self._ranks.sum([mine is not None, due])
-        return agreed_reason(self._ranks.gather(mine)) if asked else None, bool(save)
+        reason = agreed_reason(self._ranks.gather(mine)) if asked else None
+        if reason is not None:
+            self._tell_stop(reason)  # of another rank
+        return reason, bool(save)
+
+    def _tell_stop(self, reason: str) -> None:
+        """Say once what a request to stop brings about."""
+        if self._stop_is_told:
+            return
+        self._stop_is_told = True
+        words = "giving up this evaluation" if self._evaluates else "stopping after this update"
+        again = " (Ctrl-C again ends it at once, and saves nothing)" if reason == "SIGINT" else ""
+        self._screen.say_at_once(f"{words}, and saving{again}")
 
     def _evaluation_is_due(self) -> bool:
         return self.step % self._settings.evaluations.every == 0 and self._evaluated_step != self.step

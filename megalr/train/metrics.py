@@ -32,6 +32,10 @@ class MetricsLog:
         rows = read_rows(self._path)
         return next((row["eval_perplexity"] for row in rows if row["step"] == 0 and "eval_perplexity" in row), None)
 
+    def last_step(self) -> int | None:
+        """The last step that was noted, if any was; None on other ranks than 0."""
+        return max((row["step"] for row in read_rows(self._path)), default=None) if self._enabled else None
+
     def is_evaluated(self, step: int) -> bool:
         """Whether an evaluation of that step was noted; False on other ranks than 0."""
         return self._enabled and any(row["step"] == step and "eval_loss" in row for row in read_rows(self._path))

@@ -1,17 +1,19 @@
 """TensorBoard, W&B, Comet and CSV files: the packages they need, and what they call the numbers of ``metrics.jsonl``.
 
-All four get the same names. DeepSpeed writes ``Train/Samples/lr``, the rate of the first group, itself. The x axis of a
-monitor is the number of sequences read.
+All four get the same names. The x axis of a monitor is the number of sequences read.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from megalr.disk import named
 from megalr.errors import UserError
 
 # By section of the JSON: the module that the monitor imports, what pip calls it, the lowest version DeepSpeed takes.
@@ -25,6 +27,7 @@ PACKAGES = {
 NAMES = {
     "loss": "Train/Samples/train_loss",
     "grad_norm": "Train/Samples/grad_norm",
+    "lr": "Train/Samples/lr",
     "learning_rates": "Train/Samples/lr_{}",
     "tokens": "Train/Samples/tokens",
     "epoch": "Train/Samples/epoch",
@@ -40,6 +43,7 @@ NAMES = {
     "eval_perplexity": "Eval/Samples/perplexity",
     "eval_perplexity_galore_compatible": "Eval/Samples/perplexity_galore_compatible",
 }
+OURS_ALONE = (NAMES["lr"],)  # which DeepSpeed writes, too, of the next update, and after each
 NOT_OF_EVALUATIONS = ("tokens", "epoch")  # a monitor has them from the training rows
 
 
@@ -57,6 +61,27 @@ def monitor_numbers(row: Mapping[str, Any]) -> dict[str, float]:
         elif value is not None:
             found[name] = value
     return found
+
+
+def continue_files(place: Path, sequences: int, run: Path) -> list[str]:
+    """Make CSV files ready for a run that is resumed: without rows that lie beyond, and with one header.
+
+    Files outside the run's folder may be of several runs, and stay as they are.
+
+    Args:
+        place: their folder.
+        sequences: how many the run has read.
+        run: the run's folder.
+
+    Returns:
+        Names of files that have a header, without ".csv".
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    within = run.resolve() in (place.resolve(), *place.resolve().parents)
+    files = [path for path in place.glob("*.csv") if path.is_file()]
+    return [path.stem for path in files if _continue_file(path, sequences if within else None)]
 
 
 def check_monitors(config: Mapping[str, Any]) -> None:
@@ -87,6 +112,43 @@ def check_monitors(config: Mapping[str, Any]) -> None:
             f'the JSON enables "{section}", which needs the package {package}, and that {state}: '
             f'run `pip install {wanted}`, or write "enabled": false'
         )
+
+
+def _continue_file(path: Path, sequences: int | None) -> bool:
+    """Cut one file; whether it is a monitor's, with its header. Where ``sequences`` is None it is left as it is."""
+    with named(path), path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        header = file.readline().strip()
+        safe = header.removeprefix("step,").replace(" ", "_")
+        if not header.startswith("step,") or not f"_{path.stem}".endswith(f"_{safe}"):
+            return False
+        if sequences is None:
+            return True
+        lines = [line.strip() for line in file if line.endswith("\n")]
+    rows: list[tuple[float, str]] = []
+    begins = False
+    for line in lines:
+        begins = begins or line == header
+        step = _step(line)
+        if step is None or step > sequences:
+            continue
+        if begins:  # a run went on here, perhaps after an older checkpoint than its last row
+            rows = [row for row in rows if row[0] < step]
+            begins = False
+        rows.append((step, line))
+    part = path.with_name(f".{path.name}.part")
+    with named(part), part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        file.writelines(f"{row}\r\n" for row in (header, *(line for _, line in rows)))  # as the monitor ends its lines
+    os.replace(part, path)
+    return True
+
+
+def _step(line: str) -> float | None:
+    """The x of a row; None for a header, and for what a full disk has left of a row."""
+    try:
+        step, _ = map(float, line.split(","))
+    except ValueError:
+        return None
+    return step
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 
+MOST_EPOCHS = 4  # up to which repeated text is nearly as good as new text: Muennighoff et al. 2023, arXiv 2305.16264
+
+
 class Sizes(Protocol):
     """Sizes as they were asked for; None stands for the JSON's or the default."""
 
@@ -241,16 +244,19 @@ def _absolute(name: str) -> str:
 
 
 def how_often(data: Data, sequences: int) -> str:
-    """How many times a run of so many sequences reads its text, and what to change where that is more than once."""
+    """How many times a run of so many sequences reads its text, and what to change where that is too often."""
     epochs = sequences / len(data.train)
     tokens = data.train.tokens
     words = f"the run reads {round(epochs * tokens):,} tokens: {epochs:,.2f} epochs of {tokens:,} training tokens"
-    if epochs <= 1:
+    if epochs <= MOST_EPOCHS:
         return words
     more = "a longer --dataset"
     if data.limit is not None:
         more = f"a larger --max-train-tokens, which cuts the text at {data.limit:,}"
-    return f"{words}\nWARNING: the text is read {epochs:,.1f} times. To read it once, write {more}, or fewer --steps"
+    return (
+        f"{words}\nWARNING: the text is read {epochs:,.1f} times, and what is read more than {MOST_EPOCHS} times "
+        f"teaches less and less. To read it less often, write {more}, or fewer --steps"
+    )
 
 
 def _flags(arguments: PretrainArguments) -> dict[str, str]:

@@ -29,6 +29,7 @@ from megalr.train.evaluation import Evaluation, evaluate, schedule_evaluations
 from megalr.train.export import export_dense
 from megalr.train.flops import flops_of_update
 from megalr.train.interruption import end_at_once_when_asked, exit_code
+from megalr.train.lives import FINISHED, KEY, end_life, lives_before, new_life
 from megalr.train.loop import Loop, LoopSettings
 from megalr.train.meter import Work
 from megalr.train.models import build_model
@@ -36,7 +37,7 @@ from megalr.train.peaks import peak_of_device
 from megalr.train.preparation import Plan, make_plan
 from megalr.train.ranks import Ranks
 from megalr.train.resumed_settings import EVALUATED, evaluated_before
-from megalr.train.run_folder import RunFolder, write_json
+from megalr.train.run_folder import write_json
 from megalr.train.runner import run_program
 from megalr.train.summary import Baselines, finish
 
@@ -85,24 +86,44 @@ def _pretrain(arguments: PretrainArguments, ranks: Ranks, models_folder: Path, l
 
 
 def _run(plan: Plan, ranks: Ranks, unigram: float, lock: FolderLock, screen: Screen) -> int:
-    arguments = plan.arguments
     ranks.from_first(lock.check)  # reading the text may have taken long
     ranks.from_first(lambda: _prepare_folder(plan))
     if plan.checkpoint is None:
-        ranks.from_first(lambda: _write_settings(plan, ranks))  # first of all: it says that the rest is a run's
+        ranks.from_first(lambda: _write_settings(plan, ranks, [], 0))  # first of all: it says that the rest is a run's
     loop = build_loop(plan, ranks, lock, screen)
     if plan.checkpoint is not None:
+        last = loop.metrics.last_step()  # before what will be made again is cut
         loop.resume(plan.checkpoint)  # the last that may refuse: a finished run stays as it is until then
-        ranks.from_first(lambda: _write_settings(plan, ranks))
+        ranks.from_first(lambda: _write_settings(plan, ranks, lives_before(plan.folder.settings, last), loop.step))
     _introduce(plan, loop, ranks, screen)
+    how = "interrupted by an error"
+    try:
+        code, how = _work_through(plan, loop, ranks, unigram, screen)
+    except UserError as error:
+        how = str(error)
+        raise
+    finally:
+        if ranks.is_first and lock.is_in_place:
+            end_life(plan.folder.settings, loop.step, how)
+    return code
+
+
+def _work_through(plan: Plan, loop: Loop, ranks: Ranks, unigram: float, screen: Screen) -> tuple[int, str]:
+    """Train and tell; the exit code, and how it has ended."""
+    arguments = plan.arguments
     if plan.checkpoint is None:
         loop.evaluate()
     untrained = loop.metrics.untrained_perplexity()
     screen.say(f"unigram model of the training text: held-out perplexity {unigram:,.2f}")
     reason = loop.train()
     if reason is not None:
-        _say_how_to_resume(reason, plan.folder, ranks, screen)
-        return exit_code(reason)
+        here = all(ranks.gather(ranks.rank == ranks.local_rank))
+        words = how_to_resume(sys.argv, plan.folder.path, ranks.world_size, on_one_node=here)
+        screen.say(
+            f"stopped on request ({reason}) after update {loop.step:,}; "
+            f"the checkpoint is in {plan.folder.checkpoints}\n{words}"
+        )
+        return exit_code(reason), reason
     difference = None
     if arguments.export is not None:
         screen.say(f"exporting to {arguments.export}")
@@ -110,7 +131,25 @@ def _run(plan: Plan, ranks: Ranks, unigram: float, lock: FolderLock, screen: Scr
     test = _test(loop, plan, ranks)
     loop.check_folder()
     finish(loop, plan, Baselines(untrained=untrained, unigram=unigram), difference, test, ranks, screen)
-    return 0
+    return 0, FINISHED
+
+
+def how_to_resume(argv: Sequence[str], folder: Path, processes: int, *, on_one_node: bool) -> str:
+    """A line with the command that goes on with a run.
+
+    Args:
+        argv: the words that this process was started with.
+        folder: of the run.
+        processes: all there are; `megalr pretrain` starts as many, and of other commands so many have to be started.
+        on_one_node: whether all are on this one, beyond which `megalr pretrain` starts none.
+    """
+    words = [word for word in argv if word not in ("--overwrite", "--resume") and "--local_rank" not in word]
+    if "--output" not in words and not any(word.startswith("--output=") for word in words):
+        words += ["--output", str(folder)]
+    if words[:2] == ["megalr", "pretrain"] and on_one_node:
+        return f"to go on: {shlex.join([*words[:2], '--processes', str(processes), *words[2:], '--resume'])}"
+    number = f"{processes} process{'es' if processes > 1 else ''}"
+    return f"to go on, start {number} of: {shlex.join([*words, '--resume'])}"
 
 
 def build_loop(plan: Plan, ranks: Ranks, lock: FolderLock, screen: Screen) -> Loop:
@@ -216,10 +255,19 @@ def _prepare_folder(plan: Plan) -> None:
     plan.folder.path.mkdir(parents=True, exist_ok=True)
 
 
-def _write_settings(plan: Plan, ranks: Ranks) -> None:
+def _write_settings(plan: Plan, ranks: Ranks, before: list[dict[str, Any]], update: int) -> None:
+    """Write ``run.json``.
+
+    Args:
+        plan, ranks: the run, and this process.
+        before: its lives until now.
+        update: the last one they have made.
+    """
+    lives = [*before, new_life(time.strftime("%Y-%m-%d %H:%M:%S"), ranks.world_size, update)]
     content = {
-        "command": shlex.join(sys.argv),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": shlex.join(word for word in sys.argv if "--local_rank" not in word),  # a launcher's word
+        "started": lives[0]["started"],
+        KEY: lives,
         "arguments": asdict(plan.arguments),
         "processes": ranks.world_size,
         "device": str(ranks.device),
@@ -243,17 +291,6 @@ def _introduce(plan: Plan, loop: Loop, ranks: Ranks, screen: Screen) -> None:
         f"model: {loop.parameters:,} parameters, ZeRO stage {host_of(loop.engine).stage}\n"
         f"training: {plan.resolved.steps:,} steps of {batch.total} sequences ({cut} x {batch.micro})\n"
         f"writing to {plan.folder.path}"
-    )
-
-
-def _say_how_to_resume(reason: str, folder: RunFolder, ranks: Ranks, screen: Screen) -> None:
-    words = [word for word in sys.argv if word not in ("--overwrite", "--resume") and "--local_rank" not in word]
-    if "--output" not in words and not any(word.startswith("--output=") for word in words):
-        words += ["--output", str(folder.path)]
-    number = f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''}"
-    screen.say(
-        f"stopped on request ({reason}); the checkpoint is in {folder.checkpoints}\n"
-        f"to go on, start {number} of: {shlex.join([*words, '--resume'])}"
     )
 
 

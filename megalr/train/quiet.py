@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Collection
+
+from tqdm import tqdm
 
 # Warnings of DeepSpeed that a reader can do nothing about.
 _HARMLESS = (
@@ -38,6 +42,15 @@ def quieten(*, first: bool) -> None:
         warnings.filterwarnings("ignore")
 
 
+def show_builds() -> None:
+    """Show that ops are compiled, which takes a minute, to who has not set up logging. For rank 0."""
+    if not logging.getLogger().handlers:
+        builds = logging.getLogger("megalr.ops.build")
+        builds.setLevel(logging.INFO)
+        if not builds.handlers:
+            builds.addHandler(_AboveBars())
+
+
 def hide(secrets: Collection[str]) -> None:
     """Keep keys and passwords of the JSON out of DeepSpeed's log, which has all of the JSON where it says all.
 
@@ -46,6 +59,14 @@ def hide(secrets: Collection[str]) -> None:
     """
     if secrets:
         logging.getLogger("DeepSpeed").addFilter(_Hiding(secrets))
+
+
+class _AboveBars(logging.Handler):
+    """Prints on standard error, where a progress bar may be."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _Hiding(logging.Filter):

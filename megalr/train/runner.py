@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from megalr.errors import UserError
-from megalr.train.quiet import quieten
+from megalr.train.interruption import end_with_launcher
+from megalr.train.quiet import quieten, show_builds
 from megalr.train.ranks import AgreedError, Ranks, start_ranks, stop_ranks, world_size_from_environment
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ def run_program(
     Returns:
         The exit code: that one, or 0, or 2 after a UserError, whose message alone is printed, once.
     """
+    end_with_launcher()
     # Until there is something worth saving, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     ranks: Ranks | None = None
@@ -40,6 +42,8 @@ def run_program(
             raise error
         if not getattr(arguments, "verbose", False):
             quieten(first=os.environ.get("RANK", "0") == "0")
+        if os.environ.get("RANK", "0") == "0":
+            show_builds()
         ranks = start_ranks()
         with ranks.together():
             if error is not None:

@@ -23,6 +23,7 @@ from megalr.layers import parametrize
 from megalr.plugins import load_plugins
 from megalr.train.arguments import add_plugins, add_text
 from megalr.train.checkpoints import TOKENIZER, differences, notes_of, text_of
+from megalr.train.console import Screen
 from megalr.train.evaluation import evaluate
 from megalr.train.harness import (
     TaskRequest,
@@ -191,12 +192,14 @@ def score(arguments: ScoreArguments, ranks: Ranks) -> None:
     data = _load_text(found, text, tokenizer, changes, ranks)
     lines = check_text(found.text, found.trained_on, data, changes, tokenizer, folder) if found.is_run else []
     print("\n".join([*data.description.splitlines()[1:], *lines]))
-    model = found.model.to(ranks.device)
+    model, screen = found.model.to(ranks.device), Screen(enabled=True)
     for kind, examples in (("held-out", data.evaluation), ("test", data.test)):
         if examples is None:
             continue
         micro = arguments.micro_batch_size or found.micro_batch_size
-        result = evaluate(model, examples, micro_batch_size=micro, ranks=ranks)
+        screen.start_bar(0, examples.predicted)
+        result = evaluate(model, examples, micro_batch_size=micro, ranks=ranks, advance=screen.advance_by)
+        screen.end_bar()
         assert result is not None  # nobody asked it to give up
         print(f"{kind} perplexity {result.perplexity:,.2f} (loss {result.loss:.4f}, {result.tokens:,} tokens)")
         if arguments.galore_compatible_eval:

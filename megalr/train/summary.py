@@ -72,6 +72,7 @@ def finish(
         "steps": loop.step,
         "tokens": loop.tokens,
         "epochs": loop.epoch,
+        "measured_after_update": loop.began_at,
         "tokens_per_second": loop.meter.tokens_per_second,
         **loop.meter.summary(),
         "parameters": loop.parameters,
@@ -109,7 +110,7 @@ def _table(numbers: dict[str, Any], plan: Plan, ranks: Ranks) -> str:
         None,
         ("training tokens", numbers["tokens"]),
         ("  epochs of the text", f"{numbers['epochs']:,.2f}"),
-        ("tokens per second", f"{numbers['tokens_per_second']:,.0f}"),
+        (f"tokens per second{_since(numbers)}", f"{numbers['tokens_per_second']:,.0f}"),
         *_speeds(numbers, "TFLOP/s per rank" if ranks.world_size > 1 else "TFLOP/s"),
         ("parameters", numbers["parameters"]),
         *([("  trained", trained)] if (trained := numbers["trained_parameters"]) < numbers["parameters"] else []),
@@ -126,6 +127,12 @@ def _table(numbers: dict[str, Any], plan: Plan, ranks: Ranks) -> str:
         rows.append(("  largest logit difference", f"{numbers['export_logit_difference']:.1e}"))
     rows += [None, ("everything is in", str(plan.folder.path))]
     return summary_table(rows)
+
+
+def _since(numbers: dict[str, Any]) -> str:
+    """What a speed is of, where it is not of the whole run."""
+    update = numbers["measured_after_update"]
+    return f" after update {update:,}" if update else ""
 
 
 def _speeds(numbers: dict[str, Any], name: str) -> list[tuple[str, object]]:

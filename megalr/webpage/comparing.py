@@ -23,7 +23,14 @@ from megalr.webpage.training import mean_curve, tokens_axis
 MOST_RUNS = 24
 MOST_DIFFERENCES = 80
 LONGEST_VALUE = 80
-SAME_OF_ALL = ("started", "command", "arguments.output", "deepspeed.tensorboard.output_path", "data.fingerprint")
+SAME_OF_ALL = (
+    "started",
+    "lives",
+    "command",
+    "arguments.output",
+    "deepspeed.tensorboard.output_path",
+    "data.fingerprint",
+)
 
 
 def comparison(runs: Sequence[Run]) -> tuple[str, list[Section]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalr.formatting import human_bytes
+from megalr.train.lives import lives_of
 from megalr.version import __version__
 from megalr.webpage.axes import perplexity, short
 from megalr.webpage.foreign import escaped, finite
@@ -137,7 +138,8 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
         facts.append(("training tokens", short(tokens), f"{epochs:,.2f} epochs" if epochs else ""))
     speed = finite(summary.get("tokens_per_second")) or finite(_last(training["tokens_per_second"]))
     if speed:
-        facts.append(("tokens per second", f"{speed:,.0f}", ""))
+        update = _measured_after(run)
+        facts.append(("tokens per second", f"{speed:,.0f}", f"after update {update:,.0f}" if update else ""))
     flops, share = finite(summary.get("tflops_per_rank")), finite(summary.get("mfu"))
     if flops:
         facts.append(("TFLOP/s per rank", f"{flops:.3g}", f"{share:.1%} of the peak" if share else ""))
@@ -152,6 +154,12 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
     if skipped:
         facts.append(("skipped updates", f"{skipped:,}", ""))
     return facts
+
+
+def _measured_after(run: Run) -> float | None:
+    """The update from which on speeds are measured: the last one before the run was resumed, if it was."""
+    lives = lives_of(run.settings)
+    return finite(run.summary.get("measured_after_update", lives[-1]["from_update"] if lives else None))
 
 
 def _planned(run: Run) -> int | None:

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalr.config.secrets import is_secret, secrets_in, without_secrets
+from megalr.train.lives import lives_of
 from megalr.webpage.foreign import escaped
 from megalr.webpage.run import Run
-from megalr.webpage.tables import card, pairs
+from megalr.webpage.tables import card, pairs, table
 
 LONGEST_TEXT = 60_000  # characters of one JSON
 MOST_ROWS = 120
@@ -40,12 +41,33 @@ def settings_section(run: Run) -> str:
         _pairs("Environment", about, words),
         _pairs("Flags", flags, words),
         "</div>",
+        _lives(run.settings, words),
         _pre("Command", _command(shown.get("command")), words, is_open=True),
         _pre("DeepSpeed JSON", _json(shown.get("deepspeed")), words, is_open=True),
         _pre("Model", _json(shown.get("model")), words),
         _pre("Text", _json(shown.get("data")), words),
     ]
     return "".join(parts)
+
+
+def _lives(settings: Mapping[str, Any], secrets: set[str]) -> str:
+    """A table of the starts of a run that was resumed."""
+    lives = lives_of(settings)
+    if len(lives) < 2:
+        return ""
+    rows = [
+        [
+            escaped(_without(life["started"], secrets)),
+            f"{life['processes']:,}",
+            f"{life['from_update']:,}",
+            "" if life["to_update"] is None else f"{life['to_update']:,}",
+            escaped(_without(life["ended"] or "", secrets)),
+        ]
+        for life in lives[-MOST_ROWS:]
+    ]
+    note = "" if len(lives) <= MOST_ROWS else f"The last {MOST_ROWS} of {len(lives):,}."
+    columns = ["started", "processes", "after update", "to update", "ended"]
+    return card("lives", "Lives of the run", table(columns, rows, text={0, 4}), note)
 
 
 def comparable(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -74,7 +96,7 @@ def _command(command: Any) -> str:
         words = command.split()
     shown = []
     hide_next = False
-    for word in words:
+    for word in (word for word in words if "--local_rank" not in word):  # a launcher's, which nobody writes
         name, equals, value = word.partition("=")
         is_name = is_secret(name.lstrip("-"), "text") and (name.startswith("-") or bool(equals))
         shown.append(HIDDEN if hide_next else f"{name}={HIDDEN}" if is_name and equals else word)

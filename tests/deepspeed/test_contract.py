@@ -17,6 +17,7 @@ from megalr.hosts import (
     autotp,
     deepspeed,
     deepspeed_gradients,
+    deepspeed_monitors,
     deepspeed_pipeline,
     tensor_parallel,
     zero_layouts,
@@ -58,6 +59,9 @@ def without_an_engine() -> dict[str, Any]:
     """Those that can be looked at without an engine: modules, classes, what functions of DeepSpeed make."""
     from deepspeed.module_inject.autotp_config import AutoTPConfig, TPLayerSpec
     from deepspeed.moe.experts import Experts
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.csv_monitor import csvMonitor
+    from deepspeed.monitor.tensorboard import TensorBoardMonitor
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     found: dict[str, Any] = {}
@@ -77,6 +81,8 @@ def without_an_engine() -> dict[str, Any]:
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": DynamicLossScaler(
             init_scale=2.0, scale_window=10, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False
         ),
+        deepspeed_monitors.CSV: csvMonitor(get_monitor_config({}).csv_monitor),
+        deepspeed_monitors.TENSORBOARD: TensorBoardMonitor(get_monitor_config({}).tensorboard),
         "a parameter of an expert": next(Experts(torch.nn.Linear(2, 2)).parameters()),
         tensor_parallel.MEGATRON: cut,
     }

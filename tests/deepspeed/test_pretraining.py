@@ -1,5 +1,6 @@
 """The pretraining program on several processes: the same run however it is cut, and after a resume."""
 
+import csv
 import gzip
 import itertools
 import json
@@ -8,7 +9,9 @@ import re
 import shutil
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megalr.train.monitors import monitor_numbers
 from tests.end_to_end.commands import assert_same_checkpoints, losses, metrics, small_run, timeless, write_config
 
 pytestmark = pytest.mark.distributed
@@ -172,6 +175,55 @@ def test_resume_is_bitwise(ranks, train, stage, sections):
     assert math.isfinite(made_up_for["eval_loss"])
     assert [row for row in first if "eval_is_sample" not in row] == [row for row in again if row is not made_up_for]
     assert_same_checkpoints(resumed / f"checkpoints/step{STEPS}", whole / f"checkpoints/step{STEPS}")
+
+
+MONITORS = {
+    name: {"enabled": True, "output_path": "auto", "job_name": "auto"} for name in ("csv_monitor", "tensorboard")
+}
+
+
+def test_monitors_have_the_numbers_of_the_rows_before_and_after_a_resume(ranks, train):
+    """The run is resumed from an older checkpoint than its last row, and its files are those of one run all the same.
+
+    Learning rates differ from update to update, and not every update has a row.
+    """
+    folder = train(2, 1, "--log-every", "2", **MONITORS)
+    batch = json.loads((folder / "run.json").read_text())["deepspeed"]["train_batch_size"]
+    check_monitors(folder, batch)
+    shutil.rmtree(folder / f"checkpoints/step{STEPS}")
+    (folder / "checkpoints/latest").write_text("step6")
+    (folder / "summary.json").unlink()
+    foreign = folder / "csv_monitor/mine.csv"
+    foreign.write_text("step,other\n1e9,1\nwords\n")
+    with (folder / "csv_monitor/Train_Samples_train_loss.csv").open("a") as file:
+        file.write("9")  # half a row
+
+    flags = ["--deepspeed", f"{folder}.json", *small_run(folder.parent), "--steps", str(STEPS), "--save-every", "6"]
+    flags += ["--log-every", "3"]  # no row of the second part is where one of the first was
+    ranks(1).run(TRAIN, [*flags, "--output", str(folder), "--resume"], str(folder.parent))
+    assert foreign.read_text() == "step,other\n1e9,1\nwords\n"
+    foreign.unlink()
+    check_monitors(folder, batch)
+
+
+def check_monitors(folder, batch):
+    """Every row of metrics.jsonl is in both monitors, and nothing else is; rows of events come besides --log-every."""
+    expected = {}
+    for row in metrics(folder):
+        for name, value in monitor_numbers(row).items():
+            expected.setdefault(name, []).append((row["step"] * batch, value))
+    assert {"Train/Samples/lr", "Train/Samples/train_loss", "Eval/Samples/loss"} <= expected.keys()
+    assert len({value for _, value in expected["Train/Samples/lr"]}) > 3
+    files = {path.stem: list(csv.reader(path.open())) for path in (folder / "csv_monitor").glob("*.csv")}
+    assert files.keys() == {name.replace("/", "_") for name in expected}
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == expected.keys()
+    for name, numbers in expected.items():
+        header, *rows = files[name.replace("/", "_")]
+        assert header == ["step", name.rpartition("/")[2]]
+        assert [(float(x), float(value)) for x, value in rows] == numbers, name
+        scalars = [(event.step, event.value) for event in events.Scalars(name)]
+        assert scalars == [(x, pytest.approx(value, rel=1e-6)) for x, value in numbers], name
 
 
 @pytest.mark.parametrize(

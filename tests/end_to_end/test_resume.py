@@ -1,5 +1,6 @@
 """Stopping a run and going on: the same, bit for bit, as if it had not been stopped."""
 
+import json
 import re
 import shlex
 import signal
@@ -108,11 +109,23 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, undisturbed, laun
     words = re.search(r"to go on, start \d process(?:es)? of: (.*)", stopped.output)
     assert words, stopped.output
     stopped_at = metrics(tmp_path / "stopped")[-1]["step"]
+    assert stopped.output.count("stopping after this update, and saving") == 1
+    assert stopped.output.count("scoring the untrained model on ") == 1
+    assert f") after update {stopped_at}; the checkpoint is in " in stopped.output
     assert 0 < stopped_at < STEPS
     assert (tmp_path / "stopped/checkpoints/latest").read_text() == f"step{stopped_at}"
 
     rest_of_it = run([*LAUNCHERS[launcher](), *shlex.split(words.group(1))], tmp_path)
     assert rest_of_it.code == 0, rest_of_it.output
+    assert f"tokens per second after update {stopped_at} " in rest_of_it.output
+    settings = json.loads((tmp_path / "stopped/run.json").read_text())
+    first, second = settings["lives"]
+    assert (first["from_update"], first["to_update"], second["from_update"]) == (0, stopped_at, stopped_at)
+    assert f"({first['ended']}) after update" in stopped.output
+    assert (second["to_update"], second["ended"]) == (STEPS, "finished")
+    assert settings["started"] == first["started"] <= second["started"]
+    assert first["processes"] == second["processes"] == (1 if launcher == "plain" else 2)
+    assert "--local_rank" not in settings["command"]
     assert timeless(metrics(tmp_path / "stopped")) == timeless(metrics(whole))
     last = f"checkpoints/step{STEPS}"
     assert_same_checkpoints(tmp_path / "stopped" / last, whole / last)
@@ -184,3 +197,16 @@ def test_a_killed_launcher_leaves_a_checkpoint(tmp_path):
     assert tag == f"step{metrics(tmp_path / 'stopped')[-1]['step']}"
     shards = [file.name for file in (tmp_path / "stopped/checkpoints" / tag).glob("*.safetensors")]
     assert len(shards) == 2
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_while_ranks_start_leaves_none(tmp_path):
+    """They end with the code of a run that was stopped, and the other process of the launcher with them."""
+    flags = ["--deepspeed", CONFIGS / "zero2_lowrank.json", *small_run(tmp_path), "--steps", "200", "--output", "none"]
+    with started([*deepspeed(2), PRETRAIN, *flags], tmp_path) as process:
+        process.read_until("spawned with command")
+        stop_launcher(process)
+        stopped = process.wait()
+
+    assert "exits with return code = 75" in stopped.output
+    assert not (tmp_path / "none/checkpoints").exists()

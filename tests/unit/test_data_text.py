@@ -231,15 +231,18 @@ def test_the_last_tokens_of_a_single_document_are_held_out(tokenizer: PreTrained
     assert data.train.dropped == (len(whole) - held) % 5
 
 
-def test_a_text_that_is_read_more_than_once_is_said_loudly(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_text_that_is_read_more_than_four_times_is_said_loudly(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", ["one two three four"] * 40)
     whole = read(tokenizer, tmp_path, dataset=str(file), sequence_length=4)
     cut = read(tokenizer, tmp_path, dataset=str(file), sequence_length=4, max_train_tokens=100)
     for data, flag in ((whole, "a longer --dataset"), (cut, "a larger --max-train-tokens, which cuts the text at 100")):
         count, tokens = len(data.train), data.train.tokens
         assert how_often(data, count) == f"the run reads {tokens} tokens: 1.00 epochs of {tokens} training tokens"
+        assert how_often(data, 4 * count).endswith(f" tokens: 4.00 epochs of {tokens} training tokens")
         often = how_often(data, 6 * count - 1)
-        assert f" epochs of {tokens} training tokens\nWARNING: the text is read 6.0 times. To read it once, " in often
+        assert f" epochs of {tokens} training tokens\nWARNING: the text is read 6.0 times, and what is read " in often
         assert f"write {flag}, or fewer --steps" in often
 
 

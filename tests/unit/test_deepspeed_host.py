@@ -9,7 +9,7 @@ import torch
 
 from megalr.hosts.choice import host_of
 from megalr.hosts.deepspeed import DeepSpeedEngine
-from megalr.hosts.deepspeed_monitors import outlive_monitors
+from megalr.hosts.deepspeed_monitors import leave_out, outlive_monitors
 from megalr.hosts.deepspeed_pipeline import DeepSpeedPipeline
 
 SCALE = {"cur_scale": 1024.0, "cur_iter": 7, "last_overflow_iter": 3}
@@ -121,3 +121,13 @@ def test_a_monitor_that_cannot_write_is_said_once_and_asked_again(caplog):
     assert other.written == [("loss", number, number) for number in range(3)]
     (record,) = caplog.records
     assert "Recorder cannot write: [Errno 28] No space left on device" in record.getMessage()
+
+
+def test_numbers_that_are_left_out_come_from_the_host_alone():
+    written = []
+    engine = SimpleNamespace(global_samples=8, monitor=SimpleNamespace(write_events=written.extend))
+    leave_out(engine.monitor, ["lr"])
+    engine.monitor.write_events([("lr", 1.0, 8)])
+    engine.monitor.write_events([("lr", 1.0, 8), ("scale", 2.0, 8)])
+    DeepSpeedEngine(engine).report({"lr": 0.5})
+    assert written == [("scale", 2.0, 8), ("lr", 0.5, 8)]

@@ -20,6 +20,23 @@ def _handlers_as_before():
         signal.signal(number, handler)
 
 
+def test_a_request_is_told_once_and_at_once():
+    told = []
+    with StopRequest(told.append):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert told == ["SIGINT"]
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert told == ["SIGINT"]
+
+
+def test_a_launcher_that_is_gone_is_told_once(monkeypatch):
+    told = []
+    monkeypatch.setattr(interruption, "_launchers", lambda: [(os.getpid(), os.getppid() + 1)])
+    request = StopRequest(told.append)
+    assert request.reason == request.reason == "the launcher is gone"
+    assert told == ["the launcher is gone"]
+
+
 @pytest.mark.parametrize("number", REQUESTS)
 def test_a_signal_is_a_request(number):
     with StopRequest() as request:
@@ -92,6 +109,48 @@ def test_only_launchers_are_watched(monkeypatch, commands, watched):
     assert len(interruption._launchers()) == watched
 
 
+LAUNCH = ["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=x"]
+OF_DEEPSPEED = {"CROSS_RANK": "0", "CROSS_SIZE": "1"}
+OF_TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "parents", "is_gone"),
+    [
+        # Of DeepSpeed's command, which has started the process that starts the ranks.
+        ({}, {50: LAUNCH, 1: ["/sbin/init"]}, True),
+        ({}, {50: LAUNCH, 40: ["/usr/lib/systemd/systemd", "--user"]}, True),
+        ({}, {50: LAUNCH, 40: ["bash"]}, False),  # written out, by somebody who sits there
+        ({}, {50: [*LAUNCH, "--node_rank=0"], 1: ["/sbin/init"]}, False),  # from another node
+        ({}, {50: LAUNCH, 1: ["/usr/bin/python3", "/usr/bin/deepspeed"]}, False),  # a container's first process
+        ({}, {50: LAUNCH, 1: ["/usr/bin/python3", "start.py"]}, False),  # the same, as somebody else calls it
+        ({interruption.LAUNCHER: "40"}, {50: LAUNCH, 40: ["python", "renamed"]}, False),
+        ({interruption.LAUNCHER: "39"}, {50: LAUNCH, 40: ["tini"]}, True),
+        ({interruption.LAUNCHER: "39"}, {50: [*LAUNCH, "--node_rank=0"], 40: ["sshd"]}, False),
+        # Of what starts the ranks.
+        (OF_DEEPSPEED, {1: ["/sbin/init"]}, True),
+        (OF_DEEPSPEED, {50: ["bash", "train.sh"], 1: ["/sbin/init"]}, False),  # deepspeed --no_python
+        (OF_TORCHRUN, {1: ["tini", "--", "train.sh"]}, True),
+        (OF_TORCHRUN, {1: ["/usr/bin/python3", "/usr/bin/torchrun"]}, False),
+        # There was none: nohup, and a container's first process.
+        ({}, {1: ["/sbin/init"]}, False),
+        ({}, {50: ["bash"], 1: ["/sbin/init"]}, False),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, {1: ["/sbin/init"]}, False),
+    ],
+)
+def test_a_launcher_may_be_gone_before_the_rank_is_there(monkeypatch, variables, parents, is_gone):
+    """Parents by process id, from this process's own upwards; orphans are taken in by 1, or by the user's systemd."""
+    for name in ("TORCHELASTIC_RUN_ID", *OF_DEEPSPEED, interruption.LAUNCHER):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    above = dict(zip([os.getpid(), *parents], [*parents, 0], strict=True))
+    monkeypatch.setattr(interruption.os, "getppid", lambda: above[os.getpid()])
+    monkeypatch.setattr(interruption, "_parent", above.__getitem__)
+    monkeypatch.setattr(interruption, "_command", parents.__getitem__)
+    assert StopRequest().reason == ("the launcher is gone" if is_gone else None)
+
+
 START = """
 import hashlib, multiprocessing, os, signal
 from megalr.train.interruption import StopRequest, end_at_once_when_asked
@@ -107,6 +166,40 @@ def test_before_there_is_something_to_save_it_ends_at_once(number):
         process.read_until("ready\n")
         process.send_signal(number)
         assert process.wait().code == 75
+
+
+AS_A_LAUNCHER = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("has_trained", [False, True])
+def test_a_launcher_that_goes_ends_what_has_nothing_to_save(has_trained):
+    """Also in a library that does not come back to Python. In a run and after a request there is time to save."""
+    rank = """
+import hashlib, os, sys, time
+from megalr.train import interruption
+interruption._launchers = lambda: [(os.getpid(), os.getppid())]
+interruption.end_with_launcher()
+if HAS_TRAINED:
+    with interruption.StopRequest() as request:
+        print("ready", flush=True)
+        while request.reason is None:
+            time.sleep(0.05)
+        time.sleep(2.5)
+    time.sleep(1.5)
+    print("saved:", request.reason, flush=True)
+    sys.exit()
+print("ready", flush=True)
+hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)
+""".replace("HAS_TRAINED", str(has_trained))
+    with started(python(AS_A_LAUNCHER, rank)) as process:
+        process.read_until("ready\n")
+        process.send_signal(signal.SIGTERM)
+        stopped = process.wait()  # for what holds its output open
+    assert stopped.stdout == ("ready\nsaved: the launcher is gone\n" if has_trained else "ready\n")
 
 
 def test_nohup_stays_nohup():

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megalr.errors import UserError
 from megalr.hosts.deepspeed import DeepSpeedEngine
-from megalr.train.monitors import PACKAGES, check_monitors, monitor_numbers
+from megalr.train.monitors import PACKAGES, check_monitors, continue_files, monitor_numbers
 
 MODULES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
@@ -102,3 +102,27 @@ def test_deepspeed_has_no_other_monitors_with_packages():
     from deepspeed.monitor.config import DeepSpeedMonitorConfig
 
     assert set(DeepSpeedMonitorConfig.model_fields) == {*PACKAGES, "csv_monitor"} == {*MODULES, "csv_monitor"}
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("step,loss\r\n8,1.0\r\n16,2.0\r\n24,3.0\r\n32,4.0\r\n", "step,loss\r\n8,1.0\r\n16,2.0\r\n24,3.0\r\n"),
+        # Of an older version, which went on after 8: a second header, and rows that were made again.
+        ("step,loss\r\n8,1.0\r\n16,9.0\r\nstep,loss\r\n16,2.0\r\n", "step,loss\r\n8,1.0\r\n16,2.0\r\n"),
+        # A full disk has left half a row, and a kill another.
+        ("step,loss\r\n8,1.0\r\n16,1.16,1.5\r\n16,2.0\r\n24", "step,loss\r\n8,1.0\r\n16,2.0\r\n"),
+        ("step,loss\r\n", "step,loss\r\n"),
+        ("step,other\n99,1\n", "step,other\n99,1\n"),  # of somebody else
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_files_of_monitors_go_on_where_the_run_does(tmp_path, text, left):
+    inside, outside = tmp_path / "run/csv_monitor/Train_loss.csv", tmp_path / "logs/Train_loss.csv"
+    for file in (inside, outside):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(text.encode())
+        headed = continue_files(file.parent, 24, tmp_path / "run")
+        assert headed == (["Train_loss"] if "step,loss" in text else [])
+    assert inside.read_bytes().decode() == left
+    assert outside.read_bytes().decode() == text

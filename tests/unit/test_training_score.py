@@ -120,6 +120,13 @@ def test_the_newest_checkpoint_is_named(run, capsys):
     assert perplexity(output) != perplexity(scored(capsys, run / "checkpoints" / "step2"))
 
 
+def test_a_score_shows_how_far_it_is(run, capsys):
+    score(parse_score_arguments([str(run)]), ALONE)
+    printed = capsys.readouterr()
+    tokens = re.search(r", ([\d,]+) tokens\)", printed.out).group(1).replace(",", "")
+    assert re.search(rf"100%\|.*\| {tokens}/{tokens} \[", printed.err)
+
+
 def test_damaged_weights_are_not_scored(run, capsys):
     damage(run, "step2")
     with pytest.raises(

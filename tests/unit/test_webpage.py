@@ -145,6 +145,20 @@ def test_everything_of_a_whole_run_is_there(page):
     assert widths == [f"width:{share}%" for share in ("33.333", "16.667", "16.667", "33.333")]
 
 
+def test_a_run_that_was_resumed_tells_its_lives(tmp_path):
+    first = {"started": "in May", "processes": 4, "from_update": 0, "to_update": 7, "ended": "SIGTERM <b>"}
+    last = {"started": "in June", "processes": 1, "from_update": 7, "to_update": None, "ended": None}
+    folder = write_run(tmp_path / "resumed", finished=False)
+    settings = json.loads((folder / "run.json").read_text())
+    assert "Lives" not in page_of(read_run(folder))
+    command = "pretrain.py --local_rank=0 --steps 9"
+    (folder / "run.json").write_text(json.dumps({**settings, "command": command, "lives": [first, last]}))
+    text = page_of(read_run(folder))
+    assert "<h3>Lives of the run</h3>" in text and "in May" in text and "SIGTERM &lt;b&gt;" in text
+    assert "after update 7" in text
+    assert "local_rank" not in text and "pretrain.py --steps 9" in text
+
+
 def test_secrets_are_not_shown(folder, tmp_path):
     for text in (page_of(read_run(folder)), (write_two(folder, tmp_path)).read_text()):
         assert not [secret for secret in ("do-not-show", "hunter22", "q7!") if secret in text]
