@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+# Python puts this folder first, so that tasks which import the package evaluate would get evaluate.py instead.
+sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the installed package
 
 from benchmarks import checkpoints, ops, optimizer, projected, tensor_parallel  # noqa: E402

@@ -4,8 +4,12 @@ python launchers/plan.py --models 60m 350m 1b --ranks 128 256 512 --stage 2 --pr
 """
 
 import sys
+from pathlib import Path
 
-from megalr.commands import plan
+# Python puts this folder first, so that tasks which import the package evaluate would get evaluate.py instead.
+sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
+
+from megalr.commands import plan  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(plan(sys.argv[1:]))

@@ -55,7 +55,7 @@ def load_tokenizer(name: str | None, *, say: Callable[[str], None] = lambda line
         tokenizer.pad_token = tokenizer.eos_token
     untrained = _untrained_marks(tokenizer)
     if untrained:
-        _add_nothing(tokenizer)
+        tokenizer = _without_marks(tokenizer)
         say(
             f"the tokenizer {name} marks a text with {' '.join(untrained)}. Training does not: it separates documents "
             f"by {tokenizer.eos_token} alone. An export gets a tokenizer without these marks; use that one, because "
@@ -96,13 +96,30 @@ def _untrained_marks(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return [str(tokenizer.convert_ids_to_tokens(token)) for token in untrained]
 
 
-def _add_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
+def _without_marks(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokenizer, of no model's class: most of these put their own marks around a text whenever they load."""
     from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
 
-    changed: Any = tokenizer
-    changed.add_bos_token = changed.add_eos_token = False  # transformers restores the template from these
-    changed.bos_token = changed.eos_token  # generation without a prompt starts with it
-    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
+    named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    named["bos_token"] = str(tokenizer.eos_token)  # generation without a prompt starts with it
+    build: Any = PreTrainedTokenizerFast  # its constructor has no annotations
+    plain: PreTrainedTokenizerFast = build(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        name_or_path=tokenizer.name_or_path,
+        **named,
+        extra_special_tokens=list(tokenizer.extra_special_tokens),
+        chat_template=tokenizer.chat_template,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+        split_special_tokens=tokenizer.split_special_tokens,
+        model_input_names=["input_ids", "attention_mask"],  # some classes add token_type_ids, which no LLaMA takes
+    )
+    backend: Any = plain.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
+    return plain
 
 
 def _load(name: str | None) -> PreTrainedTokenizerFast:

@@ -22,7 +22,8 @@ def densify(state: Mapping[str, Tensor], config: ParametrizationConfig) -> dict[
         The weights in fp32 (multiplied in fp32 and not yet cast), everything else as it is.
 
     Raises:
-        UserError: the parametrization computes what no dense weight does, or parts of a replaced layer are missing.
+        UserError: the parametrization computes what no dense weight does, parts of a replaced layer are missing, or
+            finite parts have a weight that is not finite.
     """
     if isinstance(config, FullConfig):
         return dict(state)
@@ -42,8 +43,15 @@ def densify(state: Mapping[str, Tensor], config: ParametrizationConfig) -> dict[
                 )
             dense[name] = tensor
         elif f"{layer}.weight" not in dense:
-            dense[f"{layer}.weight"] = config.weight({part: state[f"{layer}.{part}"] for part in config.parts})
+            dense[f"{layer}.weight"] = _multiplied(layer, {p: state[f"{layer}.{p}"] for p in config.parts}, config)
     return dense
+
+
+def _multiplied(layer: str, parts: Mapping[str, Tensor], config: Parametrization) -> Tensor:
+    weight = config.weight(parts)
+    if not weight.isfinite().all() and all(part.isfinite().all() for part in parts.values()):
+        raise UserError(f"{layer}.weight, multiplied in {weight.dtype}, is not finite, though its parts are")
+    return weight
 
 
 def _is_target(layer: str, config: Parametrization) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megalr.errors import UserError
+from megalr.kept import kept
 from megalr.layers.base import FactorizedLinear, KeepsWeight, Parametrization
 
 ROPE_BASE = 10000.0
@@ -135,10 +135,9 @@ def square_map(x: Tensor, matrix: Tensor, out_features: int, mora_type: Literal[
     return torch.cat([out] * times, -1)[..., :out_features]
 
 
-@lru_cache(maxsize=64)
+@kept
 def _rotations(runs: int, side: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of run i's angles, (runs, r̂), as of position i in RoPE (arXiv 2104.09864)."""
-    with torch.inference_mode(False):  # a training pass may be the next to use them
-        frequencies = ROPE_BASE ** -(torch.arange(0, side, 2, device=device) / side)
-        angles = torch.outer(torch.arange(runs, device=device), frequencies).repeat(1, 2)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+    frequencies = ROPE_BASE ** -(torch.arange(0, side, 2, device=device) / side)
+    angles = torch.outer(torch.arange(runs, device=device), frequencies).repeat(1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -5,10 +5,10 @@ A rule sees whole matrices, so that where blocks and groups begin depends on no 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
+
+from megalr.kept import kept
 
 BLOCK = 256  # elements that share one scale of an 8-bit moment, as in bitsandbytes
 GROUP = 256  # elements that share the scale and the zero of a 4-bit basis, as in Q-GaLore
@@ -84,7 +84,7 @@ def _padded(flat: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(flat, (0, -flat.numel() % size)).view(-1, size)
 
 
-@functools.cache
+@kept
 def _code_book(signed: bool, device: torch.device) -> Tensor:
     """256 numbers in [-1, 1] or [0, 1], ascending: in each of seven decades twice as many as in the one below it.
 
@@ -93,7 +93,6 @@ def _code_book(signed: bool, device: torch.device) -> Tensor:
     codes = [0.0, 1.0]
     for decade in range(7):
         cells = 2 ** (decade + (not signed))
-        edges = torch.linspace(0.1, 1.0, cells + 1, dtype=torch.float64)
-        middles = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)).tolist()
+        middles = [(0.1 + 0.9 * (cell + 0.5) / cells) * 10.0 ** (decade - 6) for cell in range(cells)]
         codes += middles + [-code for code in middles] * signed
-    return torch.tensor(sorted(codes), dtype=torch.float64).float().to(device)
+    return torch.tensor(sorted(codes), dtype=torch.float32, device=device)

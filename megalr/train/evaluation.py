@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megalr.data import Examples, evaluation_batches
 from megalr.data.examples import SampledExamples
+from megalr.errors import UserError
 from megalr.train.ranks import Ranks
 
 IGNORED = -100
@@ -110,12 +111,16 @@ def evaluate(
 
     Returns:
         None where ``give_up`` said so.
+
+    Raises:
+        UserError: on all ranks: there is no token to predict.
+        RuntimeError: on all ranks: losses are not in the sum, because the model has returned no numbers.
     """
     training = model.training
     model.eval()
     # Sums in fp64: loss, tokens, means of the batches, batches with anything to predict.
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-    batches = 0
+    batches = predicted = 0
     for batch in evaluation_batches(
         examples, micro_batch_size=micro_batch_size, rank=ranks.data_rank, world_size=ranks.data_size
     ):
@@ -124,6 +129,7 @@ def evaluate(
             return None
         batches += 1
         tokens = predicted_tokens(batch)
+        predicted += tokens
         # With one item "in the batch", transformers' loss is the sum over its tokens.
         output: Any = model(**to_device(batch, ranks.device), num_items_in_batch=1)
         loss = output.loss.double()
@@ -131,7 +137,15 @@ def evaluate(
             sums += torch.stack([loss, loss.new_tensor(tokens), loss / tokens, loss.new_tensor(1)])
         advance(tokens)
     model.train(training)
-    loss_sum, tokens_sum, means, count = ranks.sum_of_data(sums.tolist())
+    *of_losses, expected = ranks.sum_of_data([*sums.tolist(), predicted])
+    loss_sum, tokens_sum, means, count = of_losses
+    if not expected:
+        raise UserError("the held-out text has no token to predict: each of its examples has one token or none")
+    if round(tokens_sum) != round(expected):  # a figure of the rest would look like one of the whole text
+        raise RuntimeError(
+            f"the model was asked to predict {round(expected):,} tokens, and {round(tokens_sum):,} have a loss: "
+            "on some rank it returns tensors without numbers, such as FakeTensors that somebody's layer has kept"
+        )
     return Evaluation(
         loss=loss_sum / tokens_sum,
         tokens=round(tokens_sum),

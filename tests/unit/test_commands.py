@@ -1,8 +1,11 @@
 """The ``megalr`` command: its subcommands, the launcher that it starts, and the files that come with the package."""
 
+import importlib.util
 import os
+import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -196,3 +199,23 @@ def test_the_name_that_was_typed_is_for_its_own_parsers_alone():
         (sub,) = [parser.add_subparsers().add_parser("y")]
     assert (parser.prog, sub.prog) == ("megalr x", "megalr x y")
     assert PlainParser(prog="x.py").prog == "x.py"
+
+
+LAUNCHERS = ROOT / "launchers"
+
+
+@pytest.mark.parametrize("launcher", sorted(path.stem for path in LAUNCHERS.glob("*.py")))
+def test_launchers_hide_no_package(launcher, monkeypatch):
+    """Such as Hugging Face's evaluate, which tasks of lm-evaluation-harness import."""
+    monkeypatch.setattr(sys, "path", [str(LAUNCHERS), f"{ROOT}/docs/../launchers/", *sys.path])  # as Python starts it
+    runpy.run_path(str(LAUNCHERS / f"{launcher}.py"), run_name="launcher")
+    hidden = [
+        path.stem for path in LAUNCHERS.iterdir() if (spec := importlib.util.find_spec(path.stem)) and is_in(spec)
+    ]
+    assert not hidden
+
+
+def is_in(spec):
+    """Whether a module is found in the launchers' folder."""
+    places = [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
+    return any(LAUNCHERS in Path(place).resolve().parents for place in places)

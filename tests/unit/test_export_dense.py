@@ -96,3 +96,52 @@ def test_what_a_model_ties_without_its_configuration_is_refused():
         empty = Tying(small_llama().config)
     with pytest.raises(UserError, match=r"transformers ties lm_head\.weight to another weight of Tying"):
         fill(empty, untied_llama().state_dict())
+
+
+Q = "model.layers.0.self_attn.q_proj"
+LORA = {"type": "lora", "rank": 2, "target_modules": ["q_proj"]}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("form", "dense", "part"),
+    [
+        ("hf", False, "model.norm.weight"),
+        ("hf", False, f"{Q}.weight"),  # W0 + B A
+        ("safetensors", True, f"{Q}.weight"),
+        ("safetensors", False, f"{Q}.B"),
+        ("peft", False, f"{Q}.A"),
+        ("peft", False, "model.norm.weight"),
+    ],
+)
+def test_values_that_a_dtype_cannot_hold_are_refused(tmp_path, form, dense, part):
+    model = small_llama()
+    parametrize(model, LoraConfig(rank=2, target_modules=("q_proj",)))
+    with torch.no_grad():
+        model.get_parameter(part).view(-1)[:3] = torch.tensor([7e4, 1e-30, float("nan")])
+    known_state.write_model(tmp_path / "checkpoints", model, LORA)
+    words = rf"{part} has values of up to 7e\+04, and the largest float16 is 6.55e\+04.*`--dtype bfloat16` or"
+    with pytest.raises(UserError, match=words):
+        export(tmp_path / "checkpoints", tmp_path / "out", form, dtype="float16", dense=dense)
+    assert not (tmp_path / "out").exists()
+    export(tmp_path / "checkpoints", tmp_path / "out", form, dtype="bfloat16", dense=dense)
+
+
+def test_what_a_launcher_exports_is_checked_as_well(tmp_path):
+    model = small_llama()
+    state = {**model.state_dict(), "model.norm.weight": torch.full_like(model.model.norm.weight, 3.4e38)}
+    with torch.device("meta"):
+        empty = small_llama()
+    with pytest.raises(UserError, match=r"3.39e\+38. Export the checkpoint with `--dtype float32`"):
+        write_model(empty, state, tmp_path, torch.bfloat16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_product_that_is_not_finite_is_refused():
+    config = LoraConfig(rank=2, target_modules=("q_proj",))
+    model = parametrize(small_llama(), config)
+    state = {name: torch.full_like(t, 3e38) if name.startswith(Q) else t for name, t in model.state_dict().items()}
+    with pytest.raises(UserError, match=rf"{Q}.weight, multiplied in torch.float32, is not finite"):
+        densify(state, config)
+    state[f"{Q}.B"][0, 0] = float("nan")
+    assert not densify(state, config)[f"{Q}.weight"].isfinite().all()

@@ -1,14 +1,17 @@
 """What 8 and 4 bits keep: codes, packing, odd sizes, and errors no larger than the codes allow."""
 
+import inspect
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megalr.rules.galore import GaLore
 from megalr.rules.q_galore import QGaLore
 from megalr.rules.quantization import (
+    _code_book,
     blocks_of,
     dequantize_blocks,
     dequantize_groups,
@@ -78,3 +81,18 @@ def test_a_subclass_with_a_state_of_its_own_is_nothing_that_galore_goes_on_with(
     assert QGaLore(rank=4).logical_form() != GaLore(rank=5).logical_form()
     assert Other(rank=4).logical_form() == Other(rank=4).form()
     assert Other(rank=4).form()["rule"] == "other"
+
+
+@pytest.mark.parametrize(
+    "place", [lambda: FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode, lambda: torch.device("meta")]
+)
+def test_codes_made_elsewhere_are_not_kept(place):
+    """The table of codes is the same for all matrices, so it is made once."""
+    inspect.getclosurevars(_code_book).nonlocals["found"].clear()
+    values = torch.linspace(-1, 1, 300)
+    with place():
+        dequantize_blocks(*quantize_blocks(values, signed=True), signed=True)
+    again = dequantize_blocks(*quantize_blocks(values, signed=True), signed=True)
+    assert type(again) is torch.Tensor and not again.is_inference()
+    torch.testing.assert_close(again, eight_bits(values.double(), dynamic_codes(True)).float())
+    assert _code_book(True, values.device) is _code_book(True, values.device)

@@ -17,7 +17,7 @@ from tests.structure import HOSTS, Module, attributes, imported, sources, tables
 # package; "megalr" is the package itself, which offers what is in the lines above.
 ORDER = (
     "errors generation version",
-    "flags schema seeding disk plugins discovery formatting processes naming agreement timing resources",
+    "flags schema seeding disk plugins discovery formatting processes naming agreement timing resources kept",
     "locks",
     "ops layout",
     "rules",
@@ -180,3 +180,27 @@ def test_a_function_that_hides_a_module_is_found(planted):
 def test_an_arrow_that_points_up_is_found(file, planted, words):
     (found,) = set(imports_upwards(with_planted(file, planted))) - set(imports_upwards(sources()))
     assert words in found
+
+
+def cached_tensors(modules: Iterable[Module]) -> list[str]:
+    """Functions whose tensors ``functools`` keeps: what has been made in a FakeTensorMode, say, for ever."""
+    found = []
+    for module in modules:
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.FunctionDef) and "Tensor" in ast.unparse(node.returns or ast.Name("")):
+                names = [ast.unparse(decorator) for decorator in node.decorator_list]
+                if any("cache" in name for name in names):
+                    found.append(f"{module.file}:{node.lineno} keeps the tensors of {node.name}: use megalr.kept.kept")
+    return found
+
+
+def test_tensors_are_kept_by_kept_alone():
+    assert cached_tensors(sources()) == []
+
+
+@pytest.mark.parametrize("decorator", ["cache", "functools.cache", "lru_cache(maxsize=2)", "cached_property"])
+def test_a_cache_of_tensors_is_found(decorator):
+    planted = with_planted("layers/mora.py", f"@{decorator}\ndef f(x) -> tuple[Tensor, int]:\n    return x, 1")
+    assert [line.partition(" keeps ")[2] for line in cached_tensors(planted)] == [
+        "the tensors of f: use megalr.kept.kept"
+    ]

@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from transformers import LlamaConfig
 
 from megalr.data.examples import Examples, PackedExamples
+from megalr.errors import UserError
 from megalr.train.evaluation import FORWARD_SHARE, SHARE, evaluate, schedule_evaluations
 from megalr.train.models import build_model
 from megalr.train.ranks import Ranks
@@ -17,19 +19,26 @@ ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 LENGTHS = [12, 3, 7, 12, 1, 5, 9]  # the fifth has nothing to predict
 
 
-class Ragged(Examples):
-    """Random tokens, a number of them at the start of each example."""
+class Fixed(Examples):
+    """Examples of given tokens."""
 
-    def __init__(self):
-        super().__init__(12, 0, "ragged", tokens=sum(LENGTHS), dropped=0)
-        rng = np.random.default_rng(0)
-        self._rows = [rng.integers(0, 50, length) for length in LENGTHS]
+    def __init__(self, rows):
+        super().__init__(12, 0, "fixed", tokens=sum(map(len, rows)), dropped=0)
+        self._rows = [np.array(row) for row in rows]
 
     def __len__(self):
         return len(self._rows)
 
     def _content(self, index):
         return self._rows[index]
+
+
+class Ragged(Fixed):
+    """Random tokens, a number of them at the start of each example."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        super().__init__([rng.integers(0, 50, length) for length in LENGTHS])
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +144,25 @@ def test_a_run_with_more_steps_goes_on_with_its_sample():
         found = schedule_evaluations(None, held_out, batch=12, steps=140, before=strange)
         assert len(found.examples) == len(first.examples)
     assert not schedule_evaluations(3, held_out, batch=12, steps=140, before=12).is_sample
+
+
+def test_a_text_without_a_token_to_predict_has_no_perplexity(model):
+    with pytest.raises(UserError, match="no token to predict"):
+        evaluate(model, Fixed([[3], [4]]), micro_batch_size=2, ranks=ALONE)
+
+
+def test_losses_without_numbers_are_no_figure(model):
+    """Of one batch of two: the figure would be of the other one alone."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        nothing = torch.zeros(())
+
+    def lose(module, args, output):
+        output.loss = nothing if calls.append(None) or len(calls) == 2 else output.loss
+
+    calls = []
+    hook = model.register_forward_hook(lose)
+    try:
+        with pytest.raises(RuntimeError, match="to predict 4 tokens, and 2 have a loss"):
+            evaluate(model, Fixed([[3, 4, 5], [6, 7, 8]]), micro_batch_size=1, ranks=ALONE)
+    finally:
+        hook.remove()

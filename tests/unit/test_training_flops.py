@@ -1,7 +1,14 @@
 """Counted operations: of real layers, by hand, and what is left out."""
 
+import functools
+import gc
+import inspect
+import sys
+from types import FunctionType
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
@@ -106,3 +113,54 @@ def test_layers_that_cannot_be_counted_are_said(caplog, monkeypatch):
     monkeypatch.setattr(torch.nn.Linear, "forward", forward)
     assert flops_of_update(SHAPE, config("full"), sequences=1, passes=1, sequence_length=4) is None
     assert "operations cannot be counted" in caplog.text
+
+
+def forget():
+    """Empty what functions of megalr keep of earlier calls."""
+    for name, module in sys.modules.copy().items():
+        for found in vars(module).values() if name.startswith("megalr.") else ():
+            if isinstance(found, FunctionType) and hasattr(found, "__wrapped__"):
+                inspect.getclosurevars(found).nonlocals.get("found", {}).clear()
+            elif isinstance(found, functools._lru_cache_wrapper):
+                found.cache_clear()
+
+
+def trained(megalr):
+    """Losses of three updates, in fp32 on a CPU, and all parameters."""
+    torch.manual_seed(0)
+    model = parametrize(build_model(SHAPE, seed=0), megalr.parametrization).train()
+    if megalr.activations is not None:
+        compress_activations(model, megalr.activations)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for tokens in torch.randint(WORDS, (3, SEQUENCES, LENGTH)):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        for layer in compressed_layers(model).values():
+            layer.direction = torch.ones(layer.in_features // layer.groups)
+        losses.append(loss.item())
+    return losses, dict(model.named_parameters())
+
+
+VELORA = {"activations": {"type": "velora", "groups": 8}}
+
+
+@pytest.mark.parametrize(("kind", "sections"), [*((kind, {}) for kind in sorted(PARAMETRIZATIONS)), ("full", VELORA)])
+def test_a_count_leaves_nothing_that_training_uses(kind, sections):
+    """Neither does an evaluation in inference mode."""
+    forget()
+    losses, parameters = trained(config(kind, **sections))
+    forget()
+    counted(config(kind, **sections))
+    gc.collect()
+    assert not [found for found in gc.get_objects() if type(found) is FakeTensor]
+    tokens = torch.zeros(SEQUENCES, LENGTH, dtype=torch.long)
+    with torch.inference_mode():
+        parametrize(build_model(SHAPE, seed=0), config(kind).parametrization)(input_ids=tokens)
+
+    again, their_parameters = trained(config(kind, **sections))
+
+    assert again == losses
+    assert all(torch.equal(their_parameters[name], parameter) for name, parameter in parameters.items())

@@ -39,9 +39,9 @@ def write_adapters(weights: Weights, folder: Path, out: Path, dtype: torch.dtype
     layers = {name.removesuffix(".B") for name in known if name.endswith(".B")}
     layers = {layer for layer in layers if all(f"{layer}.{part}" in known for part in config.parts)}
     factors = {f"{layer}.{factor}": f"{PREFIX}.{layer}.lora_{factor}.weight" for layer in layers for factor in "AB"}
-    base = {name: cast(weights[name], dtype) for name in (*weights, *weights.aliases) if name not in factors}
+    base = {name: cast(name, weights[name], dtype) for name in (*weights, *weights.aliases) if name not in factors}
     write_model(empty_model_of(weights.manifest), base, folder / BASE, dtype)
-    adapters = {theirs: cast(weights[ours], dtype) for ours, theirs in sorted(factors.items())}
+    adapters = {theirs: cast(ours, weights[ours], dtype) for ours, theirs in sorted(factors.items())}
     save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     alpha = config.scale * config.rank
     content = {

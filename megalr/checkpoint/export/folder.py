@@ -24,6 +24,9 @@ REPLACED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
 
+# Shows how a tokenizer treats case, accents, numbers, spaces and line breaks.
+_PROBE = "Emma's 1,816 novels  (Été, naïve) \n\tÉLAN: x86_64, 東京 ﬁn! "
+
 
 def check_output(out: Path, *, may_replace: bool, flag: str = "", checkpoint: Path | None = None) -> None:
     """Refuse a folder that an export must not be written to.
@@ -77,11 +80,14 @@ def output_folder(out: Path) -> Iterator[Path]:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save one of transformers beside a model, for :func:`output_folder`.
+    """Save one of transformers beside a model, for :func:`output_folder`, and check what AutoTokenizer reads there.
 
     Raises:
         OSError: it cannot be written.
+        UserError: what is read there is another tokenizer, as classes of transformers build their own anew.
     """
+    from transformers import AutoTokenizer  # noqa: PLC0415  (slow to import)
+
     try:
         tokenizer.save_pretrained(folder)
     except OSError:
@@ -91,6 +97,31 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         if type(error) is not Exception:
             raise
         raise OSError(f"the tokenizer cannot be saved: {error}") from error
+    try:
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        changed = [key for key, value in _seen_of(tokenizer).items() if _seen_of(found)[key] != value]
+    except Exception as error:  # of many kinds
+        changed = [f"it cannot be read: {error}"]
+    if changed:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} is another one when AutoTokenizer has loaded what was saved of it "
+            f"({', '.join(changed)}): {type(tokenizer).__name__} builds it anew. Name a tokenizer.json with "
+            "--tokenizer, which is used as it is"
+        )
+
+
+def _seen_of(tokenizer: Any) -> dict[str, Any]:
+    """What a program sees of a tokenizer; keys are for messages."""
+    ids = tokenizer.encode(_PROBE, add_special_tokens=False)
+    specials = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+    return {
+        "tokens of a text": ids,
+        "marks around a text": tokenizer.encode(_PROBE),
+        "text of tokens": tokenizer.decode(ids),
+        **{name: getattr(tokenizer, name) for name in specials},
+        "padding_side": tokenizer.padding_side,
+        "chat_template": tokenizer.chat_template,
+    }
 
 
 def _move(part: Path, out: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalr.checkpoint.export.weights import check_model
+from megalr.checkpoint.export.weights import cast, check_model
 from megalr.checkpoint.manifest import Manifest
 from megalr.errors import UserError
 
@@ -24,9 +24,9 @@ def write_model(model: Any, state: dict[str, Tensor], folder: Path, dtype: torch
         dtype: of the written weights.
 
     Raises:
-        UserError: weights are missing, or the model has no such weights.
+        UserError: weights are missing, the model has no such weights, or a value is too large for the dtype.
     """
-    fill(model, state)
+    fill(model, {name: cast(name, tensor, dtype) for name, tensor in state.items()})
     model.to(dtype).save_pretrained(folder)
 
 

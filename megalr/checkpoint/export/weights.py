@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,8 +72,8 @@ class Weights:
         return {name: self[name] for name in (*self._keys, *self.aliases)}
 
     def as_trained(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """All by their first names; floating-point ones in a dtype."""
-        return {name: cast(self[name], dtype) for name in self}
+        """All by their first names; floating-point ones in a dtype; see :func:`cast`."""
+        return {name: cast(name, self[name], dtype) for name in self}
 
     def dense(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What a dense model has, under all names; multiplied in fp32, then cast.
@@ -81,7 +81,7 @@ class Weights:
         Layer by layer, so that the dense model is in memory once, in its dtype.
 
         Raises:
-            UserError: the parametrization computes what no dense weight does.
+            UserError: the parametrization computes what no dense weight does, or a value is too large for the dtype.
         """
         layers: dict[str, list[str]] = {}
         for name in (*self._keys, *self.aliases):
@@ -92,13 +92,43 @@ class Weights:
                 parts = densify({name: self[name] for name in names}, self.parametrization)
             except UserError as error:
                 raise UserError(f"{error}. `--to safetensors` without --dense writes them as they are") from error
-            found |= {name: cast(tensor, dtype) for name, tensor in parts.items()}
+            found |= {name: cast(name, tensor, dtype) for name, tensor in parts.items()}
         return found
 
 
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Floating-point values in a dtype, others as they are."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Floating-point values in a dtype, others as they are.
+
+    Args:
+        name: of the tensor, for the message.
+        tensor: of any shape and dtype.
+        dtype: to cast to. Values too small for it become zero.
+
+    Raises:
+        UserError: a finite value becomes infinite or NaN. Those that already are stay so.
+    """
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    found = tensor.to(dtype)
+    if not found.isfinite().all() and (too_large := tensor.isfinite() & ~found.isfinite()).any():
+        largest = tensor[too_large].abs().max().item()
+        finite = [other for other in (torch.bfloat16, torch.float32) if tensor[too_large].to(other).isfinite().all()]
+        raise UserError(
+            f"cannot export: {printable(name)} has values of up to {largest:.4g}, and the largest "
+            f"{_short(dtype)} is {torch.finfo(dtype).max:.4g}. {_instead(finite)}"
+        )
+    return found
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _instead(dtypes: Sequence[torch.dtype]) -> str:
+    """What to write in place of a dtype that cannot hold the weights."""
+    if not dtypes:
+        return "No dtype of an export can hold them"
+    return f"Export the checkpoint with `--dtype {'` or `--dtype '.join(map(_short, dtypes))}`"
 
 
 def check_model(model: Mapping[str, Any], manifest: Manifest) -> None:
