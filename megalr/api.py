@@ -42,7 +42,7 @@ from megalr.hosts.tensor_parallel import (
     whole_frozen,
 )
 from megalr.layers import parametrize as _parametrize
-from megalr.layers.replacement import check_made_by, check_whole, replaced_layers
+from megalr.layers.replacement import check_made_by, check_whole, forget_reads, replaced_layers
 from megalr.layers.tensor_parallel.cutting import cut_layers
 from megalr.layers.velora import compress_activations, compressed_layers
 from megalr.naming import named_buffers, named_parameters, plain_name
@@ -229,6 +229,7 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     _cut(model, content, kwargs)
     results = start_engine(model, optimizer, content, **kwargs)
     optimizer.prepare()
+    forget_reads(model)  # which tensor parallelism has made
     if not dist.is_initialized() or dist.get_rank() == 0:
         logger.info("megalr trains\n%s", optimizer.summary())
     if not host_of(results[0]).has_stages:

@@ -112,6 +112,7 @@ class TokenCache:
             partial.mkdir(parents=True)
             _remove_abandoned(root)
             self._write_files(partial, pieces)
+            self._check_unchanged()
             if self.folder.exists() and self.load() is None:
                 shutil.rmtree(self.folder)  # damaged
             if not self.folder.exists():
@@ -134,6 +135,11 @@ class TokenCache:
             characters += len(piece.text)
             if self._limit is not None and characters > self._limit * _CHECKED_CHARACTERS:
                 return
+
+    def _check_unchanged(self) -> None:
+        """Refuse tokens of another text than the one whose hash is in the folder's name."""
+        if isinstance(self._source, LocalText) and json.dumps(self._source.identity(), sort_keys=True) != self.stream:
+            raise UserError(f"{self._source.label} was changed while it was tokenized: start again when it is complete")
 
     def _write_files(self, folder: Path, pieces: Iterator[Piece]) -> None:
         from tqdm import tqdm

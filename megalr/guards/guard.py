@@ -87,7 +87,7 @@ class Guard:
             UserError: on all ranks: the set of trained parameters has changed since the engine was made.
         """
         if not self._losses:  # before gradients meet: ranks that train different ones would wait for each other
-            self._optimizer.check_model(weights=False)
+            self._optimizer.check_model(weights=False, after_pass=True)
         self._losses.append(loss.detach())
         return self._engine_backward(loss, *args, **kwargs)
 
@@ -102,7 +102,7 @@ class Guard:
         if not self._host.ends_update():
             return self._engine_step(*args, **kwargs)
         optimizer = self._optimizer
-        optimizer.check_model()
+        optimizer.check_model(after_pass=True)
         objection = self._objection()
         if self._asked is not None:
             objection, self._asked = self._asked, None

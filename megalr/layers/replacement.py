@@ -145,6 +145,13 @@ def bypassed_layers(model: nn.Module) -> list[str]:
     return [name for name, module in named_modules(model) if isinstance(module, KeepsWeight) and module.is_bypassed]
 
 
+def forget_reads(model: nn.Module) -> None:
+    """Forget who has read W0 of replaced layers so far: it was not the model, which has computed nothing yet."""
+    for module in model.modules():
+        if isinstance(module, KeepsWeight):
+            module.was_read = False
+
+
 def projected_layers(model: nn.Module) -> dict[str, ProjectedLinear]:
     """The projected layers of the model by qualified name, in its order."""
     return {name: module for name, module in named_modules(model) if isinstance(module, ProjectedLinear)}

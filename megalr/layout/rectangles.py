@@ -92,11 +92,13 @@ def entry_of(name: str, layout: Layout, rank: int, field: Field, *, once: bool) 
         layout: what lies where.
         rank: whose.
         field: the rank's flat buffers.
-        once: leave out copies that are cut otherwise than the first one. Whole copies are kept: they are alike.
+        once: leave out copies that are cut otherwise than the first one. Where the first is whole, other whole ones are
+            kept: a checkpoint takes one of pieces that are alike, and knows no pieces that overlap.
     """
     shape, pieces = layout.shapes[name], []
+    alike = len(layout.copy(name, 0)) == 1
     for fragment in layout.on(name, rank):
-        if not once or fragment.copy == 0 or fragment.length == layout.numel(name):
+        if not once or fragment.copy == 0 or (alike and fragment.length == layout.numel(name)):
             pieces += _in_blocks(layout, name, fragment.start, run_of(field, fragment))
     return Entry(folded(shape), pieces[0].data.dtype, tuple(pieces)) if pieces else None
 

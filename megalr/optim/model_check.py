@@ -73,17 +73,18 @@ class ModelCheck:
         self._keeping = [] if model is None else [m for m in model.modules() if isinstance(m, KeepsWeight)]
         self._places = [_place(parameter) for parameter in self._trained.values()]
 
-    def run(self, *, weights: bool = True, are_loaded: bool = False) -> None:
+    def run(self, *, weights: bool = True, are_loaded: bool = False, after_pass: bool = False) -> None:
         """Raise if an update would undo, or a checkpoint leave out, what was done to the model. Collective.
 
         Args:
             weights: whether to compare the weights with the masters as well.
             are_loaded: an engine has loaded both since the last update, the weights perhaps of another dtype.
+            after_pass: whether a forward pass in training was made, which shows what the model computes with.
 
         Raises:
             UserError: naming the parameters and what to write; on all ranks alike.
         """
-        complaint = self._complaint(weights, are_loaded)
+        complaint = self._complaint(weights, are_loaded, after_pass)
         if self._exchange.vote(not complaint)[0]:
             return
         said = self._exchange.said(complaint)
@@ -91,9 +92,9 @@ class ModelCheck:
         ranks = [str(rank) for rank, words in enumerate(said) if words == first]
         raise UserError(first if len(ranks) == len(said) else f"{first} (seen on rank {', '.join(ranks)} alone)")
 
-    def _complaint(self, weights: bool, are_loaded: bool) -> str:
+    def _complaint(self, weights: bool, are_loaded: bool, after_pass: bool) -> str:
         """What is wrong as this rank sees it; empty if nothing is."""
-        if any(layer.is_bypassed for layer in self._keeping):
+        if after_pass and any(layer.is_bypassed for layer in self._keeping):
             assert self._model is not None
             return _about(BYPASSED, bypassed_layers(self._model))
         # Names take longer than all else here, and are for a complaint alone.

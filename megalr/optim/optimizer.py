@@ -125,7 +125,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         if progress.is_between:
             check_settings(self.groups, self.all_groups)
         if progress.is_between and self.checks_model:
-            self.check_model()
+            self.check_model(after_pass=True)
         progress.begin(self.all_groups, shard, self.exchange, self._arrivals)
         index = {id(parameter): buffer for buffer, parameter in enumerate(shard.parameters)}
         for group in self.param_groups:
@@ -177,17 +177,18 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         self._loaded = None
         self.begin_update()
 
-    def check_model(self, *, weights: bool = True) -> None:
+    def check_model(self, *, weights: bool = True, after_pass: bool = False) -> None:
         """Raise if something was done to the model that an update would undo or a checkpoint leave out. Collective.
 
         Args:
             weights: whether to compare the weights with the masters as well.
+            after_pass: whether a forward pass of an update was made, which shows what the model computes with.
 
         Raises:
             UserError: see :mod:`megalr.optim.model_check`; on all ranks alike.
         """
         self.prepare()
-        self._check.run(weights=weights, are_loaded=self._are_loaded)
+        self._check.run(weights=weights, are_loaded=self._are_loaded, after_pass=after_pass)
 
     def prepare(self) -> Shard:
         """Read what lies where, choose owners; done once, on first use after the engine was made."""

@@ -20,7 +20,7 @@ from megalr.layers.tensor_parallel import messages as sending
 from megalr.layers.tensor_parallel.cutting import cut_layers
 from tests.deepspeed import rule_training
 from tests.deepspeed.rule_training import SEQUENCES
-from tests.deepspeed.training import MEGALR, VOCABULARY, configuration, finish, lost_by_resuming, run_steps
+from tests.deepspeed.training import MEGALR, VOCABULARY, configuration, finish, lost_by_resuming, run_steps, same
 
 MODEL = {
     "hidden_size": 24,
@@ -331,6 +331,27 @@ def resume(tensor: int, stage: int, folder: str, optimizer: str | None = None) -
             folder,
             rule_training.everything,
         )
+
+
+def resume_at_once(stage: int, case: str, folder: str) -> list[str]:
+    """A checkpoint of three updates, loaded into a new engine before its first pass. Names of what differs then."""
+    config = tensor_configuration(2, stage, "AdamW", megalr={"parametrization": projected(case)})
+    data = rule_training.batches(5)
+    with tensor_parallel_groups():
+        engine = megalr.initialize(model=dense_model(SPREAD), config=config)[0]
+        assert megalr.consolidated_state_dict(engine) is not None or dist.get_rank()
+        megalr.save_checkpoint(engine, folder, tag="before")
+        run_steps(engine, data[:3])
+        megalr.save_checkpoint(engine, folder)
+        run_steps(engine, data[3:])
+        expected = rule_training.everything(engine)
+        engine.destroy()
+        engine = megalr.initialize(model=dense_model(SPREAD), config=config)[0]
+        megalr.load_checkpoint(engine, folder)
+        run_steps(engine, data[3:])
+        found = rule_training.everything(engine)
+        engine.destroy()
+    return [key for key, held in expected.items() if not same(held, found[key])]
 
 
 def refused(

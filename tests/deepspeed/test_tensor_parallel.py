@@ -258,6 +258,12 @@ def test_resume_is_bitwise(ranks, layout, stage, optimizer, tmp_path):
     assert different == [[]] * (tensor * data)
 
 
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 3])
+def test_projected_layers_resume_before_their_first_pass(ranks, stage, tmp_path):
+    """DeepSpeed looks at every layer's weight when it cuts the model."""
+    assert ranks(2).run(f"{MODULE}:resume_at_once", stage, "input", str(tmp_path / "a")) == [[], []]
+
+
 def test_a_local_update_is_another_method_and_sends_nothing(ranks):
     results = ranks(2).run(f"{MODULE}:train", 2, 1, "GaLoreAdamW", megalr={"tp_update": "local"})
     counts = results[0][1]

@@ -300,3 +300,21 @@ def test_a_home_that_cannot_hold_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_
     home.chmod(0o555)
     with unprivileged():
         assert DataConfig().cache_folder == home / ".cache/megalr/tokens"  # what was read before is there
+
+
+def test_a_text_that_changes_while_it_is_tokenized_is_refused(tokenizer, tmp_path, monkeypatch):
+    """Else the tokens of the new text would be found by everybody who has the old one."""
+    file = tmp_path / "a.txt"
+    file.write_text("The cat sat on the mat. ")
+    place = TokenCache(LocalText((file,), str(file)), tokenizer, tmp_path / "tokens", None)
+    write_files = TokenCache._write_files
+
+    def changed(cache, folder, pieces):
+        file.write_text("Zebras eat grass all day. ")
+        write_files(cache, folder, pieces)
+
+    monkeypatch.setattr(TokenCache, "_write_files", changed)
+    with pytest.raises(UserError, match="was changed while it was tokenized"):
+        place.write()
+    assert place.load() is None
+    assert list((tmp_path / "tokens").iterdir()) == []

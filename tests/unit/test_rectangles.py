@@ -82,3 +82,15 @@ def test_of_copies_that_are_cut_in_other_ways_the_first_is_enough():
 def test_numbers_and_stacks_are_folded():
     assert Entry.of(torch.tensor(3.0)).shape == (1,)
     assert Entry.of(torch.zeros(2, 3, 4)).shape == (6, 4)
+
+
+def test_a_whole_copy_is_left_out_where_the_first_is_cut():
+    """Tensor-parallel ranks with parts of unequal size: ZeRO cuts a parameter that both have on the first alone."""
+    cut = [Fragment("w", 0, 4, 0, 0, 0, 0), Fragment("w", 4, 2, 1, 0, 0, 0)]
+    layout = Layout(3, {"w": (2, 3)}, [*cut, Fragment("w", 0, 6, 2, 0, 0, 1)])
+    assert [entry_of("w", layout, rank, [torch.zeros(6)], once=True) is None for rank in range(3)] == [
+        False,
+        False,
+        True,
+    ]
+    assert entry_of("w", layout, 2, [torch.zeros(6)], once=False) is not None
