@@ -116,8 +116,8 @@ def poison(
     return changed, dense, refreshes
 
 
-def refreshes_without_engine(bad: int) -> list[int]:
-    """Refreshes made after each update by an optimizer that nobody tells of an update that DeepSpeed skips."""
+def refreshes_without_guard(bad: int) -> list[int]:
+    """Refreshes made after each update, one of which DeepSpeed skips, where no guard is attached."""
     config = projected_configuration(2)
     model = odd_model()
     megalr.parametrize(model, config)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 
@@ -168,13 +169,6 @@ def test_before_there_is_something_to_save_it_ends_at_once(number):
         assert process.wait().code == 75
 
 
-AS_A_LAUNCHER = """
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
-time.sleep(600)
-"""
-
-
 @pytest.mark.parametrize("has_trained", [False, True])
 def test_a_launcher_that_goes_ends_what_has_nothing_to_save(has_trained):
     """Also in a library that does not come back to Python. In a run and after a request there is time to save."""
@@ -195,7 +189,7 @@ if HAS_TRAINED:
 print("ready", flush=True)
 hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)
 """.replace("HAS_TRAINED", str(has_trained))
-    with started(python(AS_A_LAUNCHER, rank)) as process:
+    with started(["sh", "-c", '"$0" -c "$1" & wait', sys.executable, rank]) as process:
         process.read_until("ready\n")
         process.send_signal(signal.SIGTERM)
         stopped = process.wait()  # for what holds its output open
