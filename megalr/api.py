@@ -32,6 +32,7 @@ from megalr.hosts.deepspeed import refuse_experts, refuse_scalars
 from megalr.hosts.deepspeed_config import check_deepspeed_config, refuse_compiled, refuse_unsupported
 from megalr.hosts.deepspeed_pipeline import check_pipeline, check_rules, check_stages, has_stages
 from megalr.hosts.deepspeed_start import check_arguments, join_before_engine, start_engine
+from megalr.hosts.partial_gradients import partial_gradients, pass_over_frozen, sum_gradients
 from megalr.hosts.tensor_parallel import (
     check_earlier_groups,
     indices_in_whole,
@@ -123,6 +124,8 @@ def build_optimizer(model: nn.Module, config: Json | str | Path, training_args: 
     optimizer = _build_optimizer(model, content)
     if size > 1 or any(map(is_marked, model.parameters())):
         mark_gradients(model.parameters(), content)
+    if size > 1:
+        pass_over_frozen(model.parameters())
     optimizer.agree_first(facts_of(model, content))
     advise(model, optimizer.config, optimizer.groups, content)
     return optimizer
@@ -276,6 +279,7 @@ def _cut(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> None:
         if mpu is not None:
             raise UserError("tensor_parallel.autotp_size makes the groups that mpu= brings: give one of the two")
         mpu = kwargs["mpu"] = start_tensor_parallel(model, size)
+        pass_over_frozen(model.parameters())
     ranks = ranks_that_share(mpu)
     if ranks == 1:
         return
@@ -288,7 +292,10 @@ def _cut(model: nn.Module, content: Json, kwargs: dict[str, Any]) -> None:
         if size == 1:
             check_heads(getattr(model, "config", None), ranks, "the number of mpu='s tensor-parallel ranks")
             check_neighbours(model, cuts, factorized)
-        cut_layers(model, MegalrConfig.from_json(content).parametrization, cuts, tensor_parallel_group(mpu))
+        group = tensor_parallel_group(mpu)
+        cut_layers(model, MegalrConfig.from_json(content).parametrization, cuts, group)
+        if size == 1:  # else AutoTP does it
+            sum_gradients(partial_gradients(model, content, cuts, factorized).values(), group)
 
 
 def _complete(training_args: Any, content: Json) -> None:

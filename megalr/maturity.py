@@ -154,8 +154,8 @@ FEATURES: tuple[Feature, ...] = (
         TRAINING,
         "tensor parallelism by `mpu`",
         "beta",
-        "deepspeed/test_tensor_parallel.py::test_groups_of_the_users_own",
-        "stages 0 and 3, 2 x 2 ranks; not with Megatron-LM itself",
+        "deepspeed/test_tensor_parallel.py::test_groups_of_the_users_own deepspeed/test_partial_gradients.py",
+        "stages 0-3, 2 tensor-parallel ranks; not with Megatron-LM itself",
     ),
     _feature(
         TRAINING,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
 from torch import nn
@@ -118,19 +118,31 @@ def start_tensor_parallel(model: nn.Module, size: int) -> Any:
     return groups
 
 
-def planned_cuts(model: nn.Module, content: Mapping[str, Any], factorized: Collection[str] = ()) -> dict[str, Cut]:
-    """How AutoTP would cut the weights of the model's modules, by the module's name; of those that it would cut.
+class Plan(NamedTuple):
+    """Which layer is cut how.
 
-    As DeepSpeed has it: by the JSON's ``tensor_parallel.partition_config`` or preset, else by the plan that comes with
-    models of transformers.
+    Attributes:
+        config: DeepSpeed's ``AutoTPConfig``.
+        kind: the model's type, which specs may be limited to.
+    """
+
+    config: Any
+    kind: str | None
+
+    def spec(self, parameter: str) -> Any:
+        """DeepSpeed's spec for a parameter of this qualified name, or None."""
+        return self.config.find_matching_spec(parameter, self.kind)
+
+
+def read_plan(model: nn.Module, content: Mapping[str, Any]) -> Plan:
+    """The plan of AutoTP, by the JSON's ``tensor_parallel.partition_config`` or preset, else the model's own.
 
     Args:
         model: not yet cut.
         content: the DeepSpeed JSON.
-        factorized: names of its layers that are parametrized.
 
     Raises:
-        UserError: there is neither, or it asks for something of a factorized layer that only dense ones can do.
+        UserError: there is neither, or DeepSpeed refuses the model's own.
     """
     from deepspeed.module_inject.autotp_config import AutoTPConfig  # noqa: PLC0415
     from deepspeed.module_inject.tp_plan_converter import TPPlanConverter  # noqa: PLC0415
@@ -148,12 +160,29 @@ def planned_cuts(model: nn.Module, content: Mapping[str, Any], factorized: Colle
             config = AutoTPConfig(layer_specs=TPPlanConverter.convert(plan))
         except ValueError as error:
             raise UserError(f"DeepSpeed refuses the model's own tensor-parallel plan: {error}") from error
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    found = {name: config.find_matching_spec(f"{name}.weight", kind) for name, _ in named_modules(model) if name}
+    return Plan(config, getattr(getattr(model, "config", None), "model_type", None))
+
+
+def planned_cuts(model: nn.Module, content: Mapping[str, Any], factorized: Collection[str] = ()) -> dict[str, Cut]:
+    """How AutoTP would cut the weights of the model's modules, by the module's name; of those that it would cut.
+
+    As DeepSpeed has it: by the JSON's ``tensor_parallel.partition_config`` or preset, else by the plan that comes with
+    models of transformers.
+
+    Args:
+        model: not yet cut.
+        content: the DeepSpeed JSON.
+        factorized: names of its layers that are parametrized.
+
+    Raises:
+        UserError: there is neither, or it asks for something of a factorized layer that only dense ones can do.
+    """
+    plan = read_plan(model, content)
+    found = {name: plan.spec(f"{name}.weight") for name, _ in named_modules(model) if name}
     by_vocabulary = (content.get("tensor_parallel") or {}).get("vocab_parallel_lm_head")
     for name in factorized:
         _check_spec(name, found[name])
-        if by_vocabulary and name.rpartition(".")[2] in config.lm_head_patterns:
+        if by_vocabulary and name.rpartition(".")[2] in plan.config.lm_head_patterns:
             raise UserError(
                 f'"vocab_parallel_lm_head" needs a dense head, but {name} is factorized: leave {name} out of '
                 "megalr.parametrization.target_modules"
@@ -193,9 +222,9 @@ def _check_spec(name: str, spec: Any) -> None:
             f'"tensor_parallel" gives {name} a "shape", as of fused projections; factorized layers are cut in one '
             "piece of rows or columns: use a model with separate projections"
         )
+    if spec.grad_allreduce:
+        raise UserError(f'"tensor_parallel" asks for "grad_allreduce" of {name}, which factorized layers cannot do')
     if _cut_of(spec) is None:
-        if spec.grad_allreduce:
-            raise UserError(f'"tensor_parallel" asks for "grad_allreduce" of {name}, which factorized layers cannot do')
         return
     if spec.get_partition_dim() != (1 if _cut_of(spec) == "columns" else 0):
         raise UserError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from megalr.hosts import (
     deepspeed_gradients,
     deepspeed_monitors,
     deepspeed_pipeline,
+    partial_gradients,
     tensor_parallel,
     zero_layouts,
 )
@@ -85,7 +87,20 @@ def without_an_engine() -> dict[str, Any]:
         deepspeed_monitors.TENSORBOARD: TensorBoardMonitor(get_monitor_config({}).tensorboard),
         "a parameter of an expert": next(Experts(torch.nn.Linear(2, 2)).parameters()),
         tensor_parallel.MEGATRON: cut,
+        partial_gradients.SUMMED: summed_by_autotp().weight,
     }
+
+
+def summed_by_autotp() -> torch.nn.Linear:
+    """A layer of whose weight AutoTP sums the gradient."""
+    from deepspeed.module_inject.auto_tp import AutoTP
+    from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType, TPLayerSpec
+
+    spec = TPLayerSpec(patterns=["weight$"], partition_type=PartitionType.SKIP, grad_allreduce=True)
+    asked = {"partition_config": AutoTPConfig(layer_specs=[spec]), "mp_group": object(), "mp_size": 2}
+    layer = torch.nn.Linear(2, 2)
+    AutoTP.register_replicated_grad_hooks(SimpleNamespace(**asked, _get_model_type=lambda: None), layer)
+    return layer
 
 
 def test_modules_and_classes_have_what_is_read():
@@ -107,6 +122,7 @@ def test_marks_mean_what_megalr_takes_them_for():
     tensor_parallel.mark_cut(part, 0)
     assert is_model_parallel_parameter(part) and not is_model_parallel_parameter(copy)
     assert not any(deepspeed.DeepSpeed().is_replicated(p) for p in Experts(torch.nn.Linear(2, 2)).parameters())
+    assert not hasattr(summed_by_autotp().bias, partial_gradients.REGISTERED)
 
 
 @pytest.mark.parametrize("name", ZERO)
