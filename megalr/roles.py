@@ -64,6 +64,10 @@ def possible_heads(model: nn.Module) -> dict[str, str]:
         return {}
     embeddings = {name: module for name, module in named_modules(model) if isinstance(module, nn.Embedding)}
     shared = {id(module.weight) for module in embeddings.values()}
+    get_input = getattr(unwrapped(model), "get_input_embeddings", None)
+    of_tokens = get_input() if callable(get_input) else None
+    if isinstance(of_tokens, nn.Embedding):  # else positions and types count as well
+        embeddings = {name: module for name, module in embeddings.items() if module is of_tokens}
     rows = {module.num_embeddings: name for name, module in reversed(embeddings.items())}
     found = {}
     for name, module in named_modules(model):

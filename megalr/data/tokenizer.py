@@ -39,8 +39,9 @@ def load_tokenizer(name: str | None, *, say: Callable[[str], None] = lambda line
     by id).
 
     Training separates documents by the end-of-text token alone. A model that never saw the beginning-of-text token
-    which the tokenizer puts before a text would score that text's first words badly. So such a token is taken out of
-    the tokenizer, which is also the one that is exported.
+    which the tokenizer puts before a text would score that text's first words badly. With an end-of-text token behind
+    a prompt it would begin another text. So such tokens are taken out of the tokenizer, which is also the one that is
+    exported. An end-of-text token before a text stays: it is what training shows there.
 
     Raises:
         UserError: not found, not readable, not a fast tokenizer, or without an end-of-text token.
@@ -57,9 +58,9 @@ def load_tokenizer(name: str | None, *, say: Callable[[str], None] = lambda line
     if untrained:
         tokenizer = _without_marks(tokenizer)
         say(
-            f"the tokenizer {name} marks a text with {' '.join(untrained)}. Training does not: it separates documents "
-            f"by {tokenizer.eos_token} alone. An export gets a tokenizer without these marks; use that one, because "
-            "with the original the model scores the first words of a text badly"
+            f"the tokenizer {name} marks a text with {' '.join(untrained)}. Training has {tokenizer.eos_token} alone, "
+            "between documents. An export gets a tokenizer without these marks; use that one, because "
+            "with the original the model reads other tokens than it was trained on"
         )
     return tokenizer
 
@@ -87,12 +88,15 @@ def unused_marks(tokenizer: PreTrainedTokenizerFast) -> set[int]:
 
 
 def _untrained_marks(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Names of the tokens that are put around a text, or stand for its beginning, and are not the end-of-text token."""
+    """Names of the tokens that are put before a text and are not the end-of-text token, or are put behind it."""
     encoding = tokenizer.backend_tokenizer.encode("a")
-    places = zip(encoding.ids, encoding.special_tokens_mask, encoding.attention_mask, strict=True)
-    marks = [token for token, special, attended in places if special and attended]  # padding is not attended to
-    marks += [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    untrained = dict.fromkeys(token for token in marks if token != tokenizer.eos_token_id)
+    places = list(zip(encoding.ids, encoding.special_tokens_mask, encoding.attention_mask, strict=True))
+    attended = [(token, special) for token, special, mask in places if mask]  # padding is not attended to
+    first = next((place for place, (_, special) in enumerate(attended) if not special), len(attended))
+    before = [token for token, _ in attended[:first]]
+    before += [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    behind = [token for token, special in attended[first:] if special]
+    untrained = dict.fromkeys([*(token for token in before if token != tokenizer.eos_token_id), *behind])
     return [str(tokenizer.convert_ids_to_tokens(token)) for token in untrained]
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_
 
 from megalr.agreement import gathered
 from megalr.errors import UserError
-from megalr.hosts.deepspeed import DeepSpeedEngine
+from megalr.hosts.deepspeed import ENGINE, DeepSpeedEngine
 from megalr.rules.base import Rule
 from megalr.schema import Json
 
@@ -21,9 +24,17 @@ UNGUARDED = (
 
 MODULE = "deepspeed.runtime.pipe.module.PipelineModule"
 TOPOLOGY = "the topology of a PipelineModule"
+GRID = "the mpu of a PipelineModule"
+TIED = "a parameter of a PipelineModule"
 
 # What this file reads of DeepSpeed; held by tests/deepspeed/test_contract.py.
-INTERNALS = {MODULE: ("tied_comms", "topology"), TOPOLOGY: ("get_dim",)}
+INTERNALS = {
+    MODULE: ("mpu", "num_stages", "tied_comms", "topology"),
+    TOPOLOGY: ("get_dim",),
+    GRID: ("get_pipe_parallel_group",),
+    ENGINE: ("basic_optimizer", "clip_fp32_gradients", "gradient_clipping", "module"),
+    TIED: ("ds_pipe_replicated",),
+}
 
 
 class DeepSpeedPipeline(DeepSpeedEngine):
@@ -104,6 +115,33 @@ def check_stages(model: nn.Module, content: Json, groups: int) -> None:
             "norms and biases, ...), and DeepSpeed's ZeRO, which adds up norms group by group, would wait for ever: "
             "use ZeRO stage 0, or stages with the same kinds of parameters"
         )
+
+
+def join_stages(engine: Any) -> None:
+    """Have all stages of a pipeline skip an update together, and clip gradients by the norm over all of them.
+
+    At stage 0 in fp32, where nobody else looks at gradients, DeepSpeed clips by the norm over the first stage alone.
+
+    Args:
+        engine: of any kind, with megalr's optimizer.
+    """
+    model = engine.module
+    if not has_stages(model) or model.num_stages < 2:  # noqa: PLR2004
+        return
+    group = model.mpu().get_pipe_parallel_group()
+    engine.basic_optimizer.stages = group
+    engine.clip_fp32_gradients = lambda: _clip(model, group, engine.gradient_clipping())
+
+
+def _clip(model: nn.Module, group: dist.ProcessGroup, most: float) -> None:
+    """As torch does, with what stages share counted once. Collective."""
+    parameters = list(model.parameters())
+    total = torch.zeros((), device=parameters[0].device)
+    for parameter in parameters:
+        if parameter.grad is not None and not getattr(parameter, "ds_pipe_replicated", False):
+            total += parameter.grad.float().square().sum()
+    dist.all_reduce(total, group=group)
+    clip_grads_with_norm_(parameters, most, total.sqrt())
 
 
 def has_stages(model: nn.Module) -> bool:

@@ -31,6 +31,7 @@ from megalr.hosts.deepspeed import (
 from megalr.hosts.deepspeed_config import refuse_unsupported
 from megalr.hosts.deepspeed_gradients import forget_old_gradients
 from megalr.hosts.deepspeed_monitors import outlive_monitors
+from megalr.hosts.deepspeed_pipeline import join_stages
 from megalr.naming import named_parameters
 
 ENGINES = "deepspeed.runtime.engine"
@@ -128,6 +129,7 @@ def _made(original: Callable[..., None]) -> Callable[..., None]:
             _reduce_all(engine.optimizer)
             forget_old_gradients(engine.optimizer)
             outlive_monitors(engine)
+            join_stages(engine)
 
     return init
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
@@ -9,6 +10,7 @@ import stat
 from pathlib import Path
 
 MOST_LINKS = 40  # on one path, as the kernel has it
+ACCESS_LIST = "system.posix_acl_access"
 
 
 def distrust(path: Path) -> str:
@@ -45,7 +47,8 @@ def _others_change(place: Path, *, last: bool) -> str:
     if stat.S_ISLNK(state.st_mode):  # whose permissions mean nothing
         return ""
     sticky = stat.S_ISDIR(state.st_mode) and state.st_mode & stat.S_ISVTX and not last
-    shared = state.st_mode & stat.S_IWGRP and not _is_alone(state.st_gid)
+    # With an access control list, the group's bits are those of all whom it names.
+    shared = state.st_mode & stat.S_IWGRP and (_has_list(place) or not _is_alone(state.st_gid))
     if (shared or state.st_mode & stat.S_IWOTH) and not sticky:
         return f"others may write to {place} (mode {stat.S_IMODE(state.st_mode):o})"
     return ""
@@ -57,7 +60,18 @@ def _is_alone(group: int) -> bool:
         user, found = pwd.getpwuid(os.getuid()), grp.getgrgid(group)
     except KeyError:
         return False
-    return user.pw_gid == group and found.gr_name == user.pw_name and set(found.gr_mem) <= {user.pw_name}
+    if user.pw_gid != group or found.gr_name != user.pw_name or not set(found.gr_mem) <= {user.pw_name}:
+        return False
+    # Whose first group it is does not stand among its members.
+    return all(each.pw_gid != group or each.pw_uid == user.pw_uid for each in pwd.getpwall())
+
+
+def _has_list(place: Path) -> bool:
+    try:
+        os.getxattr(place, ACCESS_LIST)
+    except OSError as error:
+        return error.errno not in (errno.ENODATA, errno.ENOTSUP)  # none, or a file system that knows none
+    return True
 
 
 def _name(uid: int) -> str:

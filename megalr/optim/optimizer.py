@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalr import hosts
@@ -51,6 +52,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         checks_model: whether :meth:`step` begins an update with :meth:`check_model`; else somebody has to call that.
         updates: updates made so far, skipped ones not counted.
         skipped: updates skipped so far in this process.
+        stages: the ranks that have the other layers of the model, in a pipeline, whose updates are skipped together.
         last_events: what the last update ended with, in order: "refactorization", "momentum_reset", or "skipped".
         clocks: of the factors' moments, and of all others that AdamW keeps.
         events: everything done beside the updates, in order.
@@ -86,6 +88,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         self.updates = self.skipped = 0
         self.checks_model = True
         self.last_events: list[str] = []
+        self.stages: dist.ProcessGroup | None = None
         self.clocks = {"factors": Clock(), "dense": Clock()}
         self.layer_events = events
         reset = None if config.momentum_reset is None else MomentumReset(config.momentum_reset)
@@ -126,7 +129,7 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
             check_settings(self.groups, self.all_groups)
         if progress.is_between and self.checks_model:
             self.check_model(after_pass=True)
-        progress.begin(self.all_groups, shard, self.exchange, self._arrivals)
+        progress.begin(self.all_groups, shard, self.exchange, self._arrivals, self.stages)
         index = {id(parameter): buffer for buffer, parameter in enumerate(shard.parameters)}
         for group in self.param_groups:
             # A parameter without a buffer is frozen.
@@ -162,6 +165,11 @@ class MegalrOptimizer(Inspection, torch.optim.Optimizer):
         """
         super().zero_grad(set_to_none)
         self.begin_update()
+
+    @property
+    def overflow(self) -> bool:
+        """Whether the last update was skipped: DeepSpeed and accelerate ask this before they move a schedule on."""
+        return self.last_events == ["skipped"]
 
     def agree_first(self, facts: Mapping[str, str]) -> None:
         """Have all ranks compare facts before the first update, which they all make together.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megalr.layout.exchange import Exchange
@@ -39,7 +41,14 @@ class Progress:
         self._began = self._began or not dry
         return dry
 
-    def begin(self, groups: ParamGroups, shard: Shard, exchange: Exchange, arrivals: Arrivals) -> None:
+    def begin(
+        self,
+        groups: ParamGroups,
+        shard: Shard,
+        exchange: Exchange,
+        arrivals: Arrivals,
+        stages: dist.ProcessGroup | None = None,
+    ) -> None:
         """Decide whether the update is skipped, if this is the first call of one. Collective.
 
         Args:
@@ -47,6 +56,7 @@ class Progress:
             shard: the masters.
             exchange: over their ranks.
             arrivals: of this update's gradients.
+            stages: the ranks that have the other layers of the model, in a pipeline.
 
         Raises:
             UserError: ranks have used different parameters, where the engine needs them to use the same.
@@ -61,7 +71,7 @@ class Progress:
                 arrivals.raise_different(exchange)
             if shard.every_pass:
                 arrivals.refuse_missing()
-            self.skipping = not finite
+            self.skipping = not (finite if stages is None else _everywhere(finite, stages, shard))
         arrivals.forget()
 
     def add(self, buffers: Iterable[int]) -> None:
@@ -84,3 +94,10 @@ class Progress:
 def gradients_in(groups: ParamGroups) -> list[Tensor]:
     """The gradients of parameter groups."""
     return [p.grad for group in groups for p in group["params"] if p.grad is not None]
+
+
+def _everywhere(mine: bool, group: dist.ProcessGroup, shard: Shard) -> bool:
+    """Whether it is so on every rank of the group. Collective."""
+    vote = torch.tensor([int(mine)], device=shard.message_device())
+    dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=group)
+    return bool(vote.item())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megalr.checkpoint.export.folder import check_output, output_folder, save_tokenizer
+from megalr.checkpoint.export.folder import OVERWRITE, check_output, output_folder, save_tokenizer
 from megalr.checkpoint.export.huggingface import write_model
 from megalr.config.settings import ParametrizationConfig
 from megalr.errors import UserError
@@ -25,14 +25,20 @@ if TYPE_CHECKING:
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def check_export_folder(name: str, *, may_replace: bool) -> Path:
+def check_export_folder(name: str, *, may_replace: bool, resumes: bool = False) -> Path:
     """The folder to export to, before a run starts.
+
+    Args:
+        name: of the folder.
+        may_replace: whether an earlier export may be there.
+        resumes: whether the run goes on, so that --overwrite is no advice.
 
     Raises:
         UserError: it is a file, holds something that is not to be replaced, or cannot be written.
     """
     path = Path(name).expanduser()
-    check_output(path, may_replace=may_replace, flag="--export")
+    otherwise = "move the export there away" if resumes else OVERWRITE
+    check_output(path, may_replace=may_replace, flag="--export", otherwise=otherwise)
     existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     if not _is_writable(existing):
         raise UserError(f"--export {path}: nothing can be written in {existing}; name another folder")

@@ -130,7 +130,7 @@ def make_plan(
         ranks = replace(ranks, tensor_parallel=shared_by)
         resolve(content, _request(arguments, model, ranks))  # its complaints come before those about folders and text
         if arguments.export is not None and ranks.is_first:
-            check_export_folder(arguments.export, may_replace=arguments.overwrite)
+            check_export_folder(arguments.export, may_replace=arguments.overwrite, resumes=arguments.resume)
     folder, checkpoint, finished = ranks.from_first(lambda: _folder_and_checkpoint(arguments, lock))
     for line in checkpoint.skipped if checkpoint is not None else ():
         screen.say(f"passed over: {line}")

@@ -225,6 +225,8 @@ def _things(engine: Any) -> Iterator[tuple[str, Any]]:
         yield "the mpu that DeepSpeed was given", mpu
     if callable(getattr(engine.module, "topology", None)):
         yield "the topology of a PipelineModule", engine.module.topology()
+        yield "the mpu of a PipelineModule", engine.module.mpu()
+        yield "a parameter of a PipelineModule", next(engine.module.parameters())
 
 
 def _marks(engine: Any, parameter: Tensor) -> Iterator[tuple[str, Any]]:

@@ -96,7 +96,7 @@ def skip(method: str, stage: int, kind: str, good: int = 3, **changes: Any) -> d
         "reason": guard.last_reason,
         "counts": (guard.skipped, guard.skipped_in_a_row),
         "events": engine.basic_optimizer.last_events,
-        "skipped": (engine.skipped_steps, engine.was_step_applied()),
+        "skipped": (engine.skipped_steps, engine.was_step_applied(), engine.basic_optimizer.overflow),
     }
     run_steps(engine, data[4:])
     found["counts after"] = (guard.skipped, guard.skipped_in_a_row)

@@ -21,6 +21,7 @@ from tests.deepspeed.tensor_training import tensor_parallel_groups
 from tests.deepspeed.training import VOCABULARY, configuration
 
 HIDDEN, SEED, MICRO_BATCHES = 20, 5, 2
+CLIPPING, ILL = 0.1, 2
 
 
 class Block(nn.Module):
@@ -83,11 +84,18 @@ def settings(optimizer: str) -> dict[str, Any]:
     return given | ({"stagger": False} if "update_proj_gap" in given else {})
 
 
-def train(stage: int, optimizer: str) -> dict[str, Tensor] | None:
-    """Two pipeline stages on half of the ranks each; the first rank of either returns its layers' masters."""
+def train(stage: int, optimizer: str, ill: int | None = None, clip: float = CLIPPING) -> dict[str, Tensor] | None:
+    """Two pipeline stages on half of the ranks each; the first rank of either returns its layers' masters.
+
+    Args:
+        stage: of ZeRO.
+        optimizer: of the blocks' matrices.
+        ill: a pipeline stage one of whose gradients is no number in the update ``ILL``; None: it is left out.
+        clip: the largest norm.
+    """
     with tensor_parallel_groups():
         model = PipelineModule(LAYERS, num_stages=2, loss_fn=loss_of, seed_layers=True, base_seed=SEED, seed_fn=_seed)
-        config = configuration(stage)
+        config = configuration(stage, gradient_clipping=clip)
         data_size = dist.get_world_size() // 2
         config["train_batch_size"] = SEQUENCES
         config["train_micro_batch_size_per_gpu"] = SEQUENCES // MICRO_BATCHES // data_size
@@ -96,8 +104,15 @@ def train(stage: int, optimizer: str) -> dict[str, Tensor] | None:
         del config["megalr"]
         engine = megalr.initialize(model=model, config=config)[0]
         rank = engine.grid.get_data_parallel_rank()
-        for ids in batches(rule_training.STEPS):
-            engine.train_batch(iter(_rows(ids, rank, data_size, engine.train_micro_batch_size_per_gpu())))
+        for update, ids in enumerate(batches(rule_training.STEPS)):
+            hook = None
+            if update == ILL and ill == engine.stage_id:
+                hook = next(engine.module.parameters()).register_hook(lambda grad: grad * float("nan"))
+            if update != ILL or ill is not None:
+                engine.train_batch(iter(_rows(ids, rank, data_size, engine.train_micro_batch_size_per_gpu())))
+            if hook is not None:
+                hook.remove()
+        assert engine.skipped_steps == (ill is not None)
         weights = megalr.consolidated_state_dict(engine)
         engine.destroy()
     return weights

@@ -49,6 +49,7 @@ EVERY = {deepspeed.ENGINE, "the configuration of an engine", "deepspeed.monitor.
 MPU = "the mpu that DeepSpeed was given"
 AUTOTP = {tensor_parallel.CUT, tensor_parallel.MARK, tensor_parallel.CONVERSION, tensor_parallel.REPLACED, MPU}
 PIPELINE = {deepspeed_pipeline.MODULE, deepspeed_pipeline.TOPOLOGY, MPU}
+PIPELINE |= {deepspeed_pipeline.GRID, deepspeed_pipeline.TIED}
 TRAINED = 2 * (6 * 6 + 6)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from tests.deepspeed import pipelining, rule_training
 from tests.deepspeed.test_rules import assert_same_weights
-from tests.deepspeed.training import CLIPPING
 from tests.plain_training import plain_training
 
 pytestmark = pytest.mark.distributed
@@ -15,10 +16,25 @@ pytestmark = pytest.mark.distributed
 @pytest.mark.parametrize("optimizer", ["GaLoreAdamW", "Muon"])
 @pytest.mark.parametrize("stage", [0, 1])
 def test_two_stages_equal_one_process(ranks, stage, optimizer):
+    """Gradients are clipped by the norm of the whole model."""
     results = ranks(4).run("tests.deepspeed.pipelining:train", stage, optimizer)
     got = {name: w for weights in results if weights is not None for name, w in weights.items()}
+    assert_equals_one_process(got, optimizer)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("ill", [0, 1])
+def test_an_update_that_one_stage_skips_is_skipped_by_all(ranks, stage, ill):
+    """Without clipping, whose norm would tell the others."""
+    results = ranks(4).run("tests.deepspeed.pipelining:train", stage, "Muon", ill, 0.0)
+    got = {name: w for weights in results if weights is not None for name, w in weights.items()}
+    assert_equals_one_process(got, "Muon", clip=math.inf)
+
+
+def assert_equals_one_process(got, optimizer, clip=pipelining.CLIPPING):
     data = rule_training.batches(rule_training.STEPS)
-    expected = plain_training(pipelining.Plain(), data, optimizer, pipelining.settings(optimizer), clip=CLIPPING)
+    del data[pipelining.ILL]
+    expected = plain_training(pipelining.Plain(), data, optimizer, pipelining.settings(optimizer), clip=clip)
     assert got.keys() == expected.keys()
     assert_same_weights(got, expected)
 

@@ -66,7 +66,7 @@ ORDERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("megalr.parametrize(megalr.parametrize(model, config), config)", ("parametri",)),
     ("megalr.initialize(megalr.parametrize(model, config), config)", ("parametri",)),
     ("megalr.initialize(model, config, optimizer=torch.optim.SGD(model.parameters()))", ("optimizer",)),
-    ("megalr.initialize(model, config, model_parameters=list(model.parameters()))", ("model_parameters",)),
+    ("megalr.initialize(model, config, model_parameters=list(model.parameters())[1:])", ("model_parameters",)),
     ("megalr.initialize(model, config, nonsense=1)", ("nonsense",)),
     ("megalr.initialize(model, config, training_data=5)", ("training_data",)),
     ("megalr.initialize(model, config, lr_scheduler=5)", ("lr_scheduler",)),

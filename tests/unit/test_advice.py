@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 import megalr
 from megalr.hosts.deepspeed_config import COMMON_RATES, common_rate
@@ -195,3 +196,9 @@ def test_an_lr_scheduler_of_ones_own_takes_the_place_of_the_jsons(said, monkeypa
 
     assert said(model("lm_head"), config, build(lr_scheduler=lambda optimizer: None)) == []
     assert len(said(model("lm_head"), config, build())) == 1
+
+
+def test_two_classes_and_two_token_types_are_no_head(said):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    net = BertForSequenceClassification(BertConfig(vocab_size=11, num_labels=2, **sizes))
+    assert said(net, muon()) == []

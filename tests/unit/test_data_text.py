@@ -574,14 +574,19 @@ def test_llamas_tokenizer_stays_as_it_was_trained_with(tmp_path: Path, explicit:
     assert AutoTokenizer.from_pretrained(tmp_path / "exported")("a")["input_ids"] == [3, 4]
 
 
-def test_an_end_of_text_after_a_text_is_what_training_shows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("template", "ids"), [("$A <|endoftext|>", []), ("<|endoftext|> $A", [0])])
+def test_an_end_of_text_stands_before_a_text_alone(tmp_path: Path, template: str, ids: list[int]) -> None:
+    """Behind a prompt, as T5's, the model would begin another text; lm_eval would score it in a word's place."""
     found = load_tokenizer(None)
-    end = processors.TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+    plain = found("a")["input_ids"]
+    end = processors.TemplateProcessing(single=template, special_tokens=[("<|endoftext|>", 0)])
     found.backend_tokenizer.post_processor = end
     found.save_pretrained(tmp_path)
     said: list[str] = []
     tokenizer = load_tokenizer(str(tmp_path), say=said.append)
-    assert tokenizer("a")["input_ids"][1:] == [0] and said == []
+    assert tokenizer("a")["input_ids"] == [*ids, *plain] and len(said) == 1 - len(ids)
+    tokenizer.save_pretrained(tmp_path / "exported")
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported")("a")["input_ids"] == [*ids, *plain]
 
 
 def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import megalr
 from megalr.checkpoint.loading import _refuse_untaken
 from megalr.layers.relora import ReloraConfig
 from megalr.layout.rectangles import Entry
+from megalr.optim.events.base import LayerEvents
 from megalr.optim.events.relora import Merges
 from megalr.optim.state import event_numbers, load_event_numbers
 from tests.registries import forgotten
@@ -125,3 +126,42 @@ def test_tensors_that_make_room_leaves_out_are_refused_by_key():
     with pytest.raises(megalr.UserError, match=words):
         _refuse_untaken(SimpleNamespace(targets=dict), saved, None)
     _refuse_untaken(SimpleNamespace(targets=lambda: {"mine/attn": None}), saved, None)
+
+
+class Minimal(LayerEvents):
+    """No more than what a subclass has to define."""
+
+    def __init__(self, layers, config, seed):
+        self.count = 0
+
+    def end_update(self, updates):
+        self.count += 1
+        return []
+
+    def numbers(self):
+        return {"count": self.count}
+
+    def load_numbers(self, numbers):
+        self.count = numbers["count"]
+
+
+def test_required_methods_are_enough():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Own(ReloraConfig):
+        """ReLoRA's layers with other events."""
+
+    def build():
+        torch.manual_seed(0)
+        model = megalr.parametrize(nn.ModuleDict({"attn": nn.Linear(6, 5)}), content)
+        return model, megalr.build_optimizer(model, content)
+
+    with forgotten():
+        megalr.register_parametrization("own")(Own)
+        megalr.register_events(Own)(Minimal)
+        section = {"type": "own", "rank": 3, "merge_every": 2, "restart_warmup_steps": 1, "target_modules": ["attn"]}
+        content = {"megalr": {"parametrization": section}}
+        made, again = build(), build()
+        step(*made)
+        again[1].load_state_dict(copy.deepcopy(made[1].state_dict()))
+        step(*again)
+    assert again[1].layer_events.count == 2

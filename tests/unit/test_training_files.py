@@ -101,6 +101,8 @@ def test_an_export_replaces_nothing_unasked(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="is not empty"):
         check_export_folder(str(tmp_path), may_replace=False)
+    with pytest.raises(UserError, match="or move the export there away"):
+        check_export_folder(str(tmp_path), may_replace=False, resumes=True)
     assert check_export_folder(str(tmp_path), may_replace=True) == tmp_path
     with pytest.raises(UserError, match="is a file"):
         check_export_folder(str(tmp_path / "config.json"), may_replace=True)

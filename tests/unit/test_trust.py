@@ -90,10 +90,16 @@ def test_what_cannot_be_looked_at(tmp_path):
     ("name", "members", "alone"),
     [("me", [], True), ("me", ["me"], True), ("me", ["me", "you"], False), ("us", [], False)],
 )
-def test_a_group_of_the_users_own(place, monkeypatch, name, members, alone):
+@pytest.mark.parametrize("also", ["", "first group", "access list"])
+def test_a_group_of_the_users_own(place, monkeypatch, name, members, alone, also):
     """Where everyone has one, files that the group may write to are common, and nobody else may."""
     gid = place.stat().st_gid
-    monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_gid=gid, pw_name="me"))
+    me = SimpleNamespace(pw_gid=gid, pw_name="me", pw_uid=os.getuid())
+    another = SimpleNamespace(pw_gid=gid if also == "first group" else gid + 1, pw_name="you", pw_uid=os.getuid() + 1)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: me)
+    monkeypatch.setattr(pwd, "getpwall", lambda: [me, another])
+    if also == "access list":  # whose members the group's bits are for
+        monkeypatch.setattr("megalr.ops.trust._has_list", lambda path: path == place.parent)
     monkeypatch.setattr(grp, "getgrgid", lambda group: SimpleNamespace(gr_name=name, gr_mem=members))
     place.parent.chmod(0o775)
-    assert (distrust(place) == "") == alone
+    assert (distrust(place) == "") == (alone and not also)

@@ -23,12 +23,20 @@ REPLACED = (
     # As save_pretrained writes them: with another model's tokenizer a model scores badly, and nothing else shows it.
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
+OVERWRITE = "add --overwrite to replace an export there"
 
 # Shows how a tokenizer treats case, accents, numbers, spaces and line breaks.
 _PROBE = "Emma's 1,816 novels  (Été, naïve) \n\tÉLAN: x86_64, 東京 ﬁn! "
 
 
-def check_output(out: Path, *, may_replace: bool, flag: str = "", checkpoint: Path | None = None) -> None:
+def check_output(
+    out: Path,
+    *,
+    may_replace: bool,
+    flag: str = "",
+    checkpoint: Path | None = None,
+    otherwise: str = OVERWRITE,
+) -> None:
     """Refuse a folder that an export must not be written to.
 
     Args:
@@ -36,6 +44,7 @@ def check_output(out: Path, *, may_replace: bool, flag: str = "", checkpoint: Pa
         may_replace: whether an earlier export may be there.
         flag: the flag that names the folder, for error messages.
         checkpoint: what is exported, if it is one.
+        otherwise: what else the user can do where there is an export, for error messages.
 
     Raises:
         UserError: it is a file, or not empty, or not an export, or of a checkpoint.
@@ -49,7 +58,7 @@ def check_output(out: Path, *, may_replace: bool, flag: str = "", checkpoint: Pa
     if not out.is_dir() or all(path.name == PART for path in out.iterdir()):
         return
     if not may_replace:
-        raise UserError(f"{shown} is not empty: name another folder, or add --overwrite to replace an export there")
+        raise UserError(f"{shown} is not empty: name another folder, or {otherwise}")
     if not any((out / mark).is_file() for mark in MARKS):
         raise UserError(f"{shown} holds something else than an export, which --overwrite does not replace")
 

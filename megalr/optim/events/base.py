@@ -183,7 +183,8 @@ class LayerEvents(Event):
         return {f"remainders/{name}": self.frozen_weights.remainder(name, weight) for name, weight in weights}
 
     def make_room(self, saved: Collection[str]) -> None:
-        self.remainders.clear()
+        if self.merged():  # else there are none, and a user's own class need not have made any
+            self.remainders.clear()
         for name, weight in self.merged().items():
             if f"remainders/{name}" in saved:
                 self.frozen_weights.make_room(name, weight)
