@@ -108,6 +108,12 @@ def method_of(run: Run) -> str:
         words.append(
             f"{processes} process{'es' * (processes != 1)} on {run.settings.get('device', 'an unknown device')}"
         )
+    shared_by = _mapping(config.get("tensor_parallel")).get("autotp_size")
+    if isinstance(shared_by, int) and shared_by > 1:
+        words.append(f"tensor-parallel size {shared_by}")
+    lives = len(lives_of(run.settings))
+    if lives > 1:
+        words.append(f"started {lives} times")
     return " · ".join(str(word) for word in words if word)
 
 

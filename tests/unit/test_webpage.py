@@ -151,11 +151,13 @@ def test_a_run_that_was_resumed_tells_its_lives(tmp_path):
     folder = write_run(tmp_path / "resumed", finished=False)
     settings = json.loads((folder / "run.json").read_text())
     assert "Lives" not in page_of(read_run(folder))
+    settings["deepspeed"]["tensor_parallel"] = {"autotp_size": 2}
     command = "pretrain.py --local_rank=0 --steps 9"
     (folder / "run.json").write_text(json.dumps({**settings, "command": command, "lives": [first, last]}))
     text = page_of(read_run(folder))
     assert "<h3>Lives of the run</h3>" in text and "in May" in text and "SIGTERM &lt;b&gt;" in text
     assert "after update 7" in text
+    assert "processes on cpu · tensor-parallel size 2 · started 2 times" in text
     assert "local_rank" not in text and "pretrain.py --steps 9" in text
 
 
