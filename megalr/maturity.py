@@ -111,7 +111,7 @@ FEATURES: tuple[Feature, ...] = (
         "`PipelineModule`",
         "beta",
         "deepspeed/test_pipeline.py",
-        "stages 0 and 1, 2 x 2 ranks, GaLore and Muon; layers untested, no guards, no megalr checkpoints",
+        "stages 0 and 1, 2 x 2 ranks, GaLore and Muon; parametrizations untested, no guards, no megalr checkpoints",
     ),
     _feature(
         WAYS,
