@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import socket
 from collections import Counter
@@ -76,6 +77,13 @@ def agree(facts: Mapping[str, str], more: Callable[[], Mapping[str, str]] = dict
 def has_ranks() -> bool:
     """Whether this process has met others."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, which logs for all; where processes have not met, as the launcher says."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def gathered(value: T) -> list[T]:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megalr.agreement import agree
+from megalr.agreement import agree, is_first
 from megalr.config.guards import GuardsConfig
 from megalr.config.settings import FullConfig, Json, MegalrConfig, fill_auto, read_json
 from megalr.errors import UserError
@@ -233,7 +233,7 @@ def initialize(model: nn.Module, config: Json | str | Path, **kwargs: Any) -> tu
     results = start_engine(model, optimizer, content, **kwargs)
     optimizer.prepare()
     forget_reads(model)  # which tensor parallelism has made
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first():
         logger.info("megalr trains\n%s", optimizer.summary())
     if not host_of(results[0]).has_stages:
         attach_guard(results[0])

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 
-import torch.distributed as dist
 from torch import nn
 
+from megalr.agreement import is_first
 from megalr.config.settings import MegalrConfig
 from megalr.hosts import logical_shape
 from megalr.hosts.deepspeed_config import common_rate
@@ -43,8 +42,7 @@ def advise(model: nn.Module, config: MegalrConfig, groups: Sequence[ParameterGro
 
 @cache
 def _warn(message: str) -> None:
-    first = dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
-    if first:
+    if is_first():
         logger.warning(message)
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megalr.agreement import is_first
 from megalr.errors import UserError
 from megalr.layout.rectangles import Entry
 from megalr.optim.clock import Clock
@@ -88,7 +88,7 @@ def load(optimizer: MegalrOptimizer, state_dict: Mapping[str, Any]) -> Loaded:
             f"the checkpoint was written with {in_words(before)}, the configuration has {in_words(form)}: "
             "resume with the optimizer settings that it was written with"
         )
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first():
         for note in changed_settings(saved.get("settings"), optimizer.config):
             logger.warning(note)
     if "tensors" not in saved:

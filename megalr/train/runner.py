@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from megalr.agreement import is_first
 from megalr.errors import UserError
 from megalr.train.interruption import end_with_launcher
 from megalr.train.quiet import quieten, show_builds
@@ -41,8 +42,8 @@ def run_program(
         if error is not None and world_size_from_environment() == 1:
             raise error
         if not getattr(arguments, "verbose", False):
-            quieten(first=os.environ.get("RANK", "0") == "0")
-        if os.environ.get("RANK", "0") == "0":
+            quieten(first=is_first())
+        if is_first():
             show_builds()
         ranks = start_ranks()
         with ranks.together():

@@ -8,9 +8,9 @@ from itertools import chain
 from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalr.agreement import is_first
 from megalr.config.settings import MegalrConfig, RefactorizationConfig
 from megalr.errors import UserError, some_of
 from megalr.layers.replacement import factor_pairs, half_frozen, replaced_layers
@@ -117,7 +117,7 @@ def refactorized_pairs(model: nn.Module, config: MegalrConfig) -> list[tuple[str
             f"megalr.refactorization rewrites both factors of a layer, and one factor of each trained layer is frozen "
             f"(requires_grad is False): {some}. Remove megalr.refactorization, or train both factors"
         )
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+    if is_first():
         logger.warning("refactorization leaves layers of which one factor is frozen as they are: %s", some)
     return pairs
 
